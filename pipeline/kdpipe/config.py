@@ -1,0 +1,203 @@
+"""From text to objects: YAML files, and factories (`module:Name` plus keyword arguments) that a run chooses."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BeforeValidator, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from kdpipe.errors import ConfigError
+from kdpipe.fingerprint import digest_file
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factory:
+    """What a run chooses: an import path and the keyword arguments for it.
+
+    `path` is "package.module:Name", or "path/to/file.py:Name" relative to params.yaml.
+    """
+
+    path: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in params.yaml."""
+        return {"factory": self.path, **self.arguments}
+
+
+def _parse_factory(value: Any) -> Any:
+    if isinstance(value, Factory):
+        return value
+    if not isinstance(value, Mapping) or not isinstance(value.get("factory"), str):
+        raise ValueError('expected a mapping with a key "factory" such as "package.module:Name"')
+    arguments = {key: argument for key, argument in value.items() if key != "factory"}
+    return Factory(path=value["factory"], arguments=arguments)
+
+
+FactoryField = Annotated[Factory, BeforeValidator(_parse_factory)]
+"""A params.yaml field `{factory: "module:Name", argument: value, …}`."""
+
+
+def load_yaml(path: Path) -> Any:
+    """Content of a YAML file. Raises `ConfigError` when it is absent, unreadable or no YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no {path}: expected the run's parameters there. `kdpipe demo DIR` writes an example."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+
+
+def parse(cls: type[T], value: Any, where: str) -> T:
+    """`value` as the pydantic dataclass `cls`. Raises `ConfigError` naming each wrong key and the choices."""
+    try:
+        return TypeAdapter(cls).validate_python(value)
+    except ValidationError as error:
+        lines = [_explain(cls, problem) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _explain(cls: Any, problem: Any) -> str:
+    location = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    if problem["type"] == "unexpected_keyword_argument":
+        choices = _keys_at(cls, problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{location}: unknown key (the keys here are {', '.join(choices)}){hint}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{location}: missing"
+    return f"{location}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r})"
+
+
+def _keys_at(cls: Any, location: tuple[Any, ...]) -> list[str]:
+    """Field names of the dataclass that a validation error's location points into."""
+    for part in location:
+        fields = getattr(cls, "__dataclass_fields__", {})
+        hint = typing.get_type_hints(cls)[part] if part in fields else cls
+        cls = _innermost_dataclass(hint)
+    return sorted(getattr(cls, "__dataclass_fields__", {}))
+
+
+def _innermost_dataclass(hint: Any) -> Any:
+    if hasattr(hint, "__dataclass_fields__"):
+        return hint
+    for argument in typing.get_args(hint):
+        found = _innermost_dataclass(argument)
+        if hasattr(found, "__dataclass_fields__"):
+            return found
+    return hint
+
+
+def resolve(path: str, root: Path, where: str) -> Callable[..., Any]:
+    """The class or function that a factory path names; files and project modules are sought below `root`.
+
+    Raises `ConfigError` naming `where` (a key of params.yaml), what was sought and what exists.
+    """
+    module_name, separator, name = path.rpartition(":")
+    if not separator or not module_name or not name:
+        raise ConfigError(f'{where}: {path!r} is no factory; expected "package.module:Name" or "file.py:Name"')
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    module = _load_file(root / module_name, where) if module_name.endswith(".py") else _import(module_name, where)
+    found = getattr(module, name, None)
+    if not callable(found):
+        choices = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        own = sorted(key for key in choices if getattr(module, key).__module__ == module.__name__)
+        raise ConfigError(f"{where}: {module_name} has no {name!r}; it has {', '.join(own) or 'nothing callable'}")
+    return typing.cast("Callable[..., Any]", found)
+
+
+def _import(name: str, where: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise ConfigError(
+                f"{where}: there is no module {name!r} (sought beside params.yaml and installed)"
+            ) from error
+        raise ConfigError(f"{where}: {name} needs the package {error.name!r}, which is not installed") from error
+
+
+def _load_file(path: Path, where: str) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"{where}: there is no file {path}")
+    name = f"{path.stem}_{digest_file(path)[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{where}: {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A factory whose arguments fit: `make()` calls it."""
+
+    target: Callable[..., Any]
+    arguments: Mapping[str, Any]
+
+    def make(self) -> Any:
+        """Call the factory."""
+        return self.target(**self.arguments)
+
+
+def bind(factory: Factory, root: Path, where: str, **offered: Any) -> Bound:
+    """Check a factory's arguments against its signature, without calling it.
+
+    `offered` are values that the pipeline knows (class count, input shape): passed when the signature names them and
+    params.yaml does not. Raises `ConfigError` for unknown, missing or wrongly typed arguments.
+    """
+    target = resolve(factory.path, root, where)
+    signature = inspect.signature(target)
+    accepts = signature.parameters
+    arguments = {key: value for key, value in offered.items() if key in accepts} | dict(factory.arguments)
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in accepts.values())
+    names = [name for name, each in accepts.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    unknown = [] if takes_any else [key for key in arguments if key not in names]
+    if unknown:
+        raise ConfigError(
+            f"{where}.{unknown[0]}: {factory.path} does not take it; it takes {', '.join(names) or 'nothing'}"
+        )
+    missing = [name for name in names if name not in arguments and accepts[name].default is inspect.Parameter.empty]
+    if missing:
+        raise ConfigError(f"{where}.{missing[0]}: missing; {factory.path} needs it")
+    return Bound(target, {key: _checked(target, key, value, where) for key, value in arguments.items()})
+
+
+def _checked(target: Callable[..., Any], name: str, value: Any, where: str) -> Any:
+    """`value` validated against the annotation of a factory's argument, where it has one that can be validated."""
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hint = typing.get_type_hints(function).get(name)
+        adapter = TypeAdapter(hint) if hint is not None else None
+    except (NameError, TypeError, PydanticSchemaGenerationError):
+        return value
+    if adapter is None:
+        return value
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(f"{where}.{name}: {problem['msg']} (found {value!r})") from None

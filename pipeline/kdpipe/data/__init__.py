@@ -1,0 +1,1 @@
+"""Prepared rows on disk: sources, inputs, labels and splits."""

@@ -1,0 +1,175 @@
+"""Prepared rows, read: inputs (immutable, append-only), labels and splits. No per-row Python in any read.
+
+inputs/manifest.json                     columns, and the segments in row order
+inputs/segment-<digest>/rows.parquet     sample_id, digest (16 bytes of BLAKE2b over the row's content)
+inputs/segment-<digest>/<column>.npy     fixed-width column `[N, …]`
+inputs/segment-<digest>/<column>.values.npy, <column>.offsets.npy    ragged column
+labels/labels.parquet                    sample_id, label (null: missing), split (null: unused), one line per row
+labels/classes.json                      rows per split and class
+splits/<name>.json                       digest of one split's ids, content and labels
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kdpipe.data.columns import Array, Column, Columns, Ragged, bytes_of, concatenate, take
+from kdpipe.errors import DataError
+
+FORMAT_VERSION = 1
+DIGEST_BYTES = 16
+MISSING_LABEL = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnLayout:
+    """How one column is laid out: `kind` fixed or ragged, dtype, shape per row (fixed) or per value (ragged)."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, column: Column) -> ColumnLayout:
+        """The layout of a column in memory."""
+        values = column.values if isinstance(column, Ragged) else column
+        kind = "ragged" if isinstance(column, Ragged) else "fixed"
+        return cls(name=name, kind=kind, dtype=values.dtype.str, shape=values.shape[1:])
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ColumnLayout:
+        """Inverse of `to_json`."""
+        return cls(**{**value, "shape": tuple(value["shape"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return {"name": self.name, "kind": self.kind, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+class PreparedInputs:
+    """The rows' content: `read` any of them, by row number, straight from memory-mapped files."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = _load_manifest(folder)
+        self.layouts = tuple(ColumnLayout.from_json(each) for each in manifest["columns"])
+        self._segments = [folder / each["name"] for each in manifest["segments"]]
+        self._starts = np.cumsum([0, *(each["rows"] for each in manifest["segments"])])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @cached_property
+    def _columns(self) -> list[dict[str, Column]]:
+        return [{each.name: _open_column(segment, each) for each in self.layouts} for segment in self._segments]
+
+    @cached_property
+    def sample_ids(self) -> NDArray[np.str_]:
+        """Sample ids `[N]`, in row order."""
+        tables = [pq.read_table(segment / "rows.parquet", columns=["sample_id"]) for segment in self._segments]
+        return np.concatenate([table["sample_id"].to_numpy(zero_copy_only=False) for table in tables]).astype(np.str_)
+
+    @cached_property
+    def digests(self) -> NDArray[np.uint8]:
+        """Content digests `[N, 16]`, in row order."""
+        tables = [pq.read_table(segment / "rows.parquet", columns=["digest"]) for segment in self._segments]
+        return np.concatenate([bytes_of(table["digest"]) for table in tables])
+
+    def read(self, rows: NDArray[np.int64]) -> Columns:
+        """The columns of the given rows, in the given order; any rows, repeated ones too."""
+        segment_of = np.searchsorted(self._starts, rows, side="right") - 1
+        present = np.unique(segment_of)
+        if len(present) == 1:
+            index = int(present[0])
+            return {name: take(column, rows - self._starts[index]) for name, column in self._columns[index].items()}
+        order = np.argsort(segment_of, kind="stable")
+        position = np.empty_like(order)
+        position[order] = np.arange(len(order))
+        parts = [
+            {
+                name: take(column, rows[segment_of == index] - self._starts[index])
+                for name, column in self._columns[index].items()
+            }
+            for index in present
+        ]
+        return {each.name: take(concatenate([part[each.name] for part in parts]), position) for each in self.layouts}
+
+
+def _load_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"no prepared inputs in {folder}. Run `kdpipe prepare-data`.")
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise DataError(f"{path} has format version {manifest['format_version']}; this kdpipe reads {FORMAT_VERSION}.")
+    return manifest
+
+
+def _open_column(segment: Path, layout: ColumnLayout) -> Column:
+    if layout.kind == "fixed":
+        return _map(segment / f"{layout.name}.npy")
+    values = _map(segment / f"{layout.name}.values.npy")
+    return Ragged(values=values, offsets=np.load(segment / f"{layout.name}.offsets.npy"))
+
+
+def _map(path: Path) -> Array:
+    mapped: Array = np.load(path, mmap_mode="r")
+    return mapped.view(np.ndarray)
+
+
+class PreparedData:
+    """A folder written by `kdpipe prepare-data`: inputs, labels and splits of the same rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.inputs = PreparedInputs(folder / "inputs")
+        path = folder / "labels" / "labels.parquet"
+        if not path.is_file():
+            raise DataError(f"no labels in {path.parent}. Run `kdpipe prepare-data`.")
+        table = pq.read_table(path)
+        if table.num_rows != len(self.inputs):
+            raise DataError(
+                f"{path} has {table.num_rows} rows, the inputs {len(self.inputs)}. Run `kdpipe prepare-data` again."
+            )
+        self.labels: NDArray[np.int64] = table["label"].fill_null(MISSING_LABEL).to_numpy().astype(np.int64)
+        self._splits = table["split"].fill_null("").to_numpy(zero_copy_only=False).astype(np.str_)
+
+    @property
+    def split_names(self) -> list[str]:
+        """Names of the splits that have rows, sorted."""
+        return sorted({str(name) for name in np.unique(self._splits)} - {""})
+
+    def rows_of(self, splits: Iterable[str]) -> NDArray[np.int64]:
+        """Row numbers `[N]` of the named splits, ascending. Raises `DataError` for a split without rows."""
+        names = list(splits)
+        for name in names:
+            if name not in self.split_names:
+                raise DataError(f"split {name!r} has no rows; the splits here are {', '.join(self.split_names)}")
+        return np.flatnonzero(np.isin(self._splits, names))
+
+    def split_digest(self, name: str) -> str:
+        """Digest of a split's ids, content and labels, independent of row order."""
+        digest, _ = digest_split(self.inputs, self.labels, self.rows_of([name]))
+        return digest
+
+
+def digest_split(
+    inputs: PreparedInputs, labels: NDArray[np.int64], rows: NDArray[np.int64]
+) -> tuple[str, dict[str, int]]:
+    """Digest of the given rows' ids, content and labels, whatever their order; and their count and labelled count."""
+    ids, digests = inputs.sample_ids[rows], inputs.digests[rows]
+    lines = sorted(
+        f"{key}\0{bytes(each).hex()}\0{label}" for key, each, label in zip(ids, digests, labels[rows], strict=True)
+    )
+    hashed = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashed, {"rows": len(rows), "labelled": int((labels[rows] != MISSING_LABEL).sum())}

@@ -1,0 +1,38 @@
+"""Who does which part: row shards, and this process's place among its peers under torchrun."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """A row range `[start, stop)`: the unit of writing, of commit and of resume."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in this shard; the last shard of a store may hold fewer than the others."""
+        return self.stop - self.start
+
+
+def shards_of(num_rows: int, shard_rows: int) -> list[Shard]:
+    """Cut `num_rows` rows into shards of `shard_rows`; the last one may be shorter."""
+    return [
+        Shard(index=index, start=start, stop=min(start + shard_rows, num_rows))
+        for index, start in enumerate(range(0, num_rows, shard_rows))
+    ]
+
+
+def rank() -> int:
+    """This process's number under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,133 @@
+"""Files that survive a crash: written whole under a temporary name, fsynced, renamed; published by hard links."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock, Timeout
+
+from kdpipe.errors import LockedError
+
+TEMPORARY_SUFFIX = ".tmp"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def write_bytes(path: Path, content: bytes | bytearray | memoryview) -> None:
+    """Write a file so that `path` holds all of `content` or what it held before, even after a power cut.
+
+    Returns once file and folder are on disk. Raises `OSError` (disk full, read-only); no temporary file is left then.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            fsync_file(file)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, content.encode())
+
+
+def fsync_file(file: IO[bytes]) -> None:
+    """Make an open file's content durable."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what a killed writer left behind. Only the one writer of `folder` may call this."""
+    for leftover in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+@contextmanager
+def only_writer(lock_file: Path, doing: str) -> Iterator[None]:
+    """Hold a lock that the kernel releases when the process dies, however it dies.
+
+    Raises `LockedError` at once when another process holds it.
+    """
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LockedError(
+            f"another process is {doing} (it holds {lock_file}). Wait for it to end, or stop it, and run again."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def link_tree(source: Path, destination: Path) -> None:
+    """Give every file below `source` a second name below `destination` (a copy where hard links are impossible)."""
+    for path in sorted(source.rglob("*")):
+        target = destination / path.relative_to(source)
+        if path.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        elif not path.name.endswith(TEMPORARY_SUFFIX):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
+
+
+def publish(parts: Mapping[str, Path], destination: Path) -> None:
+    """Make `destination` hold exactly `parts` (relative name -> folder; "" is the top), in one rename.
+
+    Files are hard links. A reader sees the old folder or the new one, never a mixture; no published file is ever
+    opened for writing.
+    """
+    staging = destination.with_name(f".{destination.name}{TEMPORARY_SUFFIX}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name, folder in parts.items():
+        (staging / name).mkdir(parents=True, exist_ok=True)
+        link_tree(folder, staging / name)
+    if destination.exists():
+        _exchange(staging, destination)
+        shutil.rmtree(staging)
+    else:
+        staging.rename(destination)
+    fsync_folder(destination.parent)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two folders' names atomically (Linux); elsewhere by two renames, with no folder for an instant."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        names = os.fsencode(first), os.fsencode(second)
+        if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+    aside = second.with_name(f".{second.name}.old{TEMPORARY_SUFFIX}")
+    shutil.rmtree(aside, ignore_errors=True)
+    second.rename(aside)
+    first.rename(second)
+    aside.rename(first)

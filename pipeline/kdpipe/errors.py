@@ -1,0 +1,62 @@
+"""Every error that kdpipe raises on purpose.
+
+    KdpipeError
+    ├── ConfigError            (ValueError)         params.yaml, a factory, a loss that does not fit
+    ├── DataError              (ValueError)         a source, prepared rows, labels, splits
+    ├── TeacherError           (ValueError)         a teacher's weights or outputs
+    ├── TrainingError          (RuntimeError)       a training that cannot go on
+    └── StoreError             (RuntimeError)       a target store
+        ├── StoreNotFoundError (FileNotFoundError)  nothing there
+        ├── IncompleteStoreError (LookupError)      rows or shards without targets
+        ├── StaleStoreError    (ValueError)         targets of other settings or other inputs
+        ├── CorruptStoreError  (ValueError)         bytes that differ from what was committed
+        └── LockedError        (BlockingIOError)    another process writes here
+
+A message says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class KdpipeError(Exception):
+    """Root of the tree: `except KdpipeError` catches every error above."""
+
+
+class ConfigError(KdpipeError, ValueError):
+    """params.yaml, a factory or a combination of settings is wrong."""
+
+
+class DataError(KdpipeError, ValueError):
+    """A source, a prepared row, a label or a split is wrong."""
+
+
+class TeacherError(KdpipeError, ValueError):
+    """A teacher's weights or outputs cannot be used."""
+
+
+class TrainingError(KdpipeError, RuntimeError):
+    """A training cannot go on."""
+
+
+class StoreError(KdpipeError, RuntimeError):
+    """A target store cannot be used."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no target store at the path."""
+
+
+class IncompleteStoreError(StoreError, LookupError):
+    """Rows or shards have no targets."""
+
+
+class StaleStoreError(StoreError, ValueError):
+    """The targets belong to other settings or other inputs."""
+
+
+class CorruptStoreError(StoreError, ValueError):
+    """Bytes differ from what was committed."""
+
+
+class LockedError(StoreError, BlockingIOError):
+    """Another process writes here."""

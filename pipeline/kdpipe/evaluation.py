@@ -1,0 +1,112 @@
+"""What is measured, always beside each other: accuracy, agreement with the teacher, KL, entropy, calibration.
+
+Shapes: N rows, C classes. All at T = 1, in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
+from kdpipe.losses import forward_kl
+from kdpipe.preprocess import Preprocess
+from kdpipe.targets import Targets
+
+CALIBRATION_BINS = 15
+PREDICT_ROWS = 1024
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, inputs: PreparedInputs, rows: NDArray[np.int64], preprocess: Preprocess) -> Tensor:
+    """Logits `[N, C]` of prepared rows, in the given order, on the CPU in float32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(device)
+    blocks = [rows[start : start + PREDICT_ROWS] for start in range(0, len(rows), PREDICT_ROWS)]
+    return torch.cat([model(preprocess(inputs.read(block)).to(device)).float().cpu() for block in blocks])
+
+
+def classification_metrics(
+    logits: Tensor, labels: NDArray[np.int64], teachers: Mapping[str, Targets]
+) -> dict[str, float]:
+    """Accuracy and calibration on labelled rows; agreement with, and KL to, each teacher on all rows.
+
+    With one teacher the keys are `agreement` and `kl_to_teacher`; with several each key ends in the teacher's name.
+    """
+    log_probs = torch.log_softmax(logits.double(), dim=-1)
+    confidence, predicted = log_probs.exp().max(dim=-1)
+    labelled = labels != MISSING_LABEL
+    correct = predicted.numpy()[labelled] == labels[labelled]
+    result = {
+        "accuracy": float(correct.mean()) if labelled.any() else math.nan,
+        "ece": expected_calibration_error(confidence.numpy()[labelled], correct),
+        "entropy": float(torch.special.entr(log_probs.exp()).sum(dim=-1).mean()),
+    }
+    for name, targets in teachers.items():
+        suffix = "" if len(teachers) == 1 else f"_{name}"
+        says = targets.log_probs().argmax(dim=-1)
+        result[f"agreement{suffix}"] = float((predicted == says).double().mean())
+        result[f"kl_to_teacher{suffix}"] = max(0.0, float(forward_kl(logits.double(), targets).mean()))
+    return result
+
+
+def expected_calibration_error(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> float:
+    """ECE over 15 equal-width bins of the confidence (Guo et al. 2017, equation 5); NaN without rows."""
+    if not len(correct):
+        return math.nan
+    return float(sum(abs(each.accuracy - each.confidence) * each.share for each in reliability(confidence, correct)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityBin:
+    """Rows whose confidence lies in one bin: their share of all rows, mean confidence and accuracy."""
+
+    share: float
+    confidence: float
+    accuracy: float
+
+
+def reliability(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> list[ReliabilityBin]:
+    """Non-empty bins of the confidence, ascending."""
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    return [
+        ReliabilityBin(
+            share=float((bins == index).mean()),
+            confidence=float(confidence[bins == index].mean()),
+            accuracy=float(correct[bins == index].mean()),
+        )
+        for index in np.unique(bins)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Mean difference of paired runs, with the 95 % Student t interval of the mean, and what it says."""
+
+    mean: float
+    low: float
+    high: float
+    verdict: str
+
+
+def paired_gain(ours: Sequence[float], theirs: Sequence[float]) -> Gain:
+    """How much `ours` exceeds `theirs`, seed by seed.
+
+    BEATS when the interval lies above 0, WORSE below, NO DIFFERENCE when it holds 0, UNDECIDED for fewer than 2 seeds.
+    """
+    difference = np.subtract(ours, theirs)
+    mean = float(difference.mean())
+    if len(difference) < 2:
+        return Gain(mean=mean, low=math.nan, high=math.nan, verdict="UNDECIDED")
+    from scipy.stats import t as student_t
+
+    half = float(student_t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / math.sqrt(len(difference)))
+    low, high = mean - half, mean + half
+    verdict = "BEATS" if low > 0 else "WORSE" if high < 0 else "NO DIFFERENCE"
+    return Gain(mean=mean, low=low, high=high, verdict=verdict)

@@ -1,0 +1,98 @@
+"""Digests of whatever changes numbers: values, files, and the source code that a factory reaches."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdpipe import __version__
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no spaces. Raises `TypeError` for what JSON cannot hold."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def uniform_by_id(sample_ids: Sequence[str], seed: int, purpose: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """One number in [0, 1) per sample id `[N]`: stable under growth and order, independent between purposes."""
+    prefix = f"{purpose}\0{seed}\0".encode()
+    raw = b"".join(hashlib.blake2b(prefix + key.encode(), digest_size=8).digest() for key in sample_ids)
+    return np.frombuffer(raw, dtype="<u8").astype(np.float64) / 2.0**64
+
+
+def source_digests(factory: Any) -> dict[str, str]:
+    """What code `factory` (a class or function) reaches.
+
+    Project-local modules by the SHA-256 of their source, followed through their imports (lazy ones too); installed
+    packages by version.
+    """
+    found: dict[str, str] = {}
+    waiting = [factory.__module__]
+    while waiting:
+        name = waiting.pop()
+        top = name.partition(".")[0]
+        path = None if top in sys.stdlib_module_names or name in found or top in found else _locate(name)
+        if path is None:
+            continue
+        if top == "kdpipe":
+            found[top] = __version__
+        elif any(part in ("site-packages", "dist-packages") for part in path.parts):
+            found[top] = _installed_version(top)
+        else:
+            found[name] = digest_file(path)
+            waiting += _imports(path, name)
+    return found
+
+
+def _locate(name: str) -> Path | None:
+    module = sys.modules.get(name)
+    origin = getattr(module, "__file__", None)
+    if module is None:
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            return None
+        origin = spec.origin if spec else None
+    return Path(origin) if origin and Path(origin).is_file() else None
+
+
+def _installed_version(top: str) -> str:
+    try:
+        return importlib.metadata.version(top)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(top), "__version__", "unknown"))
+
+
+def _imports(path: Path, name: str) -> Iterator[str]:
+    """Names that may be modules, from the import statements of a source file."""
+    if path.suffix != ".py":
+        return
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(relative, package) if node.level else relative
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)

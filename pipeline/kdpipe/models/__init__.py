@@ -1,0 +1,1 @@
+"""Small models that can be read in one sitting; anything else comes by import path."""

@@ -1,0 +1,152 @@
+"""A model's own deterministic way from prepared rows to its input tensor.
+
+Shapes: B batch, H height, W width, D columns.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kdpipe.data.columns import Array, Columns, Ragged
+from kdpipe.errors import ConfigError
+
+State = Mapping[str, list[float]]
+"""What a fitted preprocess keeps beside its arguments: JSON numbers, stored with the model."""
+
+
+@runtime_checkable
+class Preprocess(Protocol):
+    """Rows in, model input out; the same for the same rows, always."""
+
+    def fit(self, blocks: Iterable[Columns]) -> None:
+        """Learn from the rows that the model trains on. Does nothing where there is nothing to learn."""
+
+    def state(self) -> State:
+        """What `fit` learnt; empty where there is nothing. Raises `ConfigError` before `fit` where there is."""
+
+    def load_state(self, state: State) -> None:
+        """Take back what `state` gave."""
+
+    def __call__(self, columns: Columns) -> Tensor:
+        """Model input `[B, …]`, float32, on the CPU."""
+
+
+class ImageTensor:
+    """uint8 images `[B, H, W, channels]` -> float32 `[B, channels, H, W]`: `(pixel / scale - mean) / std` per channel.
+
+    `mean` and `std` (in units of scaled pixels) are learnt from the training rows where they are not given. `size`
+    (height, width) resizes bilinearly; encoded rows need it unless all have one size.
+    """
+
+    def __init__(
+        self,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        size: tuple[int, int] | None = None,
+        scale: float = 255.0,
+    ) -> None:
+        if (mean is None) != (std is None):
+            raise ConfigError("preprocess: give both mean and std, or neither to learn them from the training rows")
+        self._mean, self._std, self._size, self._scale = mean, std, size, scale
+
+    def fit(self, blocks: Iterable[Columns]) -> None:
+        """Learn mean and std per channel, unless they were given."""
+        if self._mean is not None:
+            return
+        moments = _Moments()
+        for block in blocks:
+            pixels = self._pixels(block)
+            moments.add(pixels.reshape(-1, pixels.shape[-1]).astype(np.float64) / self._scale)
+        self._mean, self._std = moments.mean_and_std()
+
+    def state(self) -> State:
+        """`mean` and `std` per channel."""
+        if self._mean is None or self._std is None:
+            raise ConfigError("preprocess ImageTensor knows no mean and std: give them, or train the model here")
+        return {"mean": self._mean, "std": self._std}
+
+    def load_state(self, state: State) -> None:
+        """Take back what `state` gave."""
+        self._mean, self._std = state["mean"], state["std"]
+
+    def __call__(self, columns: Columns) -> Tensor:
+        """`[B, channels, H, W]`."""
+        state = self.state()
+        pixels = torch.from_numpy(np.ascontiguousarray(self._pixels(columns)))
+        channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32) / self._scale
+        mean, std = (torch.tensor(state[key], dtype=torch.float32).view(1, -1, 1, 1) for key in ("mean", "std"))
+        return (channels_first - mean) / std
+
+    def _pixels(self, columns: Columns) -> Array:
+        images = columns["image"]
+        if isinstance(images, Ragged):
+            return np.stack([self._open(Image.open(io.BytesIO(images.row(i).tobytes()))) for i in range(len(images))])
+        if self._size is None or images.shape[1:3] == self._size:
+            return images
+        return np.stack([self._open(Image.fromarray(each.squeeze())) for each in images])
+
+    def _open(self, image: Any) -> Array:
+        grey = image.mode in ("1", "L")
+        image = image.convert("L" if grey else "RGB")
+        if self._size is not None:
+            image = image.resize((self._size[1], self._size[0]), Image.Resampling.BILINEAR)
+        return np.asarray(image, np.uint8).reshape(image.height, image.width, 1 if grey else 3)
+
+
+class Standardize:
+    """Numeric columns `[B, D]` -> `(x - mean) / std`, with the training rows' mean and std per column."""
+
+    def __init__(self) -> None:
+        self._mean: list[float] | None = None
+        self._std: list[float] | None = None
+
+    def fit(self, blocks: Iterable[Columns]) -> None:
+        """Learn mean and std per column."""
+        moments = _Moments()
+        for block in blocks:
+            moments.add(np.asarray(block["features"], np.float64))
+        self._mean, self._std = moments.mean_and_std()
+
+    def state(self) -> State:
+        """`mean` and `std` per column."""
+        if self._mean is None or self._std is None:
+            raise ConfigError("preprocess Standardize was not fitted: train the model here, or use another preprocess")
+        return {"mean": self._mean, "std": self._std}
+
+    def load_state(self, state: State) -> None:
+        """Take back what `state` gave."""
+        self._mean, self._std = state["mean"], state["std"]
+
+    def __call__(self, columns: Columns) -> Tensor:
+        """`[B, D]`."""
+        state = self.state()
+        features = torch.from_numpy(np.array(columns["features"], np.float32))
+        return (features - torch.tensor(state["mean"])) / torch.tensor(state["std"])
+
+
+class _Moments:
+    """Mean and standard deviation per column of a stream, by Chan et al. 1983; a constant column counts as std 1."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean: Any = 0.0
+        self._squares: Any = 0.0
+
+    def add(self, rows: Array) -> None:
+        count, mean = len(rows), rows.mean(axis=0)
+        total = self._count + count
+        delta = mean - self._mean
+        self._squares = self._squares + ((rows - mean) ** 2).sum(axis=0) + delta**2 * self._count * count / total
+        self._mean = self._mean + delta * count / total
+        self._count = total
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        std = np.sqrt(self._squares / self._count)
+        return self._mean.tolist(), np.where(std > 0, std, 1.0).tolist()

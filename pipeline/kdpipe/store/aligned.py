@@ -1,0 +1,35 @@
+"""A store's targets by prepared row number: found by sample id, and only if they are about the same content."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.data.prepared import PreparedInputs
+from kdpipe.errors import StaleStoreError
+from kdpipe.store.target_store import TargetStore
+from kdpipe.targets import Targets
+
+
+class AlignedTargets:
+    """Targets of `rows` (numbers in `inputs`), whatever the order and growth of either side.
+
+    Raises `IncompleteStoreError` when rows have no targets, `StaleStoreError` when their content differs.
+    """
+
+    def __init__(self, store: TargetStore, inputs: PreparedInputs, rows: NDArray[np.int64]) -> None:
+        self.store = store
+        self._store_row = np.full(len(inputs), -1, np.int64)
+        self._store_row[rows] = store.rows_of(inputs.sample_ids[rows].tolist())
+        differing = (store.digests[self._store_row[rows]] != inputs.digests[rows]).any(axis=1)
+        if differing.any():
+            example = inputs.sample_ids[rows[int(np.flatnonzero(differing)[0])]]
+            raise StaleStoreError(
+                f"{store.path}: the content of {int(differing.sum())} rows, such as {example}, is not what the teacher "
+                "saw. Run `kdpipe cache-teacher NAME`."
+            )
+        store.check_complete()
+
+    def read(self, rows: NDArray[np.int64], view: int = 0) -> dict[str, Targets]:
+        """Targets of each output for prepared row numbers `[B]`, in the given order."""
+        return self.store.read(self._store_row[rows], view)

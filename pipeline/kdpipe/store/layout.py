@@ -1,0 +1,120 @@
+"""How an array lies in files: Zarr v3, sharded over rows, inner chunks of raw little-endian bytes with a CRC32C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdpipe.encodings import ArraySpec
+from kdpipe.errors import ConfigError
+from kdpipe.fingerprint import digest
+
+SHARD_BYTES = 32 * 2**20
+CHUNK_BYTES = 2 * 2**20
+MAX_CHUNK_ROWS = 8192
+MIN_SHARDS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """Where the rows of one array lie; `shard_rows` is a multiple of `chunk_rows`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard_rows: int
+    chunk_rows: int
+
+    @classmethod
+    def of(cls, name: str, spec: ArraySpec, shard_rows: int) -> ArrayLayout:
+        """The layout of an array: inner chunks of at most 2 MiB that divide the shard."""
+        wanted = max(1, min(MAX_CHUNK_ROWS, CHUNK_BYTES // max(spec.row_bytes, 1)))
+        num_chunks = -(-shard_rows // wanted)
+        while shard_rows % num_chunks:
+            num_chunks += 1
+        return cls(
+            name=name, dtype=spec.dtype, shape=spec.shape, shard_rows=shard_rows, chunk_rows=shard_rows // num_chunks
+        )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ArrayLayout:
+        """Inverse of `to_json`."""
+        return cls(**{**value, "shape": tuple(value["shape"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "shard_rows": self.shard_rows,
+            "chunk_rows": self.chunk_rows,
+        }
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Little-endian, whatever the machine."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of an inner chunk without its checksum."""
+        return int(self.numpy_dtype.itemsize * self.chunk_rows * np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def num_chunks(self) -> int:
+        """Inner chunks per shard."""
+        return self.shard_rows // self.chunk_rows
+
+    def digest(self) -> str:
+        """Digest of the array's metadata without its growing axes."""
+        return digest(self.zarr_metadata(num_views=0, num_rows=0))
+
+    def shard_path(self, view: int, shard: int) -> str:
+        """Path of a shard's file inside the store."""
+        return f"{self.name}/c.{view}.{shard}" + ".0" * len(self.shape)
+
+    def zarr_metadata(self, num_views: int, num_rows: int) -> dict[str, Any]:
+        """The array's zarr.json (Zarr v3 core specification; sharding_indexed codec)."""
+        checksummed = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        if np.dtype(self.dtype).itemsize == 1:
+            checksummed = [{"name": "bytes"}, {"name": "crc32c"}]
+        index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [num_views, num_rows, *self.shape],
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, self.shard_rows, *self.shape]}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": 0,
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": [1, self.chunk_rows, *self.shape],
+                        "codecs": checksummed,
+                        "index_codecs": index,
+                        "index_location": "end",
+                    },
+                }
+            ],
+            "attributes": {},
+        }
+
+
+def choose_shard_rows(specs: Iterable[ArraySpec], num_rows: int) -> int:
+    """Rows per shard, a power of two: about 32 MB of the widest array, and at least 16 shards where rows allow it."""
+    widest = max(spec.row_bytes for spec in specs)
+    rows = max(1, min(SHARD_BYTES // max(widest, 1), num_rows // MIN_SHARDS))
+    return int(2 ** (rows.bit_length() - 1))
+
+
+def check_shard_rows(shard_rows: int) -> int:
+    """A user's own shard size. Raises `ConfigError` unless it is positive."""
+    if shard_rows < 1:
+        raise ConfigError(f"shard_rows is {shard_rows}; expected at least 1, or null to let kdpipe choose")
+    return shard_rows

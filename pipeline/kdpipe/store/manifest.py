@@ -1,0 +1,115 @@
+"""What made a store's targets; written before the first shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdpipe.encodings import ArraySpec, encoding_from_json
+from kdpipe.errors import CorruptStoreError, StoreError, StoreNotFoundError
+from kdpipe.fingerprint import canonical_json, digest
+from kdpipe.store.layout import ArrayLayout
+from kdpipe.targets import OutputSpec
+
+FORMAT_VERSION = 1
+_FREE = ("sections", "teacher", "recorded", "temperatures", "class_names")
+STATISTICS = ("top1", "confidence", "entropy")
+"""Columns of the array `statistics [view, row, 3]`: the teacher's class, its probability, entropy in nats; T = 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store is.
+
+    `ingredients` is what `fingerprint` digests: whatever changes numbers. `sections` are the parts of params.yaml that
+    the store was made from; `recorded` are versions that may only change last bits; `teacher` describes the model.
+    """
+
+    ingredients: Mapping[str, Any]
+    outputs: Sequence[OutputSpec]
+    encodings: Mapping[str, Mapping[str, Any]]
+    temperatures: Sequence[float]
+    num_classes: int
+    class_names: Sequence[str] | None
+    shard_rows: int
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    teacher: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest (64 hex digits) of whatever changes the targets."""
+        return digest({**self.ingredients, "format_version": FORMAT_VERSION})
+
+    def identity(self) -> str:
+        """Digest of all that the arrays depend on; what may change without new targets is left out."""
+        return digest({key: value for key, value in self._value().items() if key not in _FREE})
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array of the store: those of each output's encoding, and the teacher's statistics."""
+        specs = {
+            output.name + suffix: spec
+            for output in self.outputs
+            for suffix, spec in encoding_from_json(self.encodings[output.name]).arrays(output).items()
+        }
+        return {**specs, "statistics": ArraySpec(dtype="float32", shape=(len(STATISTICS),))}
+
+    def layouts(self) -> dict[str, ArrayLayout]:
+        """Where each array lies."""
+        return {name: ArrayLayout.of(name, spec, self.shard_rows) for name, spec in self.arrays().items()}
+
+    def to_text(self) -> str:
+        """Content of manifest.json."""
+        value = {**self._value(), "digest": digest(self._value())}
+        return json.dumps(json.loads(canonical_json(value)), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def _value(self) -> dict[str, Any]:
+        return {
+            "format": "kdpipe-targets",
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "ingredients": self.ingredients,
+            "outputs": [{"name": each.name, "shape": list(each.shape)} for each in self.outputs],
+            "encodings": self.encodings,
+            "temperatures": list(self.temperatures),
+            "num_classes": self.num_classes,
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "shard_rows": self.shard_rows,
+            "arrays": [layout.to_json() for layout in self.layouts().values()],
+            "statistics": list(STATISTICS),
+            "sections": self.sections,
+            "teacher": self.teacher,
+            "recorded": self.recorded,
+        }
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read manifest.json. Raises `StoreNotFoundError`, `StoreError` (another format), `CorruptStoreError`."""
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise StoreNotFoundError(f"there is no target store at {folder}. Run `kdpipe cache-teacher NAME`.")
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            version = value["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptStoreError(f"{path} is damaged: {error}") from None
+        if version != FORMAT_VERSION:
+            raise StoreError(f"{path} has format version {version}; this kdpipe reads version {FORMAT_VERSION}")
+        return cls._from_value(path, value)
+
+    @classmethod
+    def _from_value(cls, path: Path, value: dict[str, Any]) -> Manifest:
+        try:
+            outputs = [OutputSpec(name=each["name"], shape=tuple(each["shape"])) for each in value["outputs"]]
+            taken = ("ingredients", "encodings", "temperatures", "num_classes", "class_names", "shard_rows")
+            described = ("sections", "teacher", "recorded")
+            manifest = cls(outputs=outputs, **{key: value[key] for key in (*taken, *described)})
+            intact = manifest.to_text() == path.read_text(encoding="utf-8")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptStoreError(f"{path} is damaged: {error}") from None
+        if not intact:
+            raise CorruptStoreError(f"{path} was changed after it was written. Fetch or compute the store again.")
+        return manifest

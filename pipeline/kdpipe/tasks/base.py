@@ -1,0 +1,91 @@
+"""The `Task` protocol, and what classification tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.data.columns import Columns
+from kdpipe.data.prepared import MISSING_LABEL
+from kdpipe.data.preparing import NameOf
+from kdpipe.errors import DataError
+from kdpipe.preprocess import Preprocess
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is to be learnt. Shapes: B batch, C classes; language models have `[B, T]` labels and `[B, T, C]` logits."""
+
+    num_classes: int
+    class_names: Sequence[str] | None
+
+    def to_inputs(self, batch: pa.RecordBatch, name_of: NameOf) -> Columns:
+        """Raw columns of a block of source rows. Raises `DataError` naming bad rows."""
+
+    def to_labels(self, values: pa.Array, name_of: NameOf) -> NDArray[np.int64]:
+        """Labels `[B]` of the source's label column, -1 where there is none. Raises `DataError` naming bad rows."""
+
+    def default_preprocess(self) -> Preprocess:
+        """The way from row to model input of a model that names none."""
+
+    def label_loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The loss on labels, one value per row `[B]`; 0 where the label is missing (-1)."""
+
+
+def class_labels(
+    values: pa.Array, num_classes: int, class_names: Sequence[str] | None, name_of: NameOf
+) -> NDArray[np.int64]:
+    """Class ids `[B]` of a label column of integers, or of `class_names`; nulls become -1."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return _ids_of_names(values, class_names, name_of)
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
+    try:
+        ids: NDArray[np.int64] = pc.fill_null(values.cast(pa.int64()), MISSING_LABEL).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"labels of type {values.type} are no class numbers: {error}") from None
+    given = ~values.is_null().to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero(given & ((ids < 0) | (ids >= num_classes)))
+    if len(wrong):
+        raise DataError(
+            f"labels must lie in 0..{num_classes - 1} (task.num_classes is {num_classes}); found "
+            + ", ".join(f"{ids[i]} in {name_of(int(i))}" for i in wrong[:5])
+            + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        )
+    return ids
+
+
+def _ids_of_names(values: pa.Array, class_names: Sequence[str] | None, name_of: NameOf) -> NDArray[np.int64]:
+    if class_names is None:
+        raise DataError(f"labels are text (such as {values[0]}); name the classes, in order, in task.class_names")
+    ids = pc.index_in(values, value_set=pa.array(class_names, values.type))
+    unknown = np.flatnonzero(pc.and_(ids.is_null(), values.is_valid()).to_numpy(zero_copy_only=False))
+    if len(unknown):
+        found = ", ".join(f"{values[int(i)]} in {name_of(int(i))}" for i in unknown[:5])
+        raise DataError(f"labels must be among {', '.join(class_names)}; found {found}")
+    result: NDArray[np.int64] = pc.fill_null(ids.cast(pa.int64()), MISSING_LABEL).to_numpy(zero_copy_only=False)
+    return result
+
+
+def check_class_names(num_classes: int, class_names: Sequence[str] | None) -> None:
+    """Raise `DataError` unless the names fit the class count."""
+    if num_classes < 2:
+        raise DataError(f"task.num_classes is {num_classes}; expected at least 2")
+    if class_names is not None and len(set(class_names)) != num_classes:
+        raise DataError(f"task.class_names has {len(set(class_names))} different names for {num_classes} classes")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with label smoothing (Szegedy et al. 2016), `[B, C]` x `[B]` -> `[B]`; 0 where the label is -1."""
+    return torch.nn.functional.cross_entropy(
+        logits.float(), labels, ignore_index=MISSING_LABEL, reduction="none", label_smoothing=smoothing
+    )

@@ -1,0 +1,119 @@
+"""Image classification: rows are uint8 images of one size, or encoded images of any size."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from kdpipe.data.columns import Array, Columns, Ragged
+from kdpipe.data.preparing import NameOf, column_of
+from kdpipe.errors import ConfigError, DataError
+from kdpipe.preprocess import ImageTensor, Preprocess
+from kdpipe.tasks.base import check_class_names, class_labels, cross_entropy
+
+_CHANNELS_TO_MODE = {1: "L", 3: "RGB"}
+
+
+class ImageClassification:
+    """One label per image.
+
+    `column` holds encoded images (PNG, JPEG, …) or lists of uint8 pixels, row-major. Rows are kept as uint8 arrays of
+    `shape` (height, width, channels): required for pixel lists, read off the first image otherwise. With
+    `keep_encoded` rows stay encoded bytes, of any size; a preprocess with `size` brings them to one.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        column: str = "image",
+        shape: tuple[int, int, int] | None = None,
+        keep_encoded: bool = False,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        check_class_names(num_classes, class_names)
+        if shape is not None and shape[2] not in _CHANNELS_TO_MODE:
+            raise ConfigError(f"task.shape is {list(shape)}; expected height, width and 1 or 3 channels")
+        self.num_classes = num_classes
+        self.class_names = class_names
+        self._column, self._shape, self._keep_encoded = column, shape, keep_encoded
+
+    def to_inputs(self, batch: pa.RecordBatch, name_of: NameOf) -> Columns:
+        """Column `image`: uint8 `[B, H, W, channels]`, or `Ragged` bytes. Raises `DataError` naming bad rows."""
+        values = column_of(batch, self._column)
+        if values.null_count:
+            rows = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
+            raise DataError(f"column {self._column!r} has no image in {name_of(int(rows[0]))} ({len(rows)} such rows)")
+        if pa.types.is_struct(values.type) and "bytes" in values.type.names:
+            values = values.field("bytes")
+        if pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
+            images = [self._decode(value, name_of(i)) for i, value in enumerate(values.to_pylist())]
+            return {"image": _ragged(values) if self._keep_encoded else np.stack(images)}
+        return {"image": self._pixels(values, name_of)}
+
+    def to_labels(self, values: pa.Array, name_of: NameOf) -> NDArray[np.int64]:
+        """Class ids `[B]`, -1 where there is none."""
+        return class_labels(values, self.num_classes, self.class_names, name_of)
+
+    def default_preprocess(self) -> Preprocess:
+        """Pixels scaled and normalised per channel."""
+        return ImageTensor()
+
+    def label_loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Cross-entropy, one value per row `[B]`."""
+        return cross_entropy(logits, labels, smoothing)
+
+    def _decode(self, encoded: bytes, name: str) -> Array:
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                channels = self._shape[2] if self._shape else (1 if image.mode in ("1", "L") else 3)
+                pixels = np.asarray(image.convert(_CHANNELS_TO_MODE[channels]), np.uint8)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"the image of {name} cannot be decoded: {error}. Repair or remove that row.") from None
+        array: Array = pixels.reshape(*pixels.shape[:2], channels)
+        if self._keep_encoded:
+            return array
+        self._shape = self._shape or array.shape
+        if array.shape != self._shape:
+            raise DataError(
+                f"the image of {name} has shape {list(array.shape)}, expected {list(self._shape)}. For images of "
+                "several sizes set task.keep_encoded: true and give each preprocess a size."
+            )
+        return array
+
+    def _pixels(self, values: pa.Array, name_of: NameOf) -> Array:
+        kind: Any = values.type
+        if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind)) or kind.value_type != pa.uint8():
+            raise DataError(
+                f"column {self._column!r} has type {kind}; expected encoded images or lists of uint8 pixels"
+            )
+        if self._shape is None:
+            raise DataError(
+                "task.shape is missing: pixel lists do not tell height, width and channels, say [28, 28, 1]"
+            )
+        expected = int(np.prod(self._shape))
+        lengths = values.value_lengths().to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero(lengths != expected)
+        if len(wrong):
+            raise DataError(
+                f"{name_of(int(wrong[0]))} has {lengths[wrong[0]]} pixels; "
+                f"task.shape {list(self._shape)} asks {expected}"
+            )
+        flat = values.flatten()
+        if flat.null_count:
+            row = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0]) // expected
+            raise DataError(f"the image of {name_of(row)} has empty pixels")
+        pixels: Array = flat.to_numpy().reshape(-1, *self._shape)
+        return pixels
+
+
+def _ragged(values: pa.Array) -> Ragged:
+    lengths = np.array([len(each) for each in values.to_pylist()], np.int64)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    return Ragged(values=np.frombuffer(b"".join(values.to_pylist()), np.uint8), offsets=offsets)

@@ -1,0 +1,1 @@
+"""Models that speak about rows: whatever framework, one protocol."""

@@ -1,0 +1,1 @@
+"""The commands of kdpipe: one module per stage, and the command line that runs them."""

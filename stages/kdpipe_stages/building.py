@@ -1,0 +1,144 @@
+"""From params.yaml to models: a module with its own preprocess, trained models on disk, stores that fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kdpipe import durable
+from kdpipe.checkpoint import load_weights, num_parameters, save_weights
+from kdpipe.config import Factory, resolve
+from kdpipe.data.columns import Columns
+from kdpipe.data.prepared import PreparedInputs
+from kdpipe.errors import ConfigError
+from kdpipe.fingerprint import canonical_json, digest, digest_file, source_digests
+from kdpipe.preprocess import Preprocess
+from kdpipe.tasks.base import Task
+from kdpipe.training import TrainPlan
+from kdpipe_stages.params import Project, TrainSection
+
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "model.json"
+_FIT_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A module by factory and its preprocess; `where` is its key in params.yaml."""
+
+    where: str
+    model: Factory
+    preprocess: Factory | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Both factories as they stand in params.yaml."""
+        return {"model": self.model.to_json(), "preprocess": self.preprocess and self.preprocess.to_json()}
+
+    def sources(self, project: Project, task: Task) -> dict[str, str]:
+        """Digests of the code that both reach."""
+        preprocess = self.preprocess or Factory(path=_path_of(task.default_preprocess()))
+        named = {"model": self.model, "preprocess": preprocess}
+        found = {key: source_digests(resolve(each.path, project.root, self.where)) for key, each in named.items()}
+        return found["model"] | found["preprocess"]
+
+    def build(
+        self, project: Project, task: Task, preprocess: Preprocess, inputs: PreparedInputs, seed: int
+    ) -> nn.Module:
+        """A freshly initialised module; `input_shape` and `num_classes` are offered to its factory."""
+        shape = tuple(preprocess(inputs.read(np.zeros(1, np.int64))).shape[1:])
+        where = f"{self.where}.model"
+        bound = project.bind(self.model, where, input_shape=shape, num_classes=task.num_classes)
+        torch.manual_seed(seed)
+        model = bound.make()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"{where}: {self.model.path} gave {type(model).__name__}; expected a torch.nn.Module")
+        return model
+
+
+def _path_of(value: Any) -> str:
+    return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
+def fit_preprocess(preprocess: Preprocess, inputs: PreparedInputs, rows: NDArray[np.int64]) -> None:
+    """Fit a preprocess on the given rows, in blocks."""
+
+    def blocks() -> Iterator[Columns]:
+        for start in range(0, len(rows), _FIT_ROWS):
+            yield inputs.read(rows[start : start + _FIT_ROWS])
+
+    preprocess.fit(blocks())
+
+
+def train_plan(section: TrainSection, steps: int, seed: int) -> TrainPlan:
+    """A params.yaml `train` section as the library takes it."""
+    taken = set(TrainPlan.__dataclass_fields__) & set(section.__dataclass_fields__) - {"seed"}
+    return TrainPlan(steps=steps, seed=seed, **{name: getattr(section, name) for name in taken})
+
+
+def plan_json(section: TrainSection) -> dict[str, Any]:
+    """A `train` section without what changes no number."""
+    free = ("num_workers", "checkpoint_every_s")
+    return {key: value for key, value in asdict(section).items() if key not in free}
+
+
+def save_model(folder: Path, model: nn.Module, preprocess: Preprocess, description: Mapping[str, Any]) -> None:
+    """Write weights, then model.json, whose presence says that the model is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / WEIGHTS)
+    content = {
+        "weights": WEIGHTS,
+        "sha256": digest_file(folder / WEIGHTS),
+        "size_bytes": (folder / WEIGHTS).stat().st_size,
+        "parameters": num_parameters(model),
+        "preprocess_state": dict(preprocess.state()),
+        **description,
+    }
+    durable.write_text(folder / DESCRIPTION, canonical_json(content) + "\n")
+
+
+def describe_model(folder: Path, command: str) -> dict[str, Any]:
+    """Content of a trained model's model.json. Raises `ConfigError` naming the command that makes it."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise ConfigError(f"there is no trained model in {folder}. Run `{command}`.")
+    description: dict[str, Any] = json.loads(path.read_text())
+    return description
+
+
+def load_model(folder: Path, model: nn.Module, preprocess: Preprocess, command: str) -> None:
+    """Give a module and its preprocess the state that `save_model` wrote."""
+    description = describe_model(folder, command)
+    preprocess.load_state(description["preprocess_state"])
+    load_weights(model, folder / WEIGHTS)
+
+
+def teacher_fingerprint(project: Project, name: str) -> str:
+    """Whatever changes the teacher's weights: settings, code, and the rows and labels of its own split."""
+    section, task = project.teacher(name), project.task()
+    assert section.train is not None
+    spec = ModelSpec(where=f"teachers.{name}", model=section.model, preprocess=section.preprocess)
+    split_file = project.prepared / "splits" / f"{section.train.split}.json"
+    if not split_file.is_file():
+        names = ", ".join(sorted(path.stem for path in split_file.parent.glob("*.json"))) or "none"
+        raise ConfigError(
+            f"teachers.{name}.train.split: there is no split {section.train.split!r}; prepared are {names}. "
+            "Run `kdpipe prepare-data`, or name one of those."
+        )
+    return digest(
+        {
+            "kind": "teacher",
+            "spec": spec.to_json(),
+            "sources": spec.sources(project, task),
+            "train": plan_json(section.train),
+            "task": project.params.task.to_json(),
+            "split": split_file.read_text(),
+        }
+    )

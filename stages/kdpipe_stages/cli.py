@@ -1,0 +1,187 @@
+"""The command line: `kdpipe`. Torch is imported inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdpipe.errors import KdpipeError
+
+if TYPE_CHECKING:
+    from kdpipe_stages.params import Project
+
+app = typer.Typer(
+    name="kdpipe",
+    help="Run a teacher once, store what it said, train any number of students from the store.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="The run's parameters; paths in it are relative to it.")]
+TeacherName = Annotated[str | None, typer.Argument(help="A teacher of params.yaml; all of them when left out.")]
+StorePath = Annotated[Path, typer.Argument(help="A target store, such as data/targets/NAME.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
+PARAMS = Path("params.yaml")
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
+) -> None:
+    context.obj = verbose
+
+
+@app.command("prepare-data")
+def prepare_data(params: ParamsFile = PARAMS) -> None:
+    """Source -> data/prepared/: row ids, inputs, labels, splits."""
+    from kdpipe_stages import commands
+
+    commands.prepare_data(_project(params))
+
+
+@app.command("train-teacher")
+def train_teacher(name: TeacherName = None, params: ParamsFile = PARAMS) -> None:
+    """Train a teacher on the labels of its split; ready teachers are taken note of."""
+    from kdpipe_stages import commands
+
+    project = _project(params)
+    for each in project.teacher_names(name):
+        commands.train_teacher(project, each)
+
+
+@app.command("cache-teacher")
+def cache_teacher(name: TeacherName = None, params: ParamsFile = PARAMS) -> None:
+    """Rows -> teacher -> data/targets/NAME. Resumes, computes only what is missing, does nothing when complete."""
+    from kdpipe_stages import commands
+
+    project = _project(params)
+    for each in project.teacher_names(name):
+        commands.cache_teacher(project, each)
+
+
+@app.command("train-student")
+def train_student(params: ParamsFile = PARAMS) -> None:
+    """Train every seed of the student and of its baselines from the stores; no teacher is needed."""
+    from kdpipe_stages import commands
+
+    commands.train_student(_project(params))
+
+
+@app.command("evaluate")
+def evaluate(params: ParamsFile = PARAMS) -> None:
+    """Student, baselines and teacher beside each other -> metrics.json; the teacher is not run."""
+    from kdpipe_stages import commands
+
+    commands.evaluate(_project(params))
+
+
+@app.command("check")
+def check(params: ParamsFile = PARAMS) -> None:
+    """Validate params.yaml: keys, types, factories, losses, files; no training."""
+    from kdpipe_stages import check as stage
+    from kdpipe_stages.terminal import answer
+
+    for line in stage.run(_project(params)):
+        answer(line)
+
+
+@app.command("inspect")
+def inspect(store: StorePath, as_json: Json = False) -> None:
+    """What a store is: rows, bytes per row, fingerprint, what the teacher said."""
+    from kdpipe_stages.stores import inspect as describe
+    from kdpipe_stages.terminal import answer_json, answers, store_table
+
+    description = describe(store)
+    if as_json:
+        answer_json(description)
+    else:
+        answers.print(store_table(description))
+
+
+@app.command("verify")
+def verify(store: StorePath) -> None:
+    """Check every byte of a store against its checksums; lists bad shards."""
+    from kdpipe_stages.stores import verify as check_store
+    from kdpipe_stages.terminal import answer
+
+    for line in check_store(store):
+        answer(line)
+
+
+@app.command("demo")
+def demo(folder: Annotated[Path, typer.Argument(help="Where; made if absent.")] = Path("kdpipe-demo")) -> None:
+    """The whole pipeline on scikit-learn's digits, offline, in under two minutes."""
+    from kdpipe_stages import demo as stage
+    from kdpipe_stages.terminal import answer, answers, gain_lines, result_table
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stage.scaffold(folder)
+    project = _project(folder / "params.yaml")
+    done = stage.run(project)
+    answers.print(result_table(done.metrics, done.timings, f"split {project.params.evaluate.split}"))
+    for line in [*gain_lines(done.metrics["gain"]), *done.notes]:
+        answer(line)
+    answer(f"everything in {project.root / 'metrics.json'}")
+
+
+def _project(params: Path) -> Project:
+    from kdpipe_stages.params import Project
+
+    return Project(params)
+
+
+def main() -> None:
+    """Run the command line. Exit status 0: done; 1: the user's error, told in one message; 2: usage."""
+    verbose = any(argument in ("-v", "--verbose") for argument in sys.argv[1:])
+    sys.exit(_run(app, verbose))
+
+
+def _run(command: Callable[..., object], verbose: bool) -> int:
+    try:
+        command(standalone_mode=False)
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted. What was finished is kept; run the same command again to go on.")
+    except KdpipeError as error:
+        if verbose:
+            raise
+        return _fail(str(error))
+    except OSError as error:
+        if verbose or (error.filename is None and error.errno is None):
+            raise
+        return _fail(_explain_os_error(error))
+    except Exception as error:
+        if not isinstance(error, _usage_errors()):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    return 0
+
+
+def _usage_errors() -> type:
+    """Root of the command-line parser's own errors; typer may carry a click of its own, so it has no other name."""
+    return next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return 1
+
+
+def _explain_os_error(error: OSError) -> str:
+    what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({what}). What was committed is kept; free some space and run the same command again."
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        user = f"user {os.getuid()}"
+        return f"no permission to write or read there ({what}) as {user}. Make it writable, or work in another folder."
+    return what

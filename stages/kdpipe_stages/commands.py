@@ -1,0 +1,79 @@
+"""Each stage as a person runs it: with a progress bar, and a closing message on stderr.
+
+A stage is imported by its own command only: the student's commands reach no teacher.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kdpipe_stages.terminal import progress_bar, say
+
+if TYPE_CHECKING:
+    from kdpipe.caching import CacheProgress
+    from kdpipe.training import Progress
+    from kdpipe_stages.params import Project
+    from kdpipe_stages.train_student import RunOf
+
+
+def prepare_data(project: Project) -> None:
+    """`kdpipe prepare-data`."""
+    from kdpipe_stages import prepare_data as stage
+
+    done = stage.run(project)
+    splits = ", ".join(
+        f"{name} {count['rows']:,} ({count['labelled']:,} labelled)" for name, count in done.splits.items()
+    )
+    say(f"prepare-data   {done.num_rows:,} rows, {done.num_new:,} of them new: {splits}")
+
+
+def train_teacher(project: Project, name: str) -> None:
+    """`kdpipe train-teacher NAME`."""
+    from kdpipe_stages import train_teacher as stage
+
+    with progress_bar(f"train-teacher {name}", "steps") as advance:
+
+        def on_progress(now: Progress) -> None:
+            advance(now.step, now.steps, f"loss {now.loss:.3f}, {now.rows_per_s:,.0f} rows/s")
+
+        done = stage.run(project, name, on_progress)
+    what = f"nothing to do, {done.skipped}" if done.skipped else f"trained in {done.seconds:.1f} s"
+    say(f"train-teacher  {name}: {what}")
+
+
+def cache_teacher(project: Project, name: str) -> None:
+    """`kdpipe cache-teacher NAME`."""
+    from kdpipe_stages import cache_teacher as stage
+
+    with progress_bar(f"cache-teacher {name}", "rows") as advance:
+
+        def on_progress(now: CacheProgress) -> None:
+            advance(now.rows_done, now.rows_total, f"{now.rows_per_s:,.0f} rows/s")
+
+        done = stage.run(project, name, on_progress)
+    computed = f"{done.rows_computed:,} rows computed in {done.teacher_seconds:.2f} s of teacher"
+    what = computed if done.rows_computed else "complete already, nothing to do"
+    say(f"cache-teacher  {name}: {what}; store of {done.num_rows:,} rows, {done.num_bytes:,} bytes")
+
+
+def train_student(project: Project) -> None:
+    """`kdpipe train-student`."""
+    from kdpipe_stages import train_student as stage
+
+    with progress_bar("train-student", "steps") as advance:
+
+        def on_progress(each: RunOf, now: Progress) -> None:
+            advance(now.step, now.steps, f"{each.folder} loss {now.loss:.3f}, {now.rows_per_s:,.0f} rows/s")
+
+        done = stage.run(project, on_progress)
+    say(f"train-student  {len(done.trained)} trained, {len(done.skipped)} were ready")
+
+
+def evaluate(project: Project) -> dict[str, Any]:
+    """`kdpipe evaluate`."""
+    from kdpipe_stages import evaluate as stage
+
+    metrics = stage.run(project)
+    accuracy = metrics["student"]["accuracy"]
+    say(f"evaluate       student accuracy {accuracy:.4f} on {project.params.evaluate.split}; the rest in metrics.json")
+    return metrics

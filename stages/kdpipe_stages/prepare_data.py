@@ -1,0 +1,22 @@
+"""`kdpipe prepare-data`: source -> data/prepared/ (inputs, labels, splits)."""
+
+from __future__ import annotations
+
+from kdpipe.data.preparing import Prepared, RowSchema, prepare
+from kdpipe.data.sources import Source
+from kdpipe_stages.params import Project, source_columns, split_plan
+
+
+def run(project: Project) -> Prepared:
+    """Bring the prepared rows up to date with the source; rows that are known already are not written again."""
+    section = project.params.data
+    source: Source = project.bind(section.source, "data.source", path=project.root / section.path).make()
+    task = project.task()
+    with project.only_writer("prepared", f"preparing {project.prepared}"):
+        return prepare(
+            source,
+            RowSchema(to_inputs=task.to_inputs, to_labels=task.to_labels),
+            source_columns(section.columns),
+            split_plan(section.splits),
+            project.prepared,
+        )

@@ -1,0 +1,62 @@
+"""`kdpipe inspect` and `kdpipe verify`: what a target store is, and whether its bytes are those committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdpipe.errors import CorruptStoreError
+from kdpipe.store import TargetStore
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What a store is: rows, bytes, encoding, fingerprint, and a summary of what the teacher said (view 0)."""
+    store = TargetStore.open(path)
+    manifest, missing = store.manifest, store.missing()
+    description = {
+        "path": str(path),
+        "fingerprint": store.fingerprint,
+        "teacher": dict(manifest.teacher),
+        "encodings": {name: dict(each) for name, each in manifest.encodings.items()},
+        "temperatures": list(manifest.temperatures),
+        "num_classes": manifest.num_classes,
+        "num_rows": store.num_rows,
+        "num_views": store.num_views,
+        "shard_rows": manifest.shard_rows,
+        "missing_shards": len(missing),
+        "num_bytes": store.num_bytes,
+        "bytes_per_row": store.num_bytes / max(1, store.num_rows * store.num_views),
+        "recorded": dict(manifest.recorded),
+    }
+    if not missing:
+        said = store.statistics(np.arange(store.num_rows))
+        for name in ("confidence", "entropy"):
+            quantiles = np.quantile(said[name], [0.05, 0.5, 0.95])
+            description[name] = {
+                "mean": float(said[name].mean()),
+                "p5": float(quantiles[0]),
+                "median": float(quantiles[1]),
+                "p95": float(quantiles[2]),
+            }
+    return description
+
+
+def verify(path: Path) -> Sequence[str]:
+    """Read every byte of a store. Raises `CorruptStoreError` listing each bad shard; returns what was checked."""
+    store = TargetStore.open(path)
+    problems = store.verify()
+    if problems:
+        lines = [
+            f"view {each.view}, shard {each.shard}: {each.what}" if each.shard is not None else each.what
+            for each in problems
+        ]
+        raise CorruptStoreError(
+            f"{path}: {len(problems)} problems\n  "
+            + "\n  ".join(lines)
+            + f"\nRemove {path} and its copy in data/.work, then run `kdpipe cache-teacher NAME` to compute it again, "
+            "or fetch it again."
+        )
+    return [f"{store.num_rows} rows x {store.num_views} views, {store.num_bytes:,} bytes: every checksum matches"]

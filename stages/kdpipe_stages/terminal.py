@@ -1,0 +1,144 @@
+"""What a person sees: progress bars and messages on stderr, tables and answers on stdout."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+answers = Console(soft_wrap=True, highlight=False)
+
+REFRESH_S = 0.1
+
+
+def say(message: str) -> None:
+    """A message to the person at the terminal."""
+    errors.print(message, markup=False)
+
+
+def answer(text: str) -> None:
+    """A line of the command's answer."""
+    answers.print(text, markup=False)
+
+
+def answer_json(value: Any) -> None:
+    """The command's answer for a program."""
+    print(json.dumps(value, indent=2, sort_keys=True))  # noqa: T201
+
+
+Advance = Callable[[int, int, str], None]
+"""(done, total, note) -> moves the bar."""
+
+
+@contextmanager
+def progress_bar(title: str, unit: str) -> Iterator[Advance]:
+    """A bar with time left and a note; on a pipe or a log file it stays silent."""
+    if not errors.is_terminal:
+        yield lambda _done, _total, _note: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=errors, transient=True, auto_refresh=False) as progress:
+        bar: TaskID = progress.add_task(title, total=None, note="")
+        shown = 0.0
+
+        def advance(done: int, total: int, note: str) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown < REFRESH_S and done < total:
+                return
+            shown = now
+            progress.update(bar, completed=done, total=total, note=note, refresh=True)
+
+        yield advance
+
+
+def store_table(description: Mapping[str, Any]) -> Table:
+    """`kdpipe inspect` for a person."""
+    table = Table(title=description["path"], show_header=False)
+    for key, value in description.items():
+        if key == "path":
+            continue
+        if isinstance(value, Mapping):
+            shown = ", ".join(f"{name} {_short(each)}" for name, each in value.items())
+        else:
+            shown = _short(value)
+        table.add_row(key.replace("_", " "), shown)
+    return table
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return " ".join(str(each) for each in value.values())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+_ROWS = (
+    ("teacher", "teacher"),
+    ("student", "student from cached targets"),
+    ("baseline", "same student, labels only"),
+    ("baseline_label_smoothing", "same student, label smoothing"),
+)
+
+
+def result_table(metrics: Mapping[str, Any], timings: Mapping[str, Any], title: str) -> Table:
+    """The pipeline's result: accuracy, agreement, size, seconds, for teacher, student and baselines."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    headers = ("accuracy %", "agreement %", "KL to teacher", "ECE %", "parameters", "bytes", "s per epoch")
+    for header in headers:
+        table.add_column(header, justify="right")
+    per_epoch = {
+        "student": timings.get("train_student-student"),
+        "baseline": timings.get("train_student-labels_only"),
+        "baseline_label_smoothing": timings.get("train_student-label_smoothing"),
+    }
+    for key, label in _ROWS:
+        if key not in metrics:
+            continue
+        each, seconds = metrics[key], per_epoch.get(key)
+        spread = f" ± {100 * each['accuracy_std']:.2f}" if key != "teacher" else ""
+        table.add_row(
+            label,
+            f"{100 * each['accuracy']:.2f}{spread}",
+            _percent(each, "agreement"),
+            f"{each['kl_to_teacher']:.3f}" if "kl_to_teacher" in each else "",
+            _percent(each, "ece"),
+            f"{each.get('parameters', 0):,}",
+            f"{each.get('size_bytes', 0):,}",
+            f"{seconds['seconds_per_epoch']:.3f}" if seconds else "",
+        )
+    return table
+
+
+def _percent(metrics: Mapping[str, Any], key: str) -> str:
+    return f"{100 * metrics[key]:.2f}" if metrics.get(key) is not None else ""
+
+
+def gain_lines(gains: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One sentence per comparison."""
+    lines = []
+    for key, gain in gains.items():
+        what = key.removeprefix("over_").replace("_", " ")
+        interval = (
+            f" (95 % paired interval {100 * gain['low']:+.2f} to {100 * gain['high']:+.2f})"
+            if gain["low"] is not None
+            else ""
+        )
+        lines.append(f"student over {what}: {100 * gain['mean']:+.2f} points{interval}: {gain['verdict']}")
+    return lines

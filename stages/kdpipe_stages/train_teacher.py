@@ -1,0 +1,92 @@
+"""`kdpipe train-teacher NAME`: label-only training by the student's `fit` -> data/models/teachers/NAME."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdpipe import durable
+from kdpipe.batches import BatchStream, Rows
+from kdpipe.checkpoint import read_weights
+from kdpipe.errors import ConfigError
+from kdpipe.fingerprint import canonical_json, digest_file
+from kdpipe.training import LabelTerm, Progress, TrainingTerm, fit
+from kdpipe_stages.building import (
+    DESCRIPTION,
+    ModelSpec,
+    fit_preprocess,
+    save_model,
+    teacher_fingerprint,
+    train_plan,
+)
+from kdpipe_stages.params import Project, TeacherSection, has_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTeacher:
+    """What a run did: `skipped` says why nothing was trained, or is empty."""
+
+    skipped: str
+    seconds: float | None = None
+
+
+def run(project: Project, name: str, on_progress: Callable[[Progress], None] = lambda _: None) -> TrainedTeacher:
+    """Train one teacher on its own split, or take note of ready weights."""
+    section = project.teacher(name)
+    destination = project.teacher_model(name)
+    with project.only_writer(f"teacher-{name}", f"training teacher {name}"):
+        if section.weights is not None:
+            _note_ready(project.root / section.weights, section.weights, destination)
+            return TrainedTeacher(skipped=f"its weights are ready in {section.weights}")
+        fingerprint = teacher_fingerprint(project, name)
+        work = project.work(fingerprint)
+        trained = _train(project, name, section, work, fingerprint, on_progress)
+        durable.publish({"": work}, destination)
+        return trained
+
+
+def _train(
+    project: Project,
+    name: str,
+    section: TeacherSection,
+    work: Path,
+    fingerprint: str,
+    on_progress: Callable[[Progress], None],
+) -> TrainedTeacher:
+    if (work / DESCRIPTION).is_file():
+        return TrainedTeacher(skipped="it was trained with these settings and rows before")
+    assert section.train is not None
+    plan, where = section.train, f"teachers.{name}"
+    task, data = project.task(), project.prepared_data()
+    rows = data.rows_of([plan.split])
+    if not has_labels(data, rows):
+        raise ConfigError(f"{where}.train.split: no row of {plan.split!r} has a label")
+    rows = rows[data.labels[rows] >= 0]
+    spec = ModelSpec(where=where, model=section.model, preprocess=section.preprocess)
+    preprocess = project.preprocess(section.preprocess, task, f"{where}.preprocess")
+    fit_preprocess(preprocess, data.inputs, rows)
+    model = spec.build(project, task, preprocess, data.inputs, plan.seed)
+    learnt = Rows(inputs=data.inputs, rows=rows, preprocess=preprocess, labels=data.labels)
+    stream = BatchStream(learnt, batch_size=plan.batch_size, seed=plan.seed, num_workers=plan.num_workers)
+    terms: list[TrainingTerm] = [LabelTerm(loss=task.label_loss, weight=1.0, smoothing=plan.label_smoothing)]
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = work / f"checkpoint{durable.TEMPORARY_SUFFIX}"
+    steps = plan.epochs * stream.steps_per_epoch
+    fitted = fit(model, stream, terms, train_plan(plan, steps, plan.seed), checkpoint, on_progress)
+    save_model(work, model, preprocess, {"fingerprint": fingerprint, "split": plan.split})
+    checkpoint.unlink(missing_ok=True)
+    timings = {"seconds": fitted.seconds, "steps": fitted.steps_done}
+    project.write_timings(f"train_teacher-{name}", timings)
+    return TrainedTeacher(skipped="", seconds=fitted.seconds)
+
+
+def _note_ready(weights: Path, given: str, destination: Path) -> None:
+    """Check that ready weights are plain tensors, and write model.json about them."""
+    read_weights(weights)
+    note = {"weights": given, "sha256": digest_file(weights), "size_bytes": weights.stat().st_size}
+    if destination.exists() and not (destination / DESCRIPTION).is_file():
+        shutil.rmtree(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    durable.write_text(destination / DESCRIPTION, canonical_json(note) + "\n")
