@@ -25,6 +25,7 @@ from kdpipe.data.prepared import (
     PreparedInputs,
     digest_split,
 )
+from kdpipe.data.segments import SegmentWriter, content_digests
 from kdpipe.data.sources import Source
 from kdpipe.errors import DataError
 from kdpipe.fingerprint import canonical_json, uniform_by_id
@@ -228,8 +229,8 @@ def _with_splits(
         carved = candidates[draws < plan.validation_fraction]
         if len(carved) in (0, len(candidates)):
             raise DataError(
-                f"taking {plan.validation_fraction:g} of the {len(candidates)} rows of split {plan.carve_from!r} as "
-                f"validation takes {len(carved)}: one of the two splits is empty. Change data.splits.validation_fraction."
+                f"taking {plan.validation_fraction:g} of the {len(candidates)} rows of split {plan.carve_from!r} "
+                f"as validation takes {len(carved)}: one of the two splits is empty. Change data.splits.validation_fraction."
             )
         result[carved] = "validation"
     if not np.any(result != ""):
