@@ -140,6 +140,8 @@ def _project(params: Path) -> Project:
 
 def main() -> None:
     """Run the command line. Exit status 0: done; 1: the user's error, told in one message; 2: usage."""
+    # Idle OpenMP threads sleep: by default they spin, and two processes on one machine then slow each other many times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     verbose = any(argument in ("-v", "--verbose") for argument in sys.argv[1:])
     sys.exit(_run(app, verbose))
 
