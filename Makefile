@@ -24,4 +24,4 @@ lint: install
 	$(BIN)/lint-imports
 
 bench: install
-	$(BIN)/python -m tests.benchmarks
+	PYTHONPATH=tests $(BIN)/python -m benchmarks

@@ -16,8 +16,9 @@ from kdpipe.errors import ConfigError
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's state as safetensors, durably."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Write a model's state as safetensors, durably; tied weights are written under each of their names."""
+    # safetensors refuses tensors that share memory, hence the copy.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     durable.write_bytes(path, safetensors.torch.save(state))
 
 
@@ -59,7 +60,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in state.items()
+    ):
         raise ConfigError(f"{path} does not hold a state dict: a mapping of names to tensors was expected")
     return dict(state)
 

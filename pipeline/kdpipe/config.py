@@ -17,7 +17,7 @@ import yaml
 from pydantic import BeforeValidator, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from kdpipe.errors import ConfigError
-from kdpipe.fingerprint import digest_file
+from kdpipe.fingerprint import digest, digest_file
 
 T = TypeVar("T")
 
@@ -58,6 +58,8 @@ def load_yaml(path: Path) -> Any:
         raise ConfigError(
             f"no {path}: expected the run's parameters there. `kdpipe demo DIR` writes an example."
         ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
 
@@ -115,8 +117,8 @@ def resolve(path: str, root: Path, where: str) -> Callable[..., Any]:
     module = _load_file(root / module_name, where) if module_name.endswith(".py") else _import(module_name, where)
     found = getattr(module, name, None)
     if not callable(found):
-        choices = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        own = sorted(key for key in choices if getattr(module, key).__module__ == module.__name__)
+        public = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+        own = sorted(key for key, value in public.items() if getattr(value, "__module__", None) == module.__name__)
         raise ConfigError(f"{where}: {module_name} has no {name!r}; it has {', '.join(own) or 'nothing callable'}")
     return typing.cast("Callable[..., Any]", found)
 
@@ -135,7 +137,8 @@ def _import(name: str, where: str) -> Any:
 def _load_file(path: Path, where: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"{where}: there is no file {path}")
-    name = f"{path.stem}_{digest_file(path)[:12]}"
+    # The same content elsewhere is another module: it may look for files beside it.
+    name = f"{path.stem}@{digest([str(path.resolve()), digest_file(path)])[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kdpipe.errors import TrainingError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,3 +42,21 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_peers() -> PartialState:
+    """This process among its peers: by NCCL where there are GPUs, by gloo on CPUs.
+
+    Raises `TrainingError` when Accelerate was set up before for another number of processes.
+    """
+    import torch
+    from accelerate import PartialState
+
+    # Without GPUs Accelerate sees torchrun only when it is told to use the CPU.
+    state = PartialState(cpu=world_size() > 1 and not torch.cuda.is_available())
+    if state.num_processes != world_size():
+        raise TrainingError(
+            f"there are {world_size()} processes (WORLD_SIZE), but Accelerate was set up for {state.num_processes}. "
+            "Make no PartialState or Accelerator in this process before kdpipe.distributed.join_peers()."
+        )
+    return state

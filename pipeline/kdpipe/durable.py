@@ -99,18 +99,22 @@ def link_tree(source: Path, destination: Path) -> None:
                 shutil.copyfile(path, target)
 
 
-def publish(parts: Mapping[str, Path], destination: Path) -> None:
+def publish(parts: Mapping[str, Path], destination: Path, staging: Path | None = None) -> None:
     """Make `destination` hold exactly `parts` (relative name -> folder; "" is the top), in one rename.
 
     Files are hard links. A reader sees the old folder or the new one, never a mixture; no published file is ever
-    opened for writing.
+    opened for writing. The new folder is put together as `staging` (on the same file system; beside `destination` when
+    not given), by one process at a time.
     """
-    staging = destination.with_name(f".{destination.name}{TEMPORARY_SUFFIX}")
+    staging = staging or destination.with_name(f".{destination.name}{TEMPORARY_SUFFIX}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     for name, folder in parts.items():
         (staging / name).mkdir(parents=True, exist_ok=True)
         link_tree(folder, staging / name)
+    for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+        fsync_folder(folder)
+    destination.parent.mkdir(parents=True, exist_ok=True)
     if destination.exists():
         _exchange(staging, destination)
         shutil.rmtree(staging)

@@ -97,4 +97,7 @@ def encoding_from_json(value: Mapping[str, Any]) -> TargetEncoding:
     parameters = {key: parameter for key, parameter in value.items() if key != "name"}
     if value["name"] not in ENCODINGS:
         raise ConfigError(f"encoding {value['name']!r} is unknown; the choices are {', '.join(ENCODINGS)}")
-    return ENCODINGS[value["name"]](**parameters)
+    try:
+        return ENCODINGS[value["name"]](**parameters)
+    except TypeError as error:
+        raise ConfigError(f"encoding {value['name']!r} has other parameters than {parameters}: {error}") from None

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdpipe import __version__
+
+RECORDED_ELSEWHERE = frozenset({"numpy", "torch"})
+"""Packages whose version may change last bits only: a store records it, the fingerprint does not cover it."""
 
 
 def canonical_json(value: Any) -> str:
@@ -46,41 +51,65 @@ def source_digests(factory: Any) -> dict[str, str]:
     Project-local modules by the SHA-256 of their source, followed through their imports (lazy ones too); installed
     packages by version.
     """
-    found: dict[str, str] = {}
+    local: dict[str, str] = {}
+    installed: dict[str, str] = {}
     waiting = [factory.__module__]
     while waiting:
         name = waiting.pop()
         top = name.partition(".")[0]
-        path = None if top in sys.stdlib_module_names or name in found or top in found else _locate(name)
+        label = "".join(name.partition("@")[:2])  # a factory's file is loaded as stem@digest
+        known = label in local or top in installed or top in sys.stdlib_module_names or top in RECORDED_ELSEWHERE
+        path = None if known else _locate(name)
         if path is None:
             continue
         if top == "kdpipe":
-            found[top] = __version__
+            installed[top] = __version__
         elif any(part in ("site-packages", "dist-packages") for part in path.parts):
-            found[top] = _installed_version(top)
+            installed[top] = _installed_version(top)
         else:
-            found[name] = digest_file(path)
-            waiting += _imports(path, name)
-    return found
+            local[label] = digest_file(path)
+            waiting += [*_packages_above(name), *_imports(path, name)]
+    return local | installed
 
 
 def _locate(name: str) -> Path | None:
     module = sys.modules.get(name)
-    origin = getattr(module, "__file__", None)
-    if module is None:
-        try:
-            spec = importlib.util.find_spec(name)
-        except (ImportError, ValueError):
-            return None
-        origin = spec.origin if spec else None
+    spec = _find_spec(name) if module is None else None
+    origin = spec.origin if spec else getattr(module, "__file__", None)
     return Path(origin) if origin and Path(origin).is_file() else None
 
 
+def _find_spec(name: str) -> ModuleSpec | None:
+    """Where a module would be imported from. Runs no code: what is imported lazily may be heavy or not work here."""
+    package = name.rpartition(".")[0]
+    try:
+        if not package:
+            return importlib.util.find_spec(name)
+        above = _find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    folders = above.submodule_search_locations if above else None
+    return PathFinder.find_spec(name, folders) if folders else None
+
+
+def _packages_above(name: str) -> Iterator[str]:
+    """`a.b` and `a` for `a.b.c`: importing it runs their `__init__.py` too."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
 def _installed_version(top: str) -> str:
+    """The same whether the package was imported already or not, also where its distribution has another name."""
     try:
         return importlib.metadata.version(top)
     except importlib.metadata.PackageNotFoundError:
-        return str(getattr(sys.modules.get(top), "__version__", "unknown"))
+        names = sorted(set(_distributions().get(top, ())))
+        return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names) or "unknown"
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
 
 
 def _imports(path: Path, name: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdpipe.data.columns import Array, Columns, Ragged
-from kdpipe.errors import ConfigError
+from kdpipe.errors import ConfigError, DataError
 
 State = Mapping[str, list[float]]
 """What a fitted preprocess keeps beside its arguments: JSON numbers, stored with the model."""
@@ -87,10 +87,18 @@ class ImageTensor:
     def _pixels(self, columns: Columns) -> Array:
         images = columns["image"]
         if isinstance(images, Ragged):
-            return np.stack([self._open(Image.open(io.BytesIO(images.row(i).tobytes()))) for i in range(len(images))])
-        if self._size is None or images.shape[1:3] == self._size:
+            opened = [self._open(Image.open(io.BytesIO(images.row(i).tobytes()))) for i in range(len(images))]
+            shapes = sorted({each.shape for each in opened})
+            if len(shapes) > 1:
+                raise DataError(
+                    f"encoded images become arrays of several shapes: {', '.join(map(str, shapes))}; "
+                    "expected one. Give the preprocess ImageTensor a size, and keep grey and colour images apart."
+                )
+            return np.stack(opened)
+        if self._size is None or images.shape[1:3] == tuple(self._size):
             return images
-        return np.stack([self._open(Image.fromarray(each.squeeze())) for each in images])
+        grey = images.shape[-1] == 1
+        return np.stack([self._open(Image.fromarray(each[..., 0] if grey else each)) for each in images])
 
     def _open(self, image: Any) -> Array:
         grey = image.mode in ("1", "L")
@@ -131,6 +139,10 @@ class Standardize:
         return (features - torch.tensor(state["mean"])) / torch.tensor(state["std"])
 
 
+_ROUNDING = 1e-12
+"""Spread relative to the mean that float64 sums of a constant may show."""
+
+
 class _Moments:
     """Mean and standard deviation per column of a stream, by Chan et al. 1983; a constant column counts as std 1."""
 
@@ -149,4 +161,5 @@ class _Moments:
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         std = np.sqrt(self._squares / self._count)
-        return self._mean.tolist(), np.where(std > 0, std, 1.0).tolist()
+        constant = std <= _ROUNDING * np.abs(self._mean)
+        return self._mean.tolist(), np.where(constant, 1.0, std).tolist()

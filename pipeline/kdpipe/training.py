@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from kdpipe.batches import Batch, BatchStream
 from kdpipe.checkpoint import load_training, save_training
 from kdpipe.data.prepared import MISSING_LABEL
+from kdpipe.distributed import join_peers
 from kdpipe.errors import TrainingError
 from kdpipe.fingerprint import digest
 from kdpipe.losses import LossTerm
 
 Precision = Literal["float32", "bfloat16", "float16"]
-_MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGS_PER_FIT = 100
 
 
@@ -109,8 +110,8 @@ class DistillTerm:
 
     @property
     def name(self) -> str:
-        """Teacher and loss."""
-        return f"{self.term.teacher}.{type(self.term.loss).__name__}"
+        """Teacher, loss and temperature."""
+        return f"{self.term.teacher}.{type(self.term.loss).__name__} T={self.term.loss.temperature:g}"
 
     @property
     def weight(self) -> float:
@@ -162,8 +163,7 @@ def fit(
     A resumed training ends with the weights of an uninterrupted one (bitwise on a CPU with the same threads). Raises
     `TrainingError` when the loss is no finite number.
     """
-    accelerator = Accelerator(mixed_precision=_MIXED_PRECISION[plan.precision])
-    loop = _Loop(accelerator, model, terms, plan)
+    loop = _Loop(model, terms, plan)
     loop.restore(checkpoint)
     first, started = loop.step, time.perf_counter()
     saved_at = started
@@ -183,15 +183,17 @@ def fit(
 class _Loop:
     """The state of one training: model, optimiser, step, log."""
 
-    def __init__(
-        self, accelerator: Accelerator, model: nn.Module, terms: Sequence[TrainingTerm], plan: TrainPlan
-    ) -> None:
+    def __init__(self, model: nn.Module, terms: Sequence[TrainingTerm], plan: TrainPlan) -> None:
         self.step = 0
         self.loss = math.nan
         self.history: list[dict[str, float]] = []
-        self._accelerator, self._terms, self._plan = accelerator, terms, plan
+        join_peers()
+        # Accelerate fixes one mixed precision per process, and a process may train with several: autocast is done here.
+        self._accelerator = Accelerator(mixed_precision="no")
+        self._terms, self._plan = terms, plan
         self._bare = model
-        self._model, self._optimizer = accelerator.prepare(model, _optimizer(model, plan))
+        self._model, self._optimizer = self._accelerator.prepare(model, _optimizer(model, plan))
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=plan.precision == "float16")
         self._model.train()
         self._interval = max(1, plan.steps // LOGS_PER_FIT)
         self._sums: dict[str, float] = {}
@@ -200,7 +202,7 @@ class _Loop:
         """One optimiser step on one effective batch."""
         plan, accelerator = self._plan, self._accelerator
         torch.manual_seed(_step_seed(plan.seed, self.step, accelerator.process_index))
-        batch = batch.to(accelerator.device)
+        batch = batch.to(self._device)
         counts = [max(1.0, self._sum_over_ranks(term.valid(batch).sum())) for term in self._terms]
         learning_rate = plan.learning_rate_at(self.step)
         for group in self._optimizer.param_groups:
@@ -212,15 +214,19 @@ class _Loop:
             with nullcontext() if last else accelerator.no_sync(self._model):
                 self._backward(micro, counts, totals)
         if plan.clip_norm is not None:
+            self._scaler.unscale_(self._optimizer)
             accelerator.clip_grad_norm_(self._model.parameters(), plan.clip_norm)
-        self._optimizer.step()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._optimizer.zero_grad()
         self.step += 1
         self._log(totals, learning_rate)
 
     def _backward(self, batch: Batch, counts: Sequence[float], totals: dict[str, float]) -> None:
-        with self._accelerator.autocast():
+        autocast = _AUTOCAST[self._plan.precision]
+        with torch.autocast(self._device.type, autocast, enabled=autocast is not None):
             logits = self._model(batch.inputs)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = logits.new_zeros((), dtype=torch.float32)
         for term, count in zip(self._terms, counts, strict=True):
             valid = term.valid(batch)
@@ -237,7 +243,7 @@ class _Loop:
                 "train.clip_norm, or use train.precision: float32."
             )
         # DDP averages gradients over ranks; the counts are already those of all ranks.
-        self._accelerator.backward(loss * self._accelerator.num_processes)
+        self._scaler.scale(loss * self._accelerator.num_processes).backward()
 
     def _log(self, totals: Mapping[str, float], learning_rate: float) -> None:
         for name, value in totals.items():
@@ -258,7 +264,7 @@ class _Loop:
     def _sum_over_ranks(self, value: Tensor | float) -> float:
         if self._accelerator.num_processes == 1:
             return float(value)
-        tensor = torch.as_tensor(float(value), device=self._accelerator.device)
+        tensor = torch.as_tensor(float(value), device=self._device)
         return float(self._accelerator.reduce(tensor, reduction="sum"))
 
     def save(self, path: Path) -> None:
@@ -269,7 +275,7 @@ class _Loop:
             "step": self.step,
             "model": self._accelerator.unwrap_model(self._model).state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict() if self._scaler else {},
+            "scaler": self._scaler.state_dict(),
             "history": self.history,
             "sums": self._sums,
         }
@@ -283,25 +289,28 @@ class _Loop:
         self.step, self.history, self._sums = state["step"], state["history"], state["sums"]
         self._accelerator.unwrap_model(self._model).load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
-        if self._scaler and state["scaler"]:
-            self._scaler.load_state_dict(state["scaler"])
+        self._scaler.load_state_dict(state["scaler"])
 
     def unwrap(self) -> None:
         """Leave the caller's model as trained, on the CPU, in evaluation mode."""
-        self._accelerator.unwrap_model(self._model, keep_fp32_wrapper=False)
         self._bare.cpu().eval()
         self._accelerator.free_memory()
 
     @property
-    def _scaler(self) -> Any:
-        return self._accelerator.scaler
+    def _device(self) -> torch.device:
+        device: torch.device = self._accelerator.device
+        return device
 
 
 def _optimizer(model: nn.Module, plan: TrainPlan) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if plan.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=plan.learning_rate, momentum=plan.momentum, weight_decay=plan.weight_decay, nesterov=True
+            parameters,
+            lr=plan.learning_rate,
+            momentum=plan.momentum,
+            weight_decay=plan.weight_decay,
+            nesterov=plan.momentum > 0,
         )
     return torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kdpipe import durable
-from kdpipe.checkpoint import load_weights, num_parameters, save_weights
-from kdpipe.config import Factory, resolve
+from kdpipe.checkpoint import num_parameters, save_weights
+from kdpipe.config import Factory
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.errors import ConfigError
-from kdpipe.fingerprint import canonical_json, digest, digest_file, source_digests
+from kdpipe.fingerprint import canonical_json, digest, digest_file
 from kdpipe.preprocess import Preprocess
 from kdpipe.tasks.base import Task
 from kdpipe.training import TrainPlan
@@ -42,12 +42,10 @@ class ModelSpec:
         """Both factories as they stand in params.yaml."""
         return {"model": self.model.to_json(), "preprocess": self.preprocess and self.preprocess.to_json()}
 
-    def sources(self, project: Project, task: Task) -> dict[str, str]:
-        """Digests of the code that both reach."""
-        preprocess = self.preprocess or Factory(path=_path_of(task.default_preprocess()))
-        named = {"model": self.model, "preprocess": preprocess}
-        found = {key: source_digests(resolve(each.path, project.root, self.where)) for key, each in named.items()}
-        return found["model"] | found["preprocess"]
+    def sources(self, project: Project) -> dict[str, str]:
+        """Digests of the code that model and preprocess reach; a default preprocess is kdpipe's own."""
+        model = project.sources(self.model, f"{self.where}.model")
+        return model | (project.sources(self.preprocess, f"{self.where}.preprocess") if self.preprocess else {})
 
     def build(
         self, project: Project, task: Task, preprocess: Preprocess, inputs: PreparedInputs, seed: int
@@ -61,10 +59,6 @@ class ModelSpec:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"{where}: {self.model.path} gave {type(model).__name__}; expected a torch.nn.Module")
         return model
-
-
-def _path_of(value: Any) -> str:
-    return f"{type(value).__module__}:{type(value).__qualname__}"
 
 
 def fit_preprocess(preprocess: Preprocess, inputs: PreparedInputs, rows: NDArray[np.int64]) -> None:
@@ -113,16 +107,9 @@ def describe_model(folder: Path, command: str) -> dict[str, Any]:
     return description
 
 
-def load_model(folder: Path, model: nn.Module, preprocess: Preprocess, command: str) -> None:
-    """Give a module and its preprocess the state that `save_model` wrote."""
-    description = describe_model(folder, command)
-    preprocess.load_state(description["preprocess_state"])
-    load_weights(model, folder / WEIGHTS)
-
-
 def teacher_fingerprint(project: Project, name: str) -> str:
     """Whatever changes the teacher's weights: settings, code, and the rows and labels of its own split."""
-    section, task = project.teacher(name), project.task()
+    section = project.teacher(name)
     assert section.train is not None
     spec = ModelSpec(where=f"teachers.{name}", model=section.model, preprocess=section.preprocess)
     split_file = project.prepared / "splits" / f"{section.train.split}.json"
@@ -136,7 +123,7 @@ def teacher_fingerprint(project: Project, name: str) -> str:
         {
             "kind": "teacher",
             "spec": spec.to_json(),
-            "sources": spec.sources(project, task),
+            "sources": spec.sources(project) | project.sources(project.params.task, "task"),
             "train": plan_json(section.train),
             "task": project.params.task.to_json(),
             "split": split_file.read_text(),

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import torch
 
-from kdpipe import durable
 from kdpipe.caching import CacheProgress, capture
 from kdpipe.checkpoint import load_weights, num_parameters
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.encodings import Dense
-from kdpipe.errors import KdpipeError, StaleStoreError, StoreError
+from kdpipe.errors import CorruptStoreError, KdpipeError, StaleStoreError, StoreNotFoundError
 from kdpipe.fingerprint import digest_file
 from kdpipe.store import TargetStore
 from kdpipe.store.layout import choose_shard_rows
 from kdpipe.store.manifest import Manifest
 from kdpipe.teachers.base import Teacher
-from kdpipe.teachers.torch import TorchTeacher
+from kdpipe.teachers.torch import TorchTeacher, device
 from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, teacher_fingerprint
 from kdpipe_stages.params import Project, store_sections
 
@@ -36,14 +35,27 @@ class Cached:
     teacher_seconds: float
 
 
-def run(project: Project, name: str, on_progress: Callable[[CacheProgress], None] = lambda _: None) -> Cached:
-    """Compute what is missing of one teacher's store and publish it; does nothing when it is complete."""
+OnProgress = Callable[[CacheProgress], None]
+
+
+def run(project: Project, name: str, on_progress: OnProgress = lambda _: None, *, repair: bool = False) -> Cached:
+    """Compute what is missing of one teacher's store and publish it; does nothing when it is complete.
+
+    `repair` reads every byte first, and computes again the shards that differ from what was committed.
+    """
+    with project.only_writer(f"targets-{name}", f"caching teacher {name}"):
+        return _run(project, name, on_progress, repair)
+
+
+def _run(project: Project, name: str, on_progress: OnProgress, repair: bool) -> Cached:
     inputs = PreparedInputs(project.prepared / "inputs")
     teacher, description = build_teacher(project, name, inputs)
     manifest = _manifest(project, name, teacher, description, len(inputs))
     work, destination = project.work(manifest.fingerprint), project.store(name)
     with project.only_writer(manifest.fingerprint, f"caching teacher {name}"):
-        _adopt(destination, work, manifest.fingerprint)
+        _adopt(project, destination, work, manifest.fingerprint)
+        if repair:
+            _repair(work)
         if (work / "manifest.json").is_file():
             # A store that grows keeps the shard size that it was started with.
             manifest = replace(manifest, shard_rows=Manifest.load(work).shard_rows)
@@ -53,8 +65,8 @@ def run(project: Project, name: str, on_progress: Callable[[CacheProgress], None
         if captured.num_rows:
             project.write_timings(f"cache_teacher-{name}", asdict(captured))
         store.finish()
-        if not _is_published(store, destination):
-            durable.publish({"": work}, destination)
+        if repair or not _is_published(store, destination):
+            project.publish({"": work}, destination)
     return Cached(
         rows_computed=captured.num_rows,
         num_rows=store.num_rows,
@@ -82,7 +94,7 @@ def build_teacher(project: Project, name: str, inputs: PreparedInputs) -> tuple[
     spec = ModelSpec(where=where, model=section.model, preprocess=section.preprocess)
     model = spec.build(project, task, preprocess, inputs, seed=0)
     load_weights(model, weights)
-    identity = {**spec.to_json(), "weights": digest_file(weights), "sources": spec.sources(project, task)}
+    identity = {**spec.to_json(), "weights": digest_file(weights), "sources": spec.sources(project)}
     teacher = TorchTeacher(model, preprocess, task.num_classes, identity, project.targets(name).precision)
     return teacher, {"name": name, "parameters": num_parameters(model), "size_bytes": weights.stat().st_size}
 
@@ -108,21 +120,36 @@ def _manifest(project: Project, name: str, teacher: Teacher, description: dict[s
         shard_rows=targets.shard_rows or choose_shard_rows(specs, num_rows),
         sections=store_sections(project.params, name),
         teacher=description,
-        recorded={"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()},
+        recorded={
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "device": device(),
+        },
     )
 
 
-def _adopt(published: Path, work: Path, fingerprint: str) -> None:
+def _adopt(project: Project, published: Path, work: Path, fingerprint: str) -> None:
     """Go on from a published store (pulled by DVC, say) when the work area does not know it."""
     if (work / "manifest.json").is_file():
         return
     try:
         if TargetStore.open(published).fingerprint != fingerprint:
             return
-    except StoreError:
+    except KdpipeError:
         return  # nothing there, or nothing usable: it is computed again
     shutil.rmtree(work, ignore_errors=True)
-    durable.publish({"": published}, work)
+    project.publish({"": published}, work)
+
+
+def _repair(work: Path) -> None:
+    """Forget damaged shards of a store in the work area, or all of it when its own description is damaged."""
+    try:
+        TargetStore.open(work).repair()
+    except StoreNotFoundError:
+        return
+    except CorruptStoreError:
+        shutil.rmtree(work)
 
 
 def _is_published(store: TargetStore, destination: Path) -> bool:

@@ -9,8 +9,8 @@ import torch
 from kdpipe.config import Factory
 from kdpipe.data.sources import Source
 from kdpipe.errors import ConfigError, KdpipeError
-from kdpipe.losses import DistillLoss
 from kdpipe.tasks.base import Task
+from kdpipe_stages.lesson import loss_term
 from kdpipe_stages.params import Project
 
 
@@ -56,10 +56,7 @@ def _check_student(project: Project) -> str:
     section, task = project.params.student, project.task()
     _check_model(project, task, section.model, section.preprocess, "student")
     for index, each in enumerate(section.losses):
-        where = f"student.losses.{index}"
-        loss = project.bind(Factory(path=each.factory, arguments=each.arguments), where).make()
-        if not isinstance(loss, DistillLoss):
-            raise ConfigError(f"{where}: {each.factory} is no DistillLoss (see kdpipe.losses.DistillLoss)")
+        loss_term(project, index, each)
     return f"{section.model.path}, {len(section.losses)} losses, {section.seeds} seeds"
 
 

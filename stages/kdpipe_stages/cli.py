@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +29,7 @@ TeacherName = Annotated[str | None, typer.Argument(help="A teacher of params.yam
 StorePath = Annotated[Path, typer.Argument(help="A target store, such as data/targets/NAME.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
 PARAMS = Path("params.yaml")
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
 @app.callback()
@@ -58,13 +59,17 @@ def train_teacher(name: TeacherName = None, params: ParamsFile = PARAMS) -> None
 
 
 @app.command("cache-teacher")
-def cache_teacher(name: TeacherName = None, params: ParamsFile = PARAMS) -> None:
+def cache_teacher(
+    name: TeacherName = None,
+    params: ParamsFile = PARAMS,
+    repair: Annotated[bool, typer.Option("--repair", help="Read every byte; compute damaged shards again.")] = False,
+) -> None:
     """Rows -> teacher -> data/targets/NAME. Resumes, computes only what is missing, does nothing when complete."""
     from kdpipe_stages import commands
 
     project = _project(params)
     for each in project.teacher_names(name):
-        commands.cache_teacher(project, each)
+        commands.cache_teacher(project, each, repair)
 
 
 @app.command("train-student")
@@ -126,7 +131,7 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where; made if absent.")] 
     stage.scaffold(folder)
     project = _project(folder / "params.yaml")
     done = stage.run(project)
-    answers.print(result_table(done.metrics, done.timings, f"split {project.params.evaluate.split}"))
+    answers.print(result_table(done.metrics, done.timings, done.title))
     for line in [*gain_lines(done.metrics["gain"]), *done.notes]:
         answer(line)
     answer(f"everything in {project.root / 'metrics.json'}")
@@ -142,17 +147,16 @@ def main() -> None:
     """Run the command line. Exit status 0: done; 1: the user's error, told in one message; 2: usage."""
     # Idle OpenMP threads sleep: by default they spin, and two processes on one machine then slow each other many times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    verbose = any(argument in ("-v", "--verbose") for argument in sys.argv[1:])
-    sys.exit(_run(app, verbose))
+    sys.exit(run(sys.argv[1:]))
 
 
-def _run(command: Callable[..., object], verbose: bool) -> int:
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit status."""
+    verbose = "-v" in arguments or "--verbose" in arguments
     try:
-        command(standalone_mode=False)
-    except typer.Exit as exit_:
-        return exit_.exit_code
+        status = app(list(arguments), standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted. What was finished is kept; run the same command again to go on.")
+        status = _INTERRUPTED
     except KdpipeError as error:
         if verbose:
             raise
@@ -166,7 +170,9 @@ def _run(command: Callable[..., object], verbose: bool) -> int:
             raise
         error.show()  # type: ignore[attr-defined]
         return 2
-    return 0
+    if status == _INTERRUPTED:
+        return _fail("interrupted. What was finished is kept; run the same command again to go on.")
+    return status if isinstance(status, int) else 0
 
 
 def _usage_errors() -> type:

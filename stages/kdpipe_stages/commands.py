@@ -41,7 +41,7 @@ def train_teacher(project: Project, name: str) -> None:
     say(f"train-teacher  {name}: {what}")
 
 
-def cache_teacher(project: Project, name: str) -> None:
+def cache_teacher(project: Project, name: str, repair: bool = False) -> None:
     """`kdpipe cache-teacher NAME`."""
     from kdpipe_stages import cache_teacher as stage
 
@@ -50,7 +50,7 @@ def cache_teacher(project: Project, name: str) -> None:
         def on_progress(now: CacheProgress) -> None:
             advance(now.rows_done, now.rows_total, f"{now.rows_per_s:,.0f} rows/s")
 
-        done = stage.run(project, name, on_progress)
+        done = stage.run(project, name, on_progress, repair=repair)
     computed = f"{done.rows_computed:,} rows computed in {done.teacher_seconds:.2f} s of teacher"
     what = computed if done.rows_computed else "complete already, nothing to do"
     say(f"cache-teacher  {name}: {what}; store of {done.num_rows:,} rows, {done.num_bytes:,} bytes")

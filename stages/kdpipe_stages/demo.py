@@ -23,6 +23,7 @@ DIGITS = Path("data") / "raw" / "digits.parquet"
 class Demonstrated:
     """The demo's result, and what it took on this machine."""
 
+    title: str
     metrics: Mapping[str, Any]
     timings: Mapping[str, Any]
     notes: Sequence[str]
@@ -50,7 +51,13 @@ def run(project: Project) -> Demonstrated:
     commands.train_student(project)
     commands.evaluate(project)
     written = {name: json.loads((project.root / f"{name}.json").read_text()) for name in ("metrics", "timings")}
-    return Demonstrated(**written, notes=_notes(project, written["timings"]))
+    return Demonstrated(title=_title(project), **written, notes=_notes(project, written["timings"]))
+
+
+def _title(project: Project) -> str:
+    student = project.params.student
+    known = "all" if student.labelled_rows is None else f"{student.labelled_rows:,}"
+    return f"split {project.params.evaluate.split}; the student knows {known} labels; {student.seeds} seeds"
 
 
 def _notes(project: Project, timings: Mapping[str, Any]) -> list[str]:
@@ -58,7 +65,7 @@ def _notes(project: Project, timings: Mapping[str, Any]) -> list[str]:
     for name in project.params.teachers:
         store = TargetStore.open(project.store(name))
         passed = timings.get(f"cache_teacher-{name}", {})
-        seconds = f", teacher pass {passed['teacher_seconds']:.2f} s" if "teacher_seconds" in passed else ""
+        seconds = f"; teacher pass of {passed['num_rows']:,} rows: {passed['teacher_seconds']:.2f} s" if passed else ""
         notes.append(
             f"store of {name}: {store.num_rows:,} rows, {store.num_bytes:,} bytes "
             f"({store.num_bytes / store.num_rows:.0f} per row){seconds}"

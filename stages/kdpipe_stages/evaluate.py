@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe import durable
-from kdpipe.data.prepared import MISSING_LABEL, PreparedData
+from kdpipe.checkpoint import load_weights
+from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.errors import ConfigError
 from kdpipe.evaluation import classification_metrics, paired_gain, predict, reliability
 from kdpipe.fingerprint import canonical_json
 from kdpipe.store import TargetStore
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe.targets import Targets
-from kdpipe_stages.building import ModelSpec, describe_model, load_model
+from kdpipe_stages.building import WEIGHTS, describe_model
+from kdpipe_stages.lesson import Lesson
 from kdpipe_stages.params import Project
 
 ARMS = {"student": "student", "labels_only": "baseline", "label_smoothing": "baseline_label_smoothing"}
@@ -35,14 +37,14 @@ PerSeed = dict[str, list[dict[str, float]]]
 
 def run(project: Project) -> dict[str, Any]:
     """Measure everything on split `evaluate.split`, view 0, T = 1; returns what metrics.json holds."""
-    data = project.prepared_data()
+    lesson = Lesson(project)
+    data, stores = lesson.data, lesson.stores
     rows = data.rows_of([project.params.evaluate.split])
     labels = data.labels[rows]
     if not (labels != MISSING_LABEL).any():
         raise ConfigError(f"evaluate.split: no row of {project.params.evaluate.split!r} has a label")
-    stores = {name: TargetStore.open(project.store(name)) for name in _teachers(project)}
     said = {name: AlignedTargets(store, data.inputs, rows).read(rows)["logits"] for name, store in stores.items()}
-    logits = {arm: _logits_per_seed(project, data, rows, arm) for arm in ("student", *project.params.student.baselines)}
+    logits = {arm: _logits_per_seed(project, lesson, rows, arm) for arm in ("student", *lesson.section.baselines)}
     per_seed = {
         ARMS[arm]: [classification_metrics(each, labels, said) for each in runs] for arm, runs in logits.items()
     }
@@ -56,22 +58,22 @@ def run(project: Project) -> dict[str, Any]:
     return metrics
 
 
-def _teachers(project: Project) -> list[str]:
-    return list(dict.fromkeys(each.teacher for each in project.params.student.losses))
-
-
-def _logits_per_seed(project: Project, data: PreparedData, rows: NDArray[np.int64], arm: str) -> list[Tensor]:
-    section, task = project.params.student, project.task()
-    spec = ModelSpec(where="student", model=section.model, preprocess=section.preprocess)
+def _logits_per_seed(project: Project, lesson: Lesson, rows: NDArray[np.int64], arm: str) -> list[Tensor]:
+    """Logits `[N, C]` of each seed's student. Raises `ConfigError` for students of other settings, rows or targets."""
+    section, inputs, fingerprint = lesson.section, lesson.data.inputs, lesson.fingerprint()
     result = []
     for seed in range(section.seeds):
         folder = project.student_models / arm / f"seed-{seed}"
         description = describe_model(folder, "kdpipe train-student")
-        preprocess = project.preprocess(section.preprocess, task, "student.preprocess")
+        if description["fingerprint"] != fingerprint:
+            raise ConfigError(
+                f"{folder} was trained with other settings, rows or targets than today's. Run `kdpipe train-student`."
+            )
+        preprocess = project.preprocess(section.preprocess, lesson.task, "student.preprocess")
         preprocess.load_state(description["preprocess_state"])
-        model = spec.build(project, task, preprocess, data.inputs, seed)
-        load_model(folder, model, preprocess, "kdpipe train-student")
-        result.append(predict(model, data.inputs, rows, preprocess))
+        model = lesson.spec.build(project, lesson.task, preprocess, inputs, seed)
+        load_weights(model, folder / WEIGHTS)
+        result.append(predict(model, inputs, rows, preprocess))
     return result
 
 
@@ -96,7 +98,7 @@ def _teacher_metrics(
     """Keys `teacher` (the first one) and, of several, `teacher_<name>`; from the stores alone."""
     result = {}
     for index, (name, store) in enumerate(stores.items()):
-        metrics = _summary([classification_metrics(said[name].logits(), labels, {name: said[name]})])
+        metrics = _summary([classification_metrics(said[name].softened(1.0), labels, {name: said[name]})])
         about = store.manifest.teacher
         metrics |= {key: about[key] for key in ("parameters", "size_bytes") if key in about}
         result["teacher" if index == 0 else f"teacher_{name}"] = metrics

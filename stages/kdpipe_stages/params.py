@@ -13,11 +13,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kdpipe import durable
-from kdpipe.config import Bound, Factory, FactoryField, bind, load_yaml, parse
+from kdpipe.config import Bound, Factory, FactoryField, bind, load_yaml, parse, resolve
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.data.preparing import SourceColumns, SplitPlan
 from kdpipe.errors import ConfigError
-from kdpipe.fingerprint import canonical_json
+from kdpipe.fingerprint import canonical_json, source_digests
 from kdpipe.preprocess import Preprocess
 from kdpipe.tasks.base import Task
 
@@ -206,6 +206,11 @@ class Project:
         """data/.work/<fingerprint>: work in progress, and what earlier runs finished."""
         return self.root / "data" / ".work" / fingerprint
 
+    def publish(self, parts: Mapping[str, Path], destination: Path) -> None:
+        """Make an output folder hold exactly `parts`, in one rename."""
+        staging = self.root / "data" / ".work" / "staging" / destination.relative_to(self.root / "data")
+        durable.publish(parts, destination, staging)
+
     def timings(self, stage: str) -> Path:
         """Seconds of a stage on this machine; they are no output of the stage, so that outputs stay deterministic."""
         return self.root / "data" / ".work" / "timings" / f"{stage}.json"
@@ -237,6 +242,10 @@ class Project:
     def bind(self, factory: Factory, where: str, **offered: Any) -> Bound:
         """Check a factory against its signature, without calling it."""
         return bind(factory, self.root, where, **offered)
+
+    def sources(self, factory: Factory, where: str) -> dict[str, str]:
+        """Digests of the code that a factory reaches."""
+        return source_digests(resolve(factory.path, self.root, where))
 
     def task(self) -> Task:
         """The task."""

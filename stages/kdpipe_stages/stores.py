@@ -56,7 +56,6 @@ def verify(path: Path) -> Sequence[str]:
         raise CorruptStoreError(
             f"{path}: {len(problems)} problems\n  "
             + "\n  ".join(lines)
-            + f"\nRemove {path} and its copy in data/.work, then run `kdpipe cache-teacher NAME` to compute it again, "
-            "or fetch it again."
+            + "\nRun `kdpipe cache-teacher NAME --repair` to compute those again, or fetch the store again."
         )
     return [f"{store.num_rows} rows x {store.num_views} views, {store.num_bytes:,} bytes: every checksum matches"]

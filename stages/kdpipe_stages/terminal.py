@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -88,39 +89,34 @@ def _short(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-_ROWS = (
-    ("teacher", "teacher"),
-    ("student", "student from cached targets"),
-    ("baseline", "same student, labels only"),
-    ("baseline_label_smoothing", "same student, label smoothing"),
-)
+_ROWS = {
+    "teacher": "teacher",
+    "student": "student",
+    "baseline": "labels only",
+    "baseline_label_smoothing": "label smoothing",
+}
+_ARMS = {"student": "student", "baseline": "labels_only", "baseline_label_smoothing": "label_smoothing"}
 
 
 def result_table(metrics: Mapping[str, Any], timings: Mapping[str, Any], title: str) -> Table:
-    """The pipeline's result: accuracy, agreement, size, seconds, for teacher, student and baselines."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    headers = ("accuracy %", "agreement %", "KL to teacher", "ECE %", "parameters", "bytes", "s per epoch")
-    for header in headers:
-        table.add_column(header, justify="right")
-    per_epoch = {
-        "student": timings.get("train_student-student"),
-        "baseline": timings.get("train_student-labels_only"),
-        "baseline_label_smoothing": timings.get("train_student-label_smoothing"),
-    }
-    for key, label in _ROWS:
+    """The pipeline's result: teacher, student from cached targets, the same student from labels only."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for header in ("accuracy %", "agrees %", "ECE %", "parameters", "kB", "s/epoch"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for key, label in _ROWS.items():
         if key not in metrics:
             continue
-        each, seconds = metrics[key], per_epoch.get(key)
+        each = metrics[key]
+        seconds = timings.get(f"train_student-{_ARMS.get(key)}")
         spread = f" ± {100 * each['accuracy_std']:.2f}" if key != "teacher" else ""
         table.add_row(
             label,
             f"{100 * each['accuracy']:.2f}{spread}",
             _percent(each, "agreement"),
-            f"{each['kl_to_teacher']:.3f}" if "kl_to_teacher" in each else "",
             _percent(each, "ece"),
             f"{each.get('parameters', 0):,}",
-            f"{each.get('size_bytes', 0):,}",
+            f"{each.get('size_bytes', 0) / 1000:,.1f}",
             f"{seconds['seconds_per_epoch']:.3f}" if seconds else "",
         )
     return table

@@ -43,7 +43,7 @@ def run(project: Project, name: str, on_progress: Callable[[Progress], None] = l
         fingerprint = teacher_fingerprint(project, name)
         work = project.work(fingerprint)
         trained = _train(project, name, section, work, fingerprint, on_progress)
-        durable.publish({"": work}, destination)
+        project.publish({"": work}, destination)
         return trained
 
 

@@ -89,8 +89,8 @@ class PreparedInputs:
         """The columns of the given rows, in the given order; any rows, repeated ones too."""
         segment_of = np.searchsorted(self._starts, rows, side="right") - 1
         present = np.unique(segment_of)
-        if len(present) == 1:
-            index = int(present[0])
+        if len(present) <= 1:
+            index = int(present[0]) if len(present) else 0
             return {name: take(column, rows - self._starts[index]) for name, column in self._columns[index].items()}
         order = np.argsort(segment_of, kind="stable")
         position = np.empty_like(order)

@@ -85,14 +85,17 @@ def prepare(source: Source, schema: RowSchema, columns: SourceColumns, plan: Spl
     (folder / "inputs").mkdir(parents=True, exist_ok=True)
     durable.sweep_temporaries(folder / "inputs")
     reading = _Reading(folder / "inputs", schema, columns)
-    for batch in source.batches():
-        reading.add(batch)
-    num_new = reading.finish()
-    inputs = PreparedInputs(folder / "inputs")
-    labels, splits = reading.labels_and_splits(len(inputs))
-    splits = _with_splits(inputs, splits, plan, columns.split is not None)
-    summary = _write_labels(folder, inputs, labels, splits)
-    return Prepared(num_rows=len(inputs), num_new=num_new, splits=summary)
+    try:
+        for batch in source.batches():
+            reading.add(batch)
+        labels, splits = reading.labels_and_splits(plan)
+        if reading.starts_anew:  # a crash before the labels are written must not leave another source's labels
+            (folder / "labels" / "labels.parquet").unlink(missing_ok=True)
+        num_new = reading.commit()
+    finally:
+        reading.discard()
+    summary = _write_labels(folder, PreparedInputs(folder / "inputs"), labels, splits)
+    return Prepared(num_rows=len(labels), num_new=num_new, splits=summary)
 
 
 class _Reading:
@@ -113,6 +116,8 @@ class _Reading:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Take in one block of source rows."""
+        if batch.num_rows == 0:
+            return
         first, columns = len(self._rows), self._columns
         keys = self._keys(batch, first)
 
@@ -133,16 +138,31 @@ class _Reading:
         if new:
             self._append(inputs, np.asarray(new, np.int64), [ids[i] for i in new], [digests[i] for i in new])
 
-    def finish(self) -> int:
-        """Commit the new rows; returns how many there are."""
+    @property
+    def starts_anew(self) -> bool:
+        """Whether the source has none of the known rows."""
+        return min(self._rows) >= self._num_known
+
+    def labels_and_splits(self, plan: SplitPlan) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
+        """Label (-1: missing) and split ("": none) of every row `[N]` that there will be. Raises `DataError`."""
         if not self._rows:
             raise DataError("the source has no rows; expected at least one")
+        dropped = self._num_known if self.starts_anew else 0
+        ids = list(self._row_of)[dropped:]
+        rows = np.asarray(self._rows) - dropped
+        labels = np.full(len(ids), MISSING_LABEL, np.int64)
+        labels[rows] = np.concatenate(self._labels)
+        splits = np.full(len(ids), "", dtype=object)
+        splits[rows] = self._splits if self._columns.split else _by_shares([ids[row] for row in rows], plan)
+        _carve_validation(ids, splits, plan)
+        _check_names(splits)
+        return labels, splits.astype(np.str_)
+
+    def commit(self) -> int:
+        """Make the new rows part of the inputs; returns how many there are."""
         if self._segment is None:
             return 0
-        anew = min(self._rows) >= self._num_known
-        if anew and self._num_known:
-            self._rows = [row - self._num_known for row in self._rows]
-        previous: list[dict[str, Any]] = [] if anew else self._manifest["segments"]
+        previous: list[dict[str, Any]] = [] if self.starts_anew else self._manifest["segments"]
         layouts = [each.to_json() for each in self._segment.layouts]
         if previous and layouts != self._manifest["columns"]:
             raise DataError(f"new rows have the columns {layouts}, the known rows {self._manifest['columns']}")
@@ -159,23 +179,20 @@ class _Reading:
                 shutil.rmtree(folder)
         return self._segment.num_rows
 
-    def labels_and_splits(self, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
-        """Label (-1: missing) and split ("": none) of every prepared row `[N]`."""
-        labels = np.full(num_rows, MISSING_LABEL, np.int64)
-        splits = np.full(num_rows, "", dtype=np.array(self._splits).dtype)
-        labels[self._rows] = np.concatenate(self._labels)
-        splits[self._rows] = self._splits
-        return labels, splits
+    def discard(self) -> None:
+        """Remove new rows that were not committed."""
+        if self._segment is not None:
+            self._segment.discard()
 
     def _keys(self, batch: pa.RecordBatch, first: int) -> list[str] | None:
         """The key column as text, where there is one."""
         if self._columns.id is None:
             return None
         keys = _strings(batch, self._columns.id)
-        empty = [f"row {first + position}" for position, key in enumerate(keys) if key is None]
+        empty = [f"row {first + position}" for position, key in enumerate(keys) if not key]
         if empty:
             raise DataError(f"column {self._columns.id!r} must hold an id for each row; it is empty in {_some(empty)}")
-        return [key for key in keys if key is not None]
+        return [key for key in keys if key]
 
     def _append(self, inputs: Columns, new: NDArray[np.int64], ids: Sequence[str], digests: Sequence[bytes]) -> None:
         if self._segment is None:
@@ -198,13 +215,19 @@ class _Reading:
 
 def column_of(batch: pa.RecordBatch, name: str) -> pa.Array:
     """A column of a record batch. Raises `DataError` naming the columns that exist."""
-    if name not in batch.schema.names:
-        raise DataError(f"there is no column {name!r}; the source has {', '.join(batch.schema.names)}")
-    return batch.column(name)
+    found = batch.schema.get_all_field_indices(name)
+    if len(found) != 1:
+        problem = f"there are {len(found)} columns" if found else "there is no column"
+        raise DataError(f"{problem} {name!r}; the source has {', '.join(batch.schema.names)}")
+    return batch.column(found[0])
 
 
 def _strings(batch: pa.RecordBatch, name: str) -> list[str | None]:
-    values: list[str | None] = pc.cast(column_of(batch, name), pa.string()).to_pylist()
+    column = column_of(batch, name)
+    try:
+        values: list[str | None] = pc.cast(column, pa.string()).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(f"column {name!r} has type {column.type}; expected text or numbers") from None
     return values
 
 
@@ -212,30 +235,41 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _with_splits(
-    inputs: PreparedInputs, splits: NDArray[np.str_], plan: SplitPlan, from_column: bool
-) -> NDArray[np.str_]:
-    """The split of every row `[N]`, by shares where the source has no column, validation carved."""
-    result = splits.astype(object)
-    if not from_column:
-        draws = uniform_by_id(inputs.sample_ids.tolist(), plan.seed, "split")
-        names, bounds = list(plan.shares), np.cumsum(list(plan.shares.values()))
-        result[:] = np.array(names, dtype=object)[
-            np.minimum(np.searchsorted(bounds, draws, side="right"), len(names) - 1)
-        ]
-    if plan.validation_fraction > 0 and not np.any(result == "validation"):
-        candidates = np.flatnonzero(result == plan.carve_from)
-        draws = uniform_by_id(inputs.sample_ids[candidates].tolist(), plan.seed, "validation")
-        carved = candidates[draws < plan.validation_fraction]
-        if len(carved) in (0, len(candidates)):
-            raise DataError(
-                f"taking {plan.validation_fraction:g} of the {len(candidates)} rows of split {plan.carve_from!r} "
-                f"as validation takes {len(carved)}: one of the two splits is empty. Change data.splits.validation_fraction."
-            )
-        result[carved] = "validation"
-    if not np.any(result != ""):
+def _by_shares(ids: Sequence[str], plan: SplitPlan) -> NDArray[np.object_]:
+    """The split of each of the given rows `[N]`, drawn by shares."""
+    shares = list(plan.shares.values())
+    if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise DataError(
+            "the source has no split column, so data.splits.shares must be shares from 0 to 1 whose sum is 1, such as "
+            f"{{train: 0.8, test: 0.2}}; found {dict(plan.shares)}"
+        )
+    drawn = np.searchsorted(np.cumsum(shares), uniform_by_id(ids, plan.seed, "split"), side="right")
+    return np.array(list(plan.shares), dtype=object)[np.minimum(drawn, len(shares) - 1)]
+
+
+def _carve_validation(ids: Sequence[str], splits: NDArray[np.object_], plan: SplitPlan) -> None:
+    """Move a share of the rows of `plan.carve_from` to `validation`, in place, unless there are such rows."""
+    if plan.validation_fraction == 0 or np.any(splits == "validation"):
+        return
+    candidates = np.flatnonzero(splits == plan.carve_from)
+    draws = uniform_by_id([ids[int(row)] for row in candidates], plan.seed, "validation")
+    carved = candidates[draws < plan.validation_fraction]
+    if len(carved) in (0, len(candidates)):
+        raise DataError(
+            f"taking {plan.validation_fraction:g} of the {len(candidates)} rows of split {plan.carve_from!r} as "
+            f"validation takes {len(carved)}: one of the two splits is empty. Change data.splits.validation_fraction."
+        )
+    splits[carved] = "validation"
+
+
+def _check_names(splits: NDArray[np.object_]) -> None:
+    """Each split has a file of its name: splits/<name>.json."""
+    names = {str(name) for name in splits} - {""}
+    if not names:
         raise DataError("no row has a split: the split column is empty in every row")
-    return result.astype(np.str_)
+    wrong = sorted(name for name in names if Path(name).name != name)
+    if wrong:
+        raise DataError(f"the split {wrong[0]!r} cannot be a file's name (splits/<name>.json); rename it")
 
 
 def _write_labels(

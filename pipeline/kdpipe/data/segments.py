@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -61,12 +62,25 @@ class SegmentWriter:
             self._folder / "rows.parquet",
             compression="zstd",
         )
+        self._make_durable()
         rows = "\n".join(self._ids).encode() + b"".join(self._digests)
         name = f"segment-{hashlib.sha256(rows).hexdigest()[:16]}"
         shutil.rmtree(self._inputs / name, ignore_errors=True)
         self._folder.rename(self._inputs / name)
         durable.fsync_folder(self._inputs)
         return name
+
+    def discard(self) -> None:
+        """Remove the unfinished segment. Does nothing once it is closed."""
+        for file in self._files.values():
+            file.abandon()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _make_durable(self) -> None:
+        for path in self._folder.iterdir():
+            with path.open("rb") as file:
+                durable.fsync_file(file)
+        durable.fsync_folder(self._folder)
 
     @staticmethod
     def _file_name(layout: ColumnLayout) -> str:
@@ -90,8 +104,11 @@ class _NpyWriter:
         self._file.seek(0)
         self._write_header()
         assert self._file.tell() == self._data_start
-        durable.fsync_file(self._file)
         self._file.close()
+
+    def abandon(self) -> None:
+        with suppress(OSError):  # what is buffered may not fit on a full disk
+            self._file.close()
 
     def _write_header(self) -> None:
         header = {"descr": self._layout.dtype, "fortran_order": False, "shape": (self._length, *self._layout.shape)}

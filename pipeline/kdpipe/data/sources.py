@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from kdpipe import durable
 from kdpipe.errors import ConfigError, DataError
 
 
@@ -40,7 +41,7 @@ class Table:
                     yield from reader
             else:
                 raise DataError(f"{self.path}: expected a name ending in .parquet, .csv or .csv.gz")
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.path} cannot be read: {error}") from error
 
 
@@ -77,5 +78,7 @@ def write_digits(path: Path) -> None:
             "split": pa.array(split, pa.string()),
         }
     )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd")
+    durable.write_bytes(path, sink.getvalue())

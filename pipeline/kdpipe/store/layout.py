@@ -16,6 +16,7 @@ SHARD_BYTES = 32 * 2**20
 CHUNK_BYTES = 2 * 2**20
 MAX_CHUNK_ROWS = 8192
 MIN_SHARDS = 16
+MIN_CHUNK_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,13 @@ class ArrayLayout:
         num_chunks = -(-shard_rows // wanted)
         while shard_rows % num_chunks:
             num_chunks += 1
-        return cls(
-            name=name, dtype=spec.dtype, shape=spec.shape, shard_rows=shard_rows, chunk_rows=shard_rows // num_chunks
-        )
+        chunk_rows = shard_rows // num_chunks
+        if num_chunks > 1 and chunk_rows < min(wanted, MIN_CHUNK_ROWS):
+            raise ConfigError(
+                f"shard_rows is {shard_rows}, which cannot be divided into even chunks of about {wanted} rows; "
+                f"expected a multiple of a power of two, such as {max(1, round(shard_rows / wanted)) * wanted}"
+            )
+        return cls(name=name, dtype=spec.dtype, shape=spec.shape, shard_rows=shard_rows, chunk_rows=chunk_rows)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ArrayLayout:
@@ -111,10 +116,3 @@ def choose_shard_rows(specs: Iterable[ArraySpec], num_rows: int) -> int:
     widest = max(spec.row_bytes for spec in specs)
     rows = max(1, min(SHARD_BYTES // max(widest, 1), num_rows // MIN_SHARDS))
     return int(2 ** (rows.bit_length() - 1))
-
-
-def check_shard_rows(shard_rows: int) -> int:
-    """A user's own shard size. Raises `ConfigError` unless it is positive."""
-    if shard_rows < 1:
-        raise ConfigError(f"shard_rows is {shard_rows}; expected at least 1, or null to let kdpipe choose")
-    return shard_rows

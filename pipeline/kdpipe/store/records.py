@@ -26,7 +26,8 @@ class CommitRecord:
     """That a shard of one view is complete: its rows, what it was computed from, and its files.
 
     `inputs`, `manifest` and `layouts` are digests: of the rows' ids and content, of the manifest, of the arrays'
-    metadata. `files` maps array name -> [bytes, CRC32C hex].
+    metadata. `files` maps array name -> [bytes, SHA-256 hex] (a CRC32C would be the same for every file: chunks and
+    index end in their own).
     """
 
     view: int
@@ -65,6 +66,11 @@ class CommitLog:
         durable.write_text(self._single / f"{record.view}-{record.shard}.json", canonical_json(asdict(record)) + "\n")
         self.records[record.key] = record
 
+    def forget(self, key: Key) -> None:
+        """Make a shard not exist, durably."""
+        del self.records[key]
+        self.compact()
+
     def compact(self) -> None:
         """Rewrite all records, sorted, as one Parquet file with its SHA-256 beside it; byte-deterministic."""
         ordered = [self.records[key] for key in sorted(self.records)]
@@ -89,8 +95,8 @@ class CommitLog:
         if not self._log.is_file():
             return []
         content = self._log.read_bytes()
-        expected = self._digest_path.read_text().split() if self._digest_path.is_file() else []
-        if hashlib.sha256(content).hexdigest() not in expected:
+        expected = self._digest_path.read_bytes().split() if self._digest_path.is_file() else []
+        if hashlib.sha256(content).hexdigest().encode() not in expected:
             raise CorruptStoreError(
                 f"{self._log} differs from {self._digest_path.name}. Fetch or compute the store again."
             )

@@ -98,4 +98,4 @@ class ShardFile:
             raise CorruptStoreError(f"{self._path}: the shard index is damaged. {REPAIR}")
 
 
-REPAIR = "Run `kdpipe cache-teacher NAME` to compute it again, or fetch the store again."
+REPAIR = "Run `kdpipe cache-teacher NAME --repair` to compute it again, or fetch the store again."

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +22,7 @@ from kdpipe.data.columns import bytes_of, fixed_bytes
 from kdpipe.distributed import Shard, shards_of
 from kdpipe.encodings import encoding_from_json
 from kdpipe.errors import CorruptStoreError, IncompleteStoreError, StaleStoreError, StoreError
-from kdpipe.fingerprint import canonical_json, digest
+from kdpipe.fingerprint import canonical_json, digest, digest_file
 from kdpipe.store.layout import ArrayLayout
 from kdpipe.store.manifest import STATISTICS, Manifest
 from kdpipe.store.records import CommitLog, CommitRecord
@@ -117,9 +116,9 @@ class TargetStore:
         return bytes_of(self._rows["digest"])
 
     def state_digest(self) -> str:
-        """Digest of manifest, rows and commit records: equal for equal targets."""
+        """Digest of what made the targets, of the rows they are about, and of their bytes."""
         files = [[*key, record.inputs, dict(record.files)] for key, record in sorted(self._log.records.items())]
-        return digest([self.fingerprint, self._rows_sha256, files])
+        return digest([self.fingerprint, files])
 
     def missing(self) -> list[tuple[int, Shard]]:
         """(view, shard) without a valid commit record for today's rows, in order."""
@@ -142,7 +141,7 @@ class TargetStore:
                 raise StoreError(f"array {name!r} has shape {arrays[name].shape}, expected {expected}")
             content = encode_shard(arrays[name], layout)
             durable.write_bytes(self.path / layout.shard_path(view, shard.index), content)
-            files[name] = (len(content), f"{google_crc32c.value(bytes(content)):08x}")
+            files[name] = (len(content), hashlib.sha256(content).hexdigest())
             self._open_shards.pop((name, view, shard.index), None)
         record = CommitRecord(
             view=view,
@@ -232,6 +231,14 @@ class TargetStore:
                 result[layout.name][here] = self._shard_file(layout, view, int(shard)).read(position[here])
         return result
 
+    def repair(self) -> int:
+        """Forget the records of damaged shards, so that they are missing; returns how many. For the one writer."""
+        damaged = {(each.view, each.shard) for each in self.verify()}
+        forgotten = [key for key in self._log.records if key in damaged]
+        for key in forgotten:
+            self._log.forget(key)
+        return len(forgotten)
+
     def verify(self) -> list[Problem]:
         """Check every byte against what was committed; an empty list means that all is well."""
         problems = [Problem(view=None, shard=None, what=what) for what in self._metadata_problems()]
@@ -250,12 +257,12 @@ class TargetStore:
                 yield f"{path.name} of {name} is absent"
             elif path.stat().st_size != size:
                 yield f"{path.name} of {name} has {path.stat().st_size} bytes, {size} were committed"
-            elif f"{google_crc32c.value(path.read_bytes()):08x}" != checksum:
+            elif digest_file(path) != checksum:
                 yield f"{path.name} of {name} differs from its checksum"
 
     def _metadata_problems(self) -> Iterator[str]:
         for path, content in _zarr_files(self.manifest, self.num_views, self.num_rows).items():
-            if not (self.path / path).is_file() or (self.path / path).read_text() != content:
+            if not (self.path / path).is_file() or (self.path / path).read_bytes() != content.encode():
                 yield f"{path} is absent or was changed"
         if not self._rows_intact:
             yield "rows.parquet was changed"

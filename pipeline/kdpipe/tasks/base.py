@@ -42,7 +42,7 @@ class Task(Protocol):
 def class_labels(
     values: pa.Array, num_classes: int, class_names: Sequence[str] | None, name_of: NameOf
 ) -> NDArray[np.int64]:
-    """Class ids `[B]` of a label column of integers, or of `class_names`; nulls become -1."""
+    """Class ids `[B]` of a label column of integers, or of `class_names`; nulls and empty text become -1."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
@@ -51,7 +51,7 @@ def class_labels(
         values = values.cast(pa.int8())
     try:
         ids: NDArray[np.int64] = pc.fill_null(values.cast(pa.int64()), MISSING_LABEL).to_numpy(zero_copy_only=False)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"labels of type {values.type} are no class numbers: {error}") from None
     given = ~values.is_null().to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero(given & ((ids < 0) | (ids >= num_classes)))
@@ -65,8 +65,11 @@ def class_labels(
 
 
 def _ids_of_names(values: pa.Array, class_names: Sequence[str] | None, name_of: NameOf) -> NDArray[np.int64]:
-    if class_names is None:
-        raise DataError(f"labels are text (such as {values[0]}); name the classes, in order, in task.class_names")
+    values = pc.if_else(pc.equal(values, ""), pa.scalar(None, values.type), values)
+    if class_names is None and values.null_count < len(values):
+        example = values.drop_null()[0]
+        raise DataError(f"labels are text (such as {example}); name the classes, in order, in task.class_names")
+    class_names = class_names or ()
     ids = pc.index_in(values, value_set=pa.array(class_names, values.type))
     unknown = np.flatnonzero(pc.and_(ids.is_null(), values.is_valid()).to_numpy(zero_copy_only=False))
     if len(unknown):
@@ -80,8 +83,11 @@ def check_class_names(num_classes: int, class_names: Sequence[str] | None) -> No
     """Raise `DataError` unless the names fit the class count."""
     if num_classes < 2:
         raise DataError(f"task.num_classes is {num_classes}; expected at least 2")
-    if class_names is not None and len(set(class_names)) != num_classes:
-        raise DataError(f"task.class_names has {len(set(class_names))} different names for {num_classes} classes")
+    if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
+        raise DataError(
+            f"task.class_names has {len(class_names)} names, {len(set(class_names))} of them different, "
+            f"for {num_classes} classes"
+        )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -19,14 +19,16 @@ from kdpipe.preprocess import ImageTensor, Preprocess
 from kdpipe.tasks.base import check_class_names, class_labels, cross_entropy
 
 _CHANNELS_TO_MODE = {1: "L", 3: "RGB"}
+_UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
 
 class ImageClassification:
     """One label per image.
 
     `column` holds encoded images (PNG, JPEG, …) or lists of uint8 pixels, row-major. Rows are kept as uint8 arrays of
-    `shape` (height, width, channels): required for pixel lists, read off the first image otherwise. With
-    `keep_encoded` rows stay encoded bytes, of any size; a preprocess with `size` brings them to one.
+    `shape` (height, width, channels): required for pixel lists, read off the first image otherwise; where it is given,
+    encoded images are turned grey or coloured to fit it. With `keep_encoded` rows stay encoded bytes, of any size; a
+    preprocess with `size` brings them to one.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ImageClassification:
         self.num_classes = num_classes
         self.class_names = class_names
         self._column, self._shape, self._keep_encoded = column, shape, keep_encoded
+        self._channels = shape[2] if shape is not None else None
 
     def to_inputs(self, batch: pa.RecordBatch, name_of: NameOf) -> Columns:
         """Column `image`: uint8 `[B, H, W, channels]`, or `Ragged` bytes. Raises `DataError` naming bad rows."""
@@ -72,10 +75,15 @@ class ImageClassification:
     def _decode(self, encoded: bytes, name: str) -> Array:
         try:
             with Image.open(io.BytesIO(encoded)) as image:
-                channels = self._shape[2] if self._shape else (1 if image.mode in ("1", "L") else 3)
+                mode = image.mode
+                channels = self._channels or (1 if mode in ("1", "L") else 3)
                 pixels = np.asarray(image.convert(_CHANNELS_TO_MODE[channels]), np.uint8)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except _UNDECODABLE as error:
             raise DataError(f"the image of {name} cannot be decoded: {error}. Repair or remove that row.") from None
+        if mode.startswith(("I", "F")):
+            raise DataError(
+                f"the image of {name} has more than 8 bits per channel (mode {mode}); rows are uint8 pixels"
+            )
         array: Array = pixels.reshape(*pixels.shape[:2], channels)
         if self._keep_encoded:
             return array
@@ -83,7 +91,8 @@ class ImageClassification:
         if array.shape != self._shape:
             raise DataError(
                 f"the image of {name} has shape {list(array.shape)}, expected {list(self._shape)}. For images of "
-                "several sizes set task.keep_encoded: true and give each preprocess a size."
+                "several sizes set task.keep_encoded: true and give each preprocess a size; to make all grey or all "
+                "colour give task.shape."
             )
         return array
 

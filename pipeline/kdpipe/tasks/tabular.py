@@ -49,7 +49,12 @@ class TabularClassification:
         kind = values.type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             raise DataError(f"column {name!r} has type {kind}; expected numbers. Leave it out of task.columns.")
-        numbers: NDArray[np.float32] = values.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float32)
+        try:
+            wide = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"column {name!r} has numbers too large for a feature: {error}") from None
+        with np.errstate(over="ignore"):  # infinite then, and refused below
+            numbers: NDArray[np.float32] = wide.astype(np.float32)
         wrong = np.flatnonzero(~np.isfinite(numbers))
         if len(wrong):
             raise DataError(

@@ -16,6 +16,11 @@ from kdpipe.targets import OutputSpec
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def device() -> str:
+    """Where teachers run: cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class TorchTeacher:
     """A module with its own preprocess; its forward returns logits `[B, C]`.
 
@@ -30,7 +35,7 @@ class TorchTeacher:
         identity: Mapping[str, Any],
         precision: str = "float32",
     ) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(device())
         self._model = model.eval().to(self._device)
         self._preprocess = preprocess
         self._autocast = PRECISIONS[precision]

@@ -1,0 +1,134 @@
+"""What the student learns from: its rows, the labels that it may know, stores that fit. No teacher is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.config import Factory
+from kdpipe.data.prepared import MISSING_LABEL, PreparedData
+from kdpipe.errors import ConfigError, StaleStoreError, StoreNotFoundError
+from kdpipe.fingerprint import digest, uniform_by_id
+from kdpipe.losses import DistillLoss, LossTerm
+from kdpipe.store import TargetStore
+from kdpipe.tasks.base import Task
+from kdpipe_stages.building import ModelSpec, plan_json
+from kdpipe_stages.params import LossSection, Project, StudentSection, store_sections, to_json
+
+
+class Lesson:
+    """Rows, known labels, stores and loss terms of `student`, checked against each other."""
+
+    def __init__(self, project: Project) -> None:
+        """Raises `ConfigError`, `DataError`, `StoreNotFoundError`, `StaleStoreError`."""
+        self.section: StudentSection = project.params.student
+        self.task: Task = project.task()
+        self.data: PreparedData = project.prepared_data()
+        self.rows = self.data.rows_of(self.section.distil_on)
+        self.labels = known_labels(self.data, self.rows, self.section)
+        self.spec = ModelSpec(where="student", model=self.section.model, preprocess=self.section.preprocess)
+        self.terms = [loss_term(project, index, each) for index, each in enumerate(self.section.losses)]
+        self.stores = {name: open_checked_store(project, name) for name in teachers_of(self.section)}
+        self._project = project
+        self._check_labels()
+
+    @property
+    def labelled(self) -> NDArray[np.int64]:
+        """Rows whose label the student may know."""
+        known: NDArray[np.int64] = self.rows[self.labels[self.rows] != MISSING_LABEL]
+        return known
+
+    def fingerprint(self) -> str:
+        """Whatever changes a student's weights, but arm, seed and the number of ranks."""
+        section = to_json(self.section)
+        for free in ("seeds", "baselines"):
+            section.pop(free)
+        sources = self.spec.sources(self._project) | self._project.sources(self._project.params.task, "task")
+        for each in self.section.losses:
+            sources |= self._project.sources(Factory(path=each.factory), "student.losses")
+        ids = self.data.inputs.sample_ids[self.rows].tolist()
+        content = self.data.inputs.digests[self.rows].tobytes().hex()
+        return digest(
+            {
+                "kind": "student",
+                "section": {**section, "train": plan_json(self.section.train)},
+                "sources": sources,
+                "task": self._project.params.task.to_json(),
+                "stores": {name: store.state_digest() for name, store in self.stores.items()},
+                "rows": digest([self.rows.tolist(), ids, content, self.labels[self.rows].tolist()]),
+            }
+        )
+
+    def _check_labels(self) -> None:
+        if len(self.labelled):
+            return
+        if self.section.label_weight > 0:
+            raise ConfigError("student.label_weight is above 0 but no row has a label that it may know; set it to 0")
+        if self.section.baselines:
+            raise ConfigError("student.baselines learn from labels, and there are none; set baselines: []")
+
+
+def teachers_of(section: StudentSection) -> list[str]:
+    """Names of the teachers that the losses listen to, in their order."""
+    return list(dict.fromkeys(each.teacher for each in section.losses))
+
+
+def loss_term(project: Project, index: int, section: LossSection) -> LossTerm:
+    """One entry of student.losses. Raises `ConfigError` when its factory makes no `DistillLoss`."""
+    where = f"student.losses.{index}"
+    loss = project.bind(Factory(path=section.factory, arguments=section.arguments), where).make()
+    if not isinstance(loss, DistillLoss):
+        raise ConfigError(f"{where}: {section.factory} is no DistillLoss (see kdpipe.losses.DistillLoss)")
+    return LossTerm(teacher=section.teacher, output=section.output, loss=loss, weight=section.weight)
+
+
+def known_labels(data: PreparedData, rows: NDArray[np.int64], section: StudentSection) -> NDArray[np.int64]:
+    """Labels by row number, -1 where the student must not know them.
+
+    `labelled_rows: n` keeps the first n labelled rows by hash of (labelled_seed, sample id): stable under growth.
+    """
+    labelled = rows[data.labels[rows] != MISSING_LABEL]
+    wanted = len(labelled)
+    if section.labelled_rows is not None:
+        wanted = section.labelled_rows
+    elif section.labelled_fraction is not None:
+        wanted = round(section.labelled_fraction * len(rows))
+    if wanted > len(labelled):
+        raise ConfigError(
+            f"student: labels for {wanted} rows were asked, but only {len(labelled)} of the {len(rows)} rows of "
+            f"{', '.join(section.distil_on)} have one"
+        )
+    draws = uniform_by_id(data.inputs.sample_ids[labelled].tolist(), section.labelled_seed, "labelled")
+    kept = labelled[np.argsort(draws, kind="stable")[:wanted]]
+    labels = np.full(len(data.inputs), MISSING_LABEL, np.int64)
+    labels[kept] = data.labels[kept]
+    return labels
+
+
+def open_checked_store(project: Project, name: str) -> TargetStore:
+    """A published store, if it was made from today's settings; no teacher is needed to tell.
+
+    Raises `StoreNotFoundError`, `IncompleteStoreError` or `StaleStoreError` naming the command to run.
+    """
+    command = f"kdpipe cache-teacher {name}"
+    try:
+        store = TargetStore.open(project.store(name))
+    except StoreNotFoundError:
+        raise StoreNotFoundError(f"there is no target store at {project.store(name)}. Run `{command}`.") from None
+    today, then = store_sections(project.params, name), store.manifest.sections
+    differing = [key for key in today if today[key] != then.get(key)]
+    if differing:
+        found = _first_difference(then.get(differing[0]), today[differing[0]], differing[0])
+        raise StaleStoreError(f"{store.path} was made from other settings: {found}. Restore them, or run `{command}`.")
+    return store
+
+
+def _first_difference(then: Any, today: Any, where: str) -> str:
+    if isinstance(then, Mapping) and isinstance(today, Mapping):
+        for key in [*today, *then]:
+            if then.get(key) != today.get(key):
+                return _first_difference(then.get(key), today.get(key), f"{where}.{key}")
+    return f"{where} was {then}, params.yaml says {today}"

@@ -1,0 +1,307 @@
+"""The stages as a pipeline: what is computed again after each kind of change, and what is not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from kdpipe.data.prepared import PreparedInputs
+from kdpipe.errors import ConfigError, StaleStoreError, StoreError
+from kdpipe.store import TargetStore, open_store
+from kdpipe_stages import cache_teacher, evaluate, prepare_data, stores, train_student, train_teacher
+from projects import forget_rows_shown, make_project, params, project_in, rows_shown, tree, write_params
+
+NUM_ROWS = 1797
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A project whose teacher's targets are cached; the count of rows shown starts at 0."""
+    make_project(tmp_path)
+    cache(tmp_path)
+    forget_rows_shown(tmp_path)
+    return tmp_path
+
+
+def cache(folder, **options):
+    project = project_in(folder)
+    prepare_data.run(project)
+    train_teacher.run(project, "big")
+    return cache_teacher.run(project, "big", **options)
+
+
+def digits(folder):
+    return pq.read_table(folder / "data" / "raw" / "digits.parquet")
+
+
+def replace_digits(folder, table):
+    pq.write_table(table, folder / "data" / "raw" / "digits.parquet")
+
+
+def with_column(table, name, values):
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values, table.schema.field(name).type))
+
+
+def new_digits(first_id, images, label, split):
+    count = len(images)
+    return pa.table(
+        {
+            "id": pa.array(range(first_id, first_id + count), pa.int32()),
+            "image": pa.FixedSizeListArray.from_arrays(pa.array(images.ravel()), 64),
+            "label": pa.array([label] * count, pa.int32()),
+            "split": pa.array([split] * count),
+        }
+    )
+
+
+def said_by_id(folder):
+    store = open_store(folder / "data" / "targets" / "big")
+    logits = store.targets(store.sample_ids.tolist()).logits().numpy()
+    return dict(zip(store.sample_ids.tolist(), logits, strict=True))
+
+
+def test_the_whole_pipeline_and_a_second_run_that_does_nothing(folder):
+    project = project_in(folder)
+    train_student.run(project)
+    metrics = evaluate.run(project)
+    assert set(metrics) == {"student", "baseline", "teacher", "gain"}
+    scalars = {"accuracy", "agreement", "kl_to_teacher", "entropy", "ece"}
+    for key in ("student", "baseline", "teacher"):
+        assert scalars | {f"{name}_std" for name in scalars} | {"parameters", "size_bytes"} == set(metrics[key])
+        assert all(isinstance(value, int | float) for value in metrics[key].values())
+    assert metrics["teacher"]["agreement"] == 1
+    assert metrics["teacher"]["kl_to_teacher"] < 1e-6
+    before = tree(folder / "data" / "targets") | tree(folder / "data" / "models")
+    written = (folder / "metrics.json").read_bytes()
+    assert cache(folder).rows_computed == 0
+    assert train_student.run(project).trained == []
+    evaluate.run(project)
+    assert rows_shown(folder) == 0
+    assert tree(folder / "data" / "targets") | tree(folder / "data" / "models") == before
+    assert (folder / "metrics.json").read_bytes() == written
+
+
+def test_targets_are_what_the_teacher_says_about_that_row(folder):
+    inputs = PreparedInputs(folder / "data" / "prepared" / "inputs")
+    teacher, _ = cache_teacher.build_teacher(project_in(folder), "big", inputs)
+    rows = np.random.default_rng(0).permutation(len(inputs))
+    live = teacher.predict(inputs.read(rows))["logits"].numpy()
+    stored = open_store(folder / "data" / "targets" / "big").targets(inputs.sample_ids[rows].tolist())
+    np.testing.assert_allclose(stored.logits().numpy(), live, atol=0.02)
+    assert (stored.values.argmax(dim=-1).numpy() == live.argmax(axis=-1)).all()
+
+
+def test_appended_rows_are_the_only_ones_shown(folder):
+    before = said_by_id(folder)
+    images = np.random.default_rng(0).integers(0, 17, (100, 64), dtype=np.uint8)
+    replace_digits(folder, pa.concat_tables([digits(folder), new_digits(5000, images, None, "transfer")]))
+    done = cache(folder)
+    shard_rows = open_store(folder / "data" / "targets" / "big").manifest.shard_rows
+    assert rows_shown(folder) == done.rows_computed
+    assert 100 <= done.rows_computed <= 100 + shard_rows
+    after = said_by_id(folder)
+    assert len(after) == NUM_ROWS + 100
+    assert all(np.allclose(after[key], value, atol=1e-5) for key, value in before.items())
+
+
+def test_reordering_relabelling_and_resplitting_elsewhere_show_no_row(folder):
+    table = digits(folder)
+    split = np.array(table["split"].to_pylist(), dtype=object)
+    label = np.array(table["label"].to_pylist())
+    test_rows = np.flatnonzero(split == "test")
+    label[test_rows[:50]] = (label[test_rows[:50]] + 1) % 10
+    split[test_rows[50:100]] = "held_out"
+    changed = with_column(with_column(table, "split", split.tolist()), "label", label.tolist())
+    weights = tree(folder / "data" / "models" / "teachers")
+    store = tree(folder / "data" / "targets")
+    replace_digits(folder, changed.take(np.random.default_rng(0).permutation(NUM_ROWS)))
+    assert cache(folder).rows_computed == 0
+    assert rows_shown(folder) == 0
+    assert tree(folder / "data" / "models" / "teachers") == weights
+    assert tree(folder / "data" / "targets") == store
+
+
+def test_another_seed_gives_other_targets_and_back_costs_no_pass(folder):
+    first = tree(folder / "data" / "targets")
+    changed = params()
+    changed["teachers"]["big"]["train"]["seed"] = 1
+    write_params(folder, changed)
+    assert cache(folder).rows_computed == NUM_ROWS
+    assert tree(folder / "data" / "targets") != first
+    write_params(folder, params())
+    forget_rows_shown(folder)
+    assert cache(folder).rows_computed == 0
+    assert rows_shown(folder) == 0
+    assert tree(folder / "data" / "targets") == first
+
+
+def test_a_pulled_store_is_adopted(folder):
+    import shutil
+
+    shutil.rmtree(folder / "data" / ".work")
+    first = tree(folder / "data" / "targets")
+    project = project_in(folder)
+    assert cache_teacher.run(project, "big").rows_computed == 0
+    assert tree(folder / "data" / "targets") == first
+
+
+def test_a_damaged_shard_is_found_and_repaired(folder):
+    first = tree(folder / "data" / "targets")
+    victim = folder / "data" / "targets" / "big" / "logits" / "c.0.3.0"
+    content = bytearray(victim.read_bytes())
+    content[20] ^= 4
+    victim.write_bytes(content)
+    with pytest.raises(StoreError, match=r"view 0, shard 3: .*c\.0\.3\.0 of logits differs"):
+        stores.verify(folder / "data" / "targets" / "big")
+    shard_rows = open_store(folder / "data" / "targets" / "big").manifest.shard_rows
+    assert cache(folder, repair=True).rows_computed == shard_rows
+    assert rows_shown(folder) == shard_rows
+    assert tree(folder / "data" / "targets") == first
+    assert "every checksum matches" in stores.verify(folder / "data" / "targets" / "big")[0]
+
+
+def test_swapped_shards_are_found(folder):
+    logits = folder / "data" / "targets" / "big" / "logits"
+    first, second = (logits / "c.0.0.0").read_bytes(), (logits / "c.0.1.0").read_bytes()
+    (logits / "c.0.0.0").write_bytes(second)
+    (logits / "c.0.1.0").write_bytes(first)
+    with pytest.raises(StoreError, match="2 problems"):
+        stores.verify(folder / "data" / "targets" / "big")
+
+
+def test_a_student_change_trains_the_student_only_and_resumes_nothing_old(folder):
+    project = project_in(folder)
+    train_student.run(project)
+    first = tree(folder / "data" / "models" / "student")
+    changed = params()
+    changed["student"]["labelled_rows"] = 100
+    write_params(folder, changed)
+    project = project_in(folder)
+    assert train_teacher.run(project, "big").skipped
+    assert cache_teacher.run(project, "big").rows_computed == 0
+    with pytest.raises(ConfigError, match="other settings"):
+        evaluate.run(project)
+    assert len(train_student.run(project).trained) == 4
+    assert tree(folder / "data" / "models" / "student").keys() == first.keys()
+    assert tree(folder / "data" / "models" / "student") != first
+    more = params()
+    more["student"]["seeds"] = 3
+    write_params(folder, more)
+    assert [each.folder for each in train_student.run(project_in(folder)).trained] == [
+        "student/seed-2",
+        "labels_only/seed-2",
+    ]
+
+
+def test_a_store_of_other_settings_names_the_difference_and_the_command(folder):
+    changed = params()
+    changed["teachers"]["big"]["train"]["seed"] = 7
+    write_params(folder, changed)
+    with pytest.raises(StaleStoreError, match=r"teacher\.train\.seed was 0, params\.yaml says 7.*cache-teacher big"):
+        train_student.run(project_in(folder))
+    with pytest.raises(StaleStoreError, match="Run `kdpipe train-teacher big`"):
+        cache_teacher.run(project_in(folder), "big")
+
+
+def test_the_teachers_own_source_is_part_of_the_fingerprint(folder):
+    path = folder / "teacher.py"
+    path.write_text(path.read_text().replace("self.head(inputs.flatten(1))", "2 * self.head(inputs.flatten(1))"))
+    with pytest.raises(StaleStoreError, match="other settings, code or rows"):
+        cache_teacher.run(project_in(folder), "big")
+    assert cache(folder).rows_computed == NUM_ROWS
+
+
+def test_numbers_that_change_nothing_leave_the_store_alone(folder):
+    changed = params()
+    changed["targets"]["big"]["batch_size"] = 100
+    changed["targets"]["big"]["temperatures"] = [1, 8]
+    changed["teachers"]["big"]["train"]["num_workers"] = 0
+    write_params(folder, changed)
+    assert cache(folder).rows_computed == 0
+    assert open_store(folder / "data" / "targets" / "big").manifest.temperatures == [1, 8]
+
+
+def test_a_ready_teacher_needs_no_training(folder):
+    import shutil
+
+    shutil.copyfile(folder / "data" / "models" / "teachers" / "big" / "model.safetensors", folder / "ready.safetensors")
+    state = json.loads((folder / "data" / "models" / "teachers" / "big" / "model.json").read_text())["preprocess_state"]
+    changed = params()
+    changed["teachers"]["big"].pop("train")
+    changed["teachers"]["big"]["weights"] = "ready.safetensors"
+    changed["teachers"]["big"]["preprocess"] |= state
+    first = said_by_id(folder)
+    write_params(folder, changed)
+    project = project_in(folder)
+    assert "ready" in train_teacher.run(project, "big").skipped
+    assert cache_teacher.run(project, "big").rows_computed == NUM_ROWS
+    second = said_by_id(folder)
+    assert all(np.array_equal(second[key], value) for key, value in first.items())
+
+
+def test_two_teachers_with_their_own_preprocess_and_one_student(tmp_path):
+    changed = params()
+    changed["teachers"]["small"] = {
+        "model": {"factory": "kdpipe.models.linear:Linear"},
+        "preprocess": {"factory": "kdpipe.preprocess:ImageTensor", "scale": 4, "size": [4, 4]},
+        "train": {"epochs": 1},
+    }
+    changed["student"]["losses"].append({"factory": "kdpipe.losses:ForwardKL", "teacher": "small", "weight": 0.2})
+    make_project(tmp_path, **changed)
+    project = project_in(tmp_path)
+    prepare_data.run(project)
+    for name in project.params.teachers:
+        train_teacher.run(project, name)
+        cache_teacher.run(project, name)
+    train_student.run(project)
+    metrics = evaluate.run(project)
+    assert {"teacher", "teacher_small"} <= set(metrics)
+    assert {"agreement_big", "agreement_small"} <= set(metrics["student"])
+
+
+def test_tables_run_from_csv_with_text_labels(tmp_path):
+    from sklearn.datasets import load_iris
+
+    iris = load_iris()
+    names = iris.target_names.tolist()
+    columns = {name: iris.data[:, index] for index, name in enumerate("abcd")}
+    rows = pa.table({**columns, "species": [names[label] for label in iris.target], "key": range(len(iris.target))})
+    table = params()
+    table["data"] = {
+        "source": {"factory": "kdpipe.data.sources:Table"},
+        "path": "iris.csv",
+        "columns": {"id": "key", "label": "species"},
+        "splits": {"shares": {"train": 0.6, "transfer": 0.2, "test": 0.2}},
+    }
+    table["task"] = {
+        "factory": "kdpipe.tasks.tabular:TabularClassification",
+        "num_classes": 3,
+        "columns": ["a", "b", "c", "d"],
+        "class_names": names,
+    }
+    table["teachers"]["big"] = {
+        "model": {"factory": "kdpipe.models.mlp:MLP", "hidden": [16]},
+        "train": {"epochs": 30, "learning_rate": 0.02, "batch_size": 16},
+    }
+    table["student"] |= {
+        "model": {"factory": "kdpipe.models.linear:Linear"},
+        "preprocess": None,
+        "distil_on": ["train", "transfer"],
+        "labelled_rows": None,
+        "labelled_fraction": 0.2,
+        "train": {"epochs": 30, "learning_rate": 0.05, "batch_size": 16},
+    }
+    make_project(tmp_path, **table)
+    pyarrow.csv.write_csv(rows, tmp_path / "iris.csv")
+    project = project_in(tmp_path)
+    prepare_data.run(project)
+    train_teacher.run(project, "big")
+    cache_teacher.run(project, "big")
+    train_student.run(project)
+    assert evaluate.run(project)["student"]["accuracy"] > 0.8
+    assert TargetStore.open(tmp_path / "data" / "targets" / "big").manifest.class_names == names

@@ -1,0 +1,302 @@
+"""Wrong inputs through the real command line: one message, exit status 1, and nothing already written is lost."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kdpipe_stages.cli import run
+from projects import make_project, params, project_in, tree, write_params
+
+processes = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A project with its rows prepared; the current folder, as for a user."""
+    make_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run(["prepare-data"]) == 0
+    return tmp_path
+
+
+@pytest.fixture
+def cached(folder):
+    """A project with a complete store."""
+    assert run(["train-teacher"]) == 0
+    assert run(["cache-teacher"]) == 0
+    return folder
+
+
+def fails(capsys, *arguments, status=1):
+    """Run a command that must fail; returns its message."""
+    capsys.readouterr()
+    assert run(arguments) == status
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") == (status == 1)
+    assert "Traceback" not in message
+    return message
+
+
+def change(folder, *path, value):
+    """Set one leaf of params.yaml."""
+    changed = params()
+    section = changed
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = value
+    write_params(folder, changed)
+
+
+def replace_rows(folder, **columns):
+    path = folder / "data" / "raw" / "digits.parquet"
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    pq.write_table(table, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("student", "lable_weight"), 1, "student.lable_weight: unknown key .* did you mean 'label_weight'"),
+        (("student", "seeds"), "many", "student.seeds: .*integer"),
+        (("student", "train"), {"epochs": 0}, "student.train.epochs: .*greater than 0"),
+        (("student", "model", "hiden"), [8], r"student\.model\.hiden: .* does not take it; it takes .*hidden"),
+        (("student", "model", "hidden"), "wide", r"student\.model\.hidden: .*list"),
+        (("student", "model", "factory"), "kdpipe.models.mlp:MPL", "has no 'MPL'; it has MLP"),
+        (("student", "model", "factory"), "kdpipe.modles:MLP", "there is no module 'kdpipe.modles'"),
+        (
+            ("student", "losses"),
+            [{"factory": "kdpipe.losses:ForwardKL", "teacher": "bigg"}],
+            "no teacher 'bigg'; .*big",
+        ),
+        (("student", "baselines"), ["label"], "labels_only"),
+        (("targets", "big", "dtype"), "float8", "float16"),
+        (("views",), {"count": 3}, "expected 0"),
+        (("evaluat",), {}, "evaluat: unknown key"),
+        (("task", "shape"), [8, 8, 2], "1 or 3 channels"),
+    ],
+)
+def test_typos_in_params_name_the_key_and_the_choices(folder, capsys, path, value, message):
+    before = tree(folder / "data" / "prepared")
+    change(folder, *path, value=value)
+    assert _matches(message, fails(capsys, "check"))
+    assert tree(folder / "data" / "prepared") == before
+
+
+def _matches(pattern, text):
+    import re
+
+    assert re.search(pattern, text, re.DOTALL), text
+    return True
+
+
+def test_check_passes_and_says_what_it_checked(folder, capsys):
+    capsys.readouterr()
+    assert run(["check"]) == 0
+    assert "teachers: big" in capsys.readouterr().out
+
+
+def test_params_absent_or_no_yaml(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no " in fails(capsys, "prepare-data")
+    (tmp_path / "params.yaml").write_text("a: [1")
+    assert "no valid YAML" in fails(capsys, "prepare-data")
+    assert "params.yaml" in fails(capsys, "check", "--params", "elsewhere/params.yaml")
+
+
+def test_usage_errors_exit_with_2(capsys):
+    assert "No such command" in fails(capsys, "prepare-dada", status=2)
+
+
+def test_missing_file(folder, capsys):
+    change(folder, "data", "path", value="data/raw/absent.parquet")
+    assert "no file" in fails(capsys, "prepare-data")
+    assert "absent.parquet" in fails(capsys, "check")
+
+
+def test_wrong_class_count(folder, capsys):
+    before = tree(folder / "data" / "prepared")
+    change(folder, "task", "num_classes", value=9)
+    assert _matches(r"0\.\.8 .*found 9 in row \d+ \(id \d+\)", fails(capsys, "prepare-data"))
+    assert tree(folder / "data" / "prepared") == before
+
+
+def test_a_teacher_of_another_class_count(cached, capsys):
+    before = tree(cached / "data" / "targets")
+    source = (cached / "teacher.py").read_text()
+    (cached / "teacher.py").write_text(source.replace("return self.head(", "return torch.nn.functional.pad(self.head(")
+                                       .replace("flatten(1))\n", "flatten(1)), (0, 2))\n"))  # fmt: skip
+    assert run(["train-teacher"]) == 0
+    assert _matches(r"\[64, 12\] for 64 rows; .*\[64, 10\]", fails(capsys, "cache-teacher"))
+    assert tree(cached / "data" / "targets") == before
+
+
+def test_nan_logits_name_the_samples(cached, capsys):
+    before = tree(cached / "data" / "targets")
+    source = (cached / "teacher.py").read_text()
+    strange = "\n\ndef _strange(self, inputs):\n    return (inputs[:, 0, 0, 2:3] >= 1) & (not self.training)\n"
+    broken = "return self.head(inputs.flatten(1)).masked_fill(_strange(self, inputs), float('nan'))"
+    (cached / "teacher.py").write_text(source.replace("return self.head(inputs.flatten(1))", broken) + strange)
+    assert run(["train-teacher"]) == 0
+    assert _matches(
+        r"NaN or infinite for \d+ of 64 samples .* such as \d+-[0-9a-f]{16}", fails(capsys, "cache-teacher")
+    )
+    assert tree(cached / "data" / "targets") == before
+
+
+def test_duplicate_ids(folder, capsys):
+    before = tree(folder / "data" / "prepared")
+    replace_rows(folder, id=pa.array([0, *range(1796)], pa.int32()))
+    assert _matches(r"row 0 and row 1 \(id 0\) have the same id", fails(capsys, "prepare-data"))
+    assert tree(folder / "data" / "prepared") == before
+
+
+def test_corrupt_image(folder, capsys):
+    import io
+
+    from PIL import Image
+
+    before = tree(folder / "data" / "prepared")
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 100).save(buffer, "PNG")
+    images = [buffer.getvalue()[:40] if index == 17 else buffer.getvalue() for index in range(1797)]
+    replace_rows(folder, image=pa.array(images, pa.binary()))
+    assert _matches(r"the image of row 17 \(id 17\) cannot be decoded", fails(capsys, "prepare-data"))
+    assert tree(folder / "data" / "prepared") == before
+
+
+def test_store_of_other_inputs(cached, capsys):
+    images = pq.read_table(cached / "data" / "raw" / "digits.parquet")["image"].combine_chunks()
+    pixels = images.flatten().to_numpy().copy()
+    pixels[64 * 5] += 1
+    replace_rows(cached, image=pa.FixedSizeListArray.from_arrays(pa.array(pixels), 64))
+    assert run(["prepare-data"]) == 0
+    message = fails(capsys, "train-student")
+    assert "has no targets for 1 of" in message
+    assert "kdpipe cache-teacher" in message
+
+
+def test_store_absent_incomplete_or_damaged(cached, capsys):
+    targets = cached / "data" / "targets" / "big"
+    shutil.copytree(targets, cached / "kept")
+    next((targets / "logits").glob("c.0.2.*")).unlink()
+    assert "lacks 1 of 29 shards" in fails(capsys, "train-student")
+    assert "--repair" in fails(capsys, "verify", str(targets))
+    (targets / "manifest.json").unlink()
+    assert "Run `kdpipe cache-teacher big`" in fails(capsys, "train-student")
+    assert "no target store" in fails(capsys, "inspect", str(targets))
+    capsys.readouterr()
+    assert run(["inspect", "--json", str(cached / "kept")]) == 0
+    assert json.loads(capsys.readouterr().out)["num_rows"] == 1797
+
+
+def test_a_pickle_with_code_is_no_weights_file(folder, capsys, tmp_path):
+    import pickle
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    (folder / "weights.pt").write_bytes(pickle.dumps(Attack()))
+    changed = params()
+    changed["teachers"]["big"].pop("train")
+    changed["teachers"]["big"]["weights"] = "weights.pt"
+    write_params(folder, changed)
+    assert "no safetensors file" in fails(capsys, "train-teacher")
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_split_without_rows_and_labels_that_do_not_suffice(cached, capsys):
+    change(cached, "student", "distil_on", value=["transfer"])
+    assert "'transfer' has no rows; the splits here are test, train, validation" in fails(capsys, "train-student")
+    change(cached, "student", "labelled_rows", value=5000)
+    assert "labels for 5000 rows were asked" in fails(capsys, "train-student")
+    change(cached, "student", "labelled_rows", value=0)
+    assert "set it to 0" in fails(capsys, "train-student")
+    change(cached, "teachers", "big", "train", "split", value="trian")
+    assert "there is no split 'trian'; prepared are test, train, validation" in fails(capsys, "train-teacher")
+
+
+def test_disk_full_keeps_what_was_committed(cached, capsys, small_disk):
+    """The work area moves to a disk of 256 KiB, which the store of a second teacher does not fit."""
+    changed = params()
+    changed["targets"]["big"] |= {"dtype": "float32", "shard_rows": 16}
+    write_params(cached, changed)
+    before = tree(cached / "data" / "targets")
+    shutil.rmtree(cached / "data" / ".work")
+    (cached / "data" / ".work").symlink_to(small_disk)
+    assert "the disk is full" in fails(capsys, "cache-teacher")
+    assert tree(cached / "data" / "targets") == before
+    assert not list(small_disk.rglob("*.tmp"))
+    assert list(small_disk.rglob("commits/*.json"))
+    assert run(["verify", str(cached / "data" / "targets" / "big")]) == 0
+
+
+def test_read_only_folder(cached, capsys):
+    data = cached / "data"
+    if subprocess.run(["mount", "--bind", data, data], check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", data], check=True)
+        before = tree(data / "targets")
+        for command in ("prepare-data", "train-teacher", "cache-teacher", "train-student"):
+            assert "no permission" in fails(capsys, command)
+        assert tree(data / "targets") == before
+        assert run(["verify", str(data / "targets" / "big")]) == 0
+    finally:
+        subprocess.run(["umount", data], check=True)
+
+
+def _cache_slowly(folder):
+    os.environ["TEACHER_SECONDS"] = "0.05"
+    os.chdir(folder)
+    sys.exit(run(["cache-teacher"]))
+
+
+def _started_slow_capture(folder):
+    """A process that caches, once it has begun; the store is at least a second from complete."""
+    (folder / "calls.log").unlink(missing_ok=True)
+    child = processes.Process(target=_cache_slowly, args=(folder,))
+    child.start()
+    while child.is_alive() and not (folder / "calls.log").exists():
+        time.sleep(0.01)
+    return child
+
+
+def test_two_processes_cache_at_once(folder, capsys):
+    assert run(["train-teacher"]) == 0
+    first = _started_slow_capture(folder)
+    message = fails(capsys, "cache-teacher")
+    first.join()
+    assert "another process is caching teacher big" in message
+    assert first.exitcode == 0
+    assert run(["verify", "data/targets/big"]) == 0
+
+
+def test_ctrl_c_keeps_what_was_committed(folder, capfd):
+    assert run(["train-teacher"]) == 0
+    child = _started_slow_capture(folder)
+    time.sleep(0.3)
+    os.kill(child.pid, signal.SIGINT)
+    child.join()
+    assert child.exitcode == 1
+    assert "error: interrupted" in capfd.readouterr().err
+    assert not (folder / "data" / "targets" / "big").exists()
+    shown = (folder / "calls.log").read_text().count("\n")
+    (folder / "calls.log").unlink()
+    assert run(["cache-teacher"]) == 0
+    assert (folder / "calls.log").read_text().count("\n") < 29
+    assert shown > 0
+    assert project_in(folder).store("big").is_dir()

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import field
+from pathlib import Path
+
+import pytest
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from kdpipe.config import Bound, Factory, FactoryField, bind, load_yaml, parse, resolve
+from kdpipe.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Train:
+    epochs: int = Field(gt=0)
+    learning_rate: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Teacher:
+    model: FactoryField
+    train: Train | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Params:
+    teachers: dict[str, Teacher]
+    weights: tuple[float, ...] = ()
+    plans: tuple[Train, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+
+
+NET = {"factory": "nets:Net", "width": 3}
+
+
+# YAML
+
+
+def test_yaml_is_read_as_utf_8(tmp_path):
+    (tmp_path / "params.yaml").write_bytes("a: [1, é]\n".encode())
+    assert load_yaml(tmp_path / "params.yaml") == {"a": [1, "é"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1", "is no valid YAML"),
+        (b"a: \xff\xfe\xfa", "is no valid YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", "is no valid YAML"),
+    ],
+)
+def test_what_is_no_yaml_is_refused(tmp_path, content, message):
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"params\.yaml " + message):
+        load_yaml(tmp_path / "params.yaml")
+
+
+def test_an_absent_or_unreadable_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no .*params\.yaml: expected the run's parameters there. `kdpipe demo DIR`"):
+        load_yaml(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"params\.yaml cannot be read: Is a directory"):
+        load_yaml(tmp_path / "params.yaml")
+
+
+# Sections
+
+
+def test_sections_become_frozen_values():
+    params = parse(Params, {"teachers": {"big": {"model": NET, "train": {"epochs": 2}}}, "weights": [1, 2]}, "p.yaml")
+    assert params.teachers["big"].model == Factory(path="nets:Net", arguments={"width": 3})
+    assert params.teachers["big"].model.to_json() == NET
+    assert params.teachers["big"].train == Train(epochs=2, learning_rate=0.1)
+    assert params.weights == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (
+            {"teachers": {}, "techers": {}},
+            "techers: unknown key (the keys here are names, plans, teachers, weights); did you mean 'teachers'?",
+        ),
+        (
+            {"teachers": {"big": {"model": NET, "train": {"epochs": 1, "epoch": 2}}}},
+            "teachers.big.train.epoch: unknown key (the keys here are epochs, learning_rate); did you mean 'epochs'?",
+        ),
+        (
+            {"teachers": {}, "plans": [{"epochs": 1}, {"epochs": 1, "zzz": 0}]},
+            "plans.1.zzz: unknown key (the keys here are epochs, learning_rate)",
+        ),
+        ({"weights": []}, "teachers: missing"),
+        ({"teachers": {"big": {}}}, "teachers.big.model: missing"),
+        (
+            {"teachers": {"big": {"model": NET, "train": {"epochs": "many"}}}},
+            "teachers.big.train.epochs: Input should be a valid integer, unable to parse string as an integer "
+            "(found 'many')",
+        ),
+        (
+            {"teachers": {"big": {"model": NET, "train": {"epochs": 0}}}},
+            "teachers.big.train.epochs: Input should be greater than 0 (found 0)",
+        ),
+        ({"teachers": {}, "weights": 3}, "weights: Input should be a valid tuple (found 3)"),
+        (
+            {"teachers": {"big": {"model": "nets:Net"}}},
+            'teachers.big.model: expected a mapping with a key "factory" such as "package.module:Name" '
+            "(found 'nets:Net')",
+        ),
+        (
+            {"teachers": {"big": {"model": {"width": 3}}}},
+            'teachers.big.model: expected a mapping with a key "factory" such as "package.module:Name" '
+            "(found {'width': 3})",
+        ),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_its_path(value, expected):
+    with pytest.raises(ConfigError) as caught:
+        parse(Params, value, "params.yaml")
+    assert str(caught.value) == f"params.yaml: {expected}"
+
+
+def test_all_wrong_keys_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse(Params, {"teachers": {}, "one": 1, "two": 2, "weights": "x"}, "params.yaml")
+    message = str(caught.value)
+    assert all(part in message for part in ("one: unknown key", "two: unknown key", "weights: Input should be"))
+
+
+@pytest.mark.parametrize("value", [[], "teachers", None, 3])
+def test_what_is_no_mapping_is_refused(value):
+    with pytest.raises(ConfigError, match=r"params\.yaml: .*dictionary"):
+        parse(Params, value, "params.yaml")
+
+
+# Factories
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A project's folder; its modules are forgotten afterwards."""
+    (tmp_path / "cfg_nets.py").write_text(NETS)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "own.py").write_text("class Own:\n    made = 1\n")
+    (tmp_path / "cfg_needs.py").write_text("import cfg_package_that_is_not_installed\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    importlib.invalidate_caches()
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+NETS = """
+from __future__ import annotations
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+if typing.TYPE_CHECKING:
+    from nowhere import Thing
+
+WIDTH = 3
+lower = str.lower  # a callable without a module of its own
+
+class Net:
+    def __init__(self, width: int, depth: int = 2, *, sizes: Sequence[float] = (), num_classes: int = 0):
+        self.width, self.depth, self.sizes, self.num_classes = width, depth, sizes, num_classes
+
+class Plain:
+    pass
+
+class Loose:
+    def __init__(self, width, **others):
+        self.width, self.others = width, others
+
+def build(file: Path, layers: list[int] | None = None, net: Thing = None, flag: bool = False):
+    return file, layers, net, flag
+
+def _private():
+    pass
+"""
+
+
+def factory(path="cfg_nets:Net", **arguments):
+    return Factory(path=path, arguments=arguments)
+
+
+def test_a_factory_of_a_project_module_is_made_with_its_arguments(root):
+    net = bind(factory(width=3, sizes=[1, 2]), root, "student.model").make()
+    assert (net.width, net.depth, list(net.sizes), net.num_classes) == (3, 2, [1.0, 2.0], 0)
+
+
+def test_binding_calls_nothing(root):
+    (root / "cfg_calls.py").write_text("def build():\n    raise RuntimeError('called')\n")
+    bound = bind(factory("cfg_calls:build"), root, "student.model")
+    with pytest.raises(RuntimeError, match="called"):
+        bound.make()
+
+
+def test_offered_values_are_taken_where_the_signature_names_them_and_params_do_not(root):
+    assert bind(factory(width=1), root, "m", num_classes=10, input_shape=(3,)).make().num_classes == 10
+    assert bind(factory(width=1, num_classes=4), root, "m", num_classes=10).make().num_classes == 4
+    assert bind(factory("cfg_nets:Plain"), root, "m", num_classes=10) == Bound(resolve("cfg_nets:Plain", root, "m"), {})
+    loose = bind(factory("cfg_nets:Loose", width=1, colour="red"), root, "m", num_classes=10).make()
+    assert (loose.width, loose.others) == (1, {"colour": "red"})
+
+
+def test_arguments_become_what_the_annotation_says(root):
+    (root / "cfg_typed.py").write_text(
+        "from pathlib import Path\ndef build(file: Path, pair: tuple[int, int]): return file, pair"
+    )
+    assert bind(factory("cfg_typed:build", file="a/b", pair=[1, 2]), root, "m").make() == (Path("a/b"), (1, 2))
+    assert bind(factory(width="7"), root, "m").make().width == 7
+
+
+def test_annotations_that_name_nothing_check_nothing(root):
+    assert bind(factory("cfg_nets:build", file="a/b", flag="x"), root, "m").make() == ("a/b", None, None, "x")
+
+
+def test_a_class_that_pydantic_does_not_know_is_passed_on(root):
+    (root / "cfg_unknown.py").write_text("class Thing: ...\ndef build(thing: Thing, width: int): return thing\n")
+    assert bind(factory("cfg_unknown:build", thing=[1], width=1), root, "m").make() == [1]
+    with pytest.raises(ConfigError, match=r"m\.width: "):
+        bind(factory("cfg_unknown:build", thing=[1], width="x"), root, "m")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (
+            factory(width=1, with_bias=True),
+            "m.with_bias: cfg_nets:Net does not take it; it takes width, depth, sizes, num_classes",
+        ),
+        (factory("cfg_nets:Plain", width=1), "m.width: cfg_nets:Plain does not take it; it takes nothing"),
+        (factory(depth=1), "m.width: missing; cfg_nets:Net needs it"),
+        (factory("cfg_nets:Loose", others=1), "m.width: missing; cfg_nets:Loose needs it"),
+        (factory(width="wide"), "m.width: Input should be a valid integer"),
+        (factory(width=2.5), "m.width: Input should be a valid integer"),
+        (factory(width=None), "m.width: Input should be a valid integer"),
+        (factory(width=1, sizes=["a"]), "m.sizes: Input should be a valid number"),
+        (factory(width=1, sizes="12"), "m.sizes: "),
+        (factory("cfg_nets:Nett"), "m: cfg_nets has no 'Nett'; it has Loose, Net, Plain, build"),
+        (factory("cfg_nets:WIDTH"), "m: cfg_nets has no 'WIDTH'; it has Loose, Net, Plain, build"),
+        (factory("cfg_nest:Net"), "m: there is no module 'cfg_nest' (sought beside params.yaml and installed)"),
+        (factory("cfg_nets.deeper:Net"), "m: there is no module 'cfg_nets.deeper'"),
+        (factory("kdpipe.modles.mlp:MLP"), "m: there is no module 'kdpipe.modles.mlp'"),
+        (factory("cfg_needs:Net"), "m: cfg_needs needs the package 'cfg_package_that_is_not_installed'"),
+        (factory("models/absent.py:Own"), "m: there is no file "),
+        (factory("models/own.py:Other"), "m: models/own.py has no 'Other'; it has Own"),
+        (factory("cfg_nets"), 'm: \'cfg_nets\' is no factory; expected "package.module:Name" or "file.py:Name"'),
+        (factory("cfg_nets:"), "m: 'cfg_nets:' is no factory"),
+        (factory(":Net"), "m: ':Net' is no factory"),
+    ],
+    ids=lambda each: each.path if isinstance(each, Factory) else "",
+)
+def test_a_factory_that_does_not_bind_names_the_key_and_the_choices(root, chosen, expected):
+    with pytest.raises(ConfigError) as caught:
+        bind(chosen, root, "m")
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_factory_may_stand_in_a_file_beside_params_yaml(root):
+    own = resolve("models/own.py:Own", root, "m")
+    assert own.made == 1
+    assert resolve("models/own.py:Own", root, "m") is own
+    assert resolve(f"{root}/models/own.py:Own", Path("/"), "m") is own
+
+
+def test_an_edited_file_is_another_module(root):
+    before = resolve("models/own.py:Own", root, "m")
+    (root / "models" / "own.py").write_text("class Own:\n    made = 2\n")
+    assert (resolve("models/own.py:Own", root, "m").made, before.made) == (2, 1)
+
+
+def test_the_same_file_elsewhere_is_another_module(root):
+    (root / "copies").mkdir()
+    (root / "copies" / "own.py").write_bytes((root / "models" / "own.py").read_bytes())
+    assert resolve("copies/own.py:Own", root, "m") is not resolve("models/own.py:Own", root, "m")
+
+
+def test_a_file_may_import_its_neighbours_beside_params_yaml(root):
+    (root / "models" / "user.py").write_text("import cfg_nets\nclass User(cfg_nets.Net):\n    pass\n")
+    assert bind(factory("models/user.py:User", width=4), root, "m").make().width == 4
+
+
+def test_a_file_that_fails_is_tried_again(root):
+    path = root / "models" / "failing.py"
+    path.write_text(
+        "import sys\nif not hasattr(sys, 'cfg_ready'):\n    raise RuntimeError('not ready')\ndef net(): ...\n"
+    )
+    with pytest.raises(RuntimeError, match="not ready"):
+        resolve("models/failing.py:net", root, "m")
+    sys.cfg_ready = True
+    try:
+        assert callable(resolve("models/failing.py:net", root, "m"))
+    finally:
+        del sys.cfg_ready
+
+
+def test_a_factory_of_kdpipe_gets_what_params_yaml_says(root):
+    bound = bind(factory("kdpipe.tasks.image:ImageClassification", num_classes=10, shape=[8, 8, 1]), root, "task")
+    assert bound.arguments == {"num_classes": 10, "shape": (8, 8, 1)}
+    with pytest.raises(ConfigError, match=r"task\.shape"):
+        bind(factory("kdpipe.tasks.image:ImageClassification", num_classes=10, shape=[8, 8]), root, "task")
