@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
 import yaml
@@ -109,12 +110,8 @@ def resolve(path: str, root: Path, where: str) -> Callable[..., Any]:
 
     Raises `ConfigError` naming `where` (a key of params.yaml), what was sought and what exists.
     """
-    module_name, separator, name = path.rpartition(":")
-    if not separator or not module_name or not name:
-        raise ConfigError(f'{where}: {path!r} is no factory; expected "package.module:Name" or "file.py:Name"')
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    module = _load_file(root / module_name, where) if module_name.endswith(".py") else _import(module_name, where)
+    module_name, _, name = path.rpartition(":")
+    module = load_module(path, root, where)
     found = getattr(module, name, None)
     if not callable(found):
         public = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
@@ -123,7 +120,17 @@ def resolve(path: str, root: Path, where: str) -> Callable[..., Any]:
     return typing.cast("Callable[..., Any]", found)
 
 
-def _import(name: str, where: str) -> Any:
+def load_module(path: str, root: Path, where: str) -> ModuleType:
+    """The module that a factory path names. Raises `ConfigError`."""
+    module_name, _, name = path.rpartition(":")
+    if not module_name or not name:
+        raise ConfigError(f'{where}: {path!r} is no factory; expected "package.module:Name" or "file.py:Name"')
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return _load_file(root / module_name, where) if module_name.endswith(".py") else _import(module_name, where)
+
+
+def _import(name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -134,7 +141,7 @@ def _import(name: str, where: str) -> Any:
         raise ConfigError(f"{where}: {name} needs the package {error.name!r}, which is not installed") from error
 
 
-def _load_file(path: Path, where: str) -> Any:
+def _load_file(path: Path, where: str) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"{where}: there is no file {path}")
     # The same content elsewhere is another module: it may look for files beside it.

@@ -45,15 +45,15 @@ def uniform_by_id(sample_ids: Sequence[str], seed: int, purpose: str) -> np.ndar
     return np.frombuffer(raw, dtype="<u8").astype(np.float64) / 2.0**64
 
 
-def source_digests(factory: Any) -> dict[str, str]:
-    """What code `factory` (a class or function) reaches.
+def source_digests(factory: Any, named_in: str | None = None) -> dict[str, str]:
+    """What code `factory` (a class or function) and the module it was `named_in` reach.
 
     Project-local modules by the SHA-256 of their source, followed through their imports (lazy ones too); installed
     packages by version.
     """
     local: dict[str, str] = {}
     installed: dict[str, str] = {}
-    waiting = [factory.__module__]
+    waiting = [getattr(factory, "__module__", None) or "builtins", *([named_in] if named_in else [])]
     while waiting:
         name = waiting.pop()
         top = name.partition(".")[0]

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kdpipe import durable
-from kdpipe.config import Bound, Factory, FactoryField, bind, load_yaml, parse, resolve
+from kdpipe.config import Bound, Factory, FactoryField, bind, load_module, load_yaml, parse, resolve
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.data.preparing import SourceColumns, SplitPlan
 from kdpipe.errors import ConfigError
@@ -245,7 +245,8 @@ class Project:
 
     def sources(self, factory: Factory, where: str) -> dict[str, str]:
         """Digests of the code that a factory reaches."""
-        return source_digests(resolve(factory.path, self.root, where))
+        module = load_module(factory.path, self.root, where)
+        return source_digests(resolve(factory.path, self.root, where), module.__name__)
 
     def task(self) -> Task:
         """The task."""

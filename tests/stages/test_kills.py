@@ -23,7 +23,7 @@ SHARD_ROWS = 64
 
 # A server that has imported everything and never ran a kernel: each child is a real process, ready in milliseconds.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["kdpipe_stages.cache_teacher", "kdpipe_stages.train_student"])
+processes.set_forkserver_preload(["kdpipe_stages.cache_teacher", "kdpipe_stages.train_student", "torch._dynamo"])
 
 
 def cache_in(folder, kill_before_record=None):

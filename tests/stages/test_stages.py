@@ -10,6 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from kdpipe.config import Factory
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.errors import ConfigError, StaleStoreError, StoreError
 from kdpipe.store import TargetStore, open_store
@@ -214,6 +215,17 @@ def test_the_teachers_own_source_is_part_of_the_fingerprint(folder):
     with pytest.raises(StaleStoreError, match="other settings, code or rows"):
         cache_teacher.run(project_in(folder), "big")
     assert cache(folder).rows_computed == NUM_ROWS
+
+
+def test_a_factory_that_is_made_elsewhere_counts_with_its_own_file(folder):
+    """`functools.partial(…)` says it is defined in functools."""
+    path = folder / "wide.py"
+    sources = []
+    for width in (8, 9):
+        path.write_text(f"import functools\nfrom teacher import Teacher\nWide = functools.partial(Teacher, {width})\n")
+        sources.append(project_in(folder).sources(Factory(path="wide.py:Wide"), "model"))
+    assert sources[0] != sources[1]
+    assert sources[0].keys() == sources[1].keys() >= {"teacher"}
 
 
 def test_numbers_that_change_nothing_leave_the_store_alone(folder):

@@ -268,7 +268,7 @@ def test_chunks_divide_shards_and_stay_small(row_bytes, shard_rows):
 
 
 def test_a_shard_size_without_even_chunks_is_refused():
-    with pytest.raises(ConfigError, match="10007, which cannot be divided .* such as 8192"):
+    with pytest.raises(ConfigError, match=r"10007, which cannot be divided .* such as 8192"):
         ArrayLayout.of("x", ArraySpec(dtype="uint8", shape=()), 10007)
 
 
