@@ -31,13 +31,13 @@ class Demonstrated:
 
 def scaffold(folder: Path) -> None:
     """Write the demo's params.yaml, dvc.yaml and data into a folder; what is there already stays."""
-    (folder / DIGITS).parent.mkdir(parents=True, exist_ok=True)
     if (folder / "params.yaml").exists():
         return
     for name in TEMPLATES:
         with resources.as_file(resources.files("kdpipe_stages") / "templates" / "digits" / name) as template:
             shutil.copyfile(template, folder / name)
-    (folder / ".gitignore").write_text("/data/\n/metrics.json\n/per_seed.json\n/timings.json\n")
+    if not (folder / ".gitignore").exists():
+        (folder / ".gitignore").write_text("/data/\n/timings.json\n")
     if not (folder / DIGITS).exists():
         write_digits(folder / DIGITS)
 
