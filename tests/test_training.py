@@ -155,10 +155,10 @@ def test_the_log_holds_means_over_its_intervals(rows, monkeypatch):
     losses = [each.loss for each in progress]
     means = [sum(losses[start : start + 3]) / len(losses[start : start + 3]) for start in range(0, 20, 3)]
     assert [each["loss"] for each in history] == pytest.approx(means)
-    kl = [each["teacher.ForwardKL"] for each in history]
-    assert kl == pytest.approx([4 * each["teacher.ForwardKL unscaled"] for each in history])
+    kl = [each["teacher.ForwardKL T=2"] for each in history]
+    assert kl == pytest.approx([4 * each["teacher.ForwardKL T=2 unscaled"] for each in history])
     assert [each["loss"] for each in history] == pytest.approx(
-        [0.9 * each["teacher.ForwardKL"] + 0.1 * each["label"] for each in history]
+        [0.9 * each["teacher.ForwardKL T=2"] + 0.1 * each["label"] for each in history]
     )
 
 
@@ -264,7 +264,7 @@ def test_clip_norm_bounds_the_step_of_a_scaled_loss(data):
 
 
 def test_a_diverging_training_stops_with_a_remedy(rows):
-    with pytest.raises(TrainingError, match=r"loss is (inf|nan) at step \d+ \(teacher.ForwardKL .*learning_rate"):
+    with pytest.raises(TrainingError, match=r"loss is (inf|nan) at step \d+ \(teacher.ForwardKL T=2 .*learning_rate"):
         trained(rows, replace(PLAN, learning_rate=1e200))
 
 

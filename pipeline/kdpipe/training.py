@@ -203,16 +203,18 @@ class _Loop:
         plan, accelerator = self._plan, self._accelerator
         torch.manual_seed(_step_seed(plan.seed, self.step, accelerator.process_index))
         batch = batch.to(self._device)
-        counts = [max(1.0, self._sum_over_ranks(term.valid(batch).sum())) for term in self._terms]
+        counts = self._sum_over_ranks(torch.stack([term.valid(batch).sum() for term in self._terms])).clamp(min=1)
         learning_rate = plan.learning_rate_at(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        totals = dict.fromkeys(self._names(), 0.0)
+        parts = []
         micro_batches = list(_micro_batches(batch, plan.micro_batch_size))
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(self._model):
-                self._backward(micro, counts, totals)
+                parts.append(self._backward(micro, counts))
+        totals = dict(zip(self._names, self._sum_over_ranks(torch.stack(parts).sum(dim=0)).tolist(), strict=True))
+        self._check_finite(totals)
         if plan.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             accelerator.clip_grad_norm_(self._model.parameters(), plan.clip_norm)
@@ -222,32 +224,40 @@ class _Loop:
         self.step += 1
         self._log(totals, learning_rate)
 
-    def _backward(self, batch: Batch, counts: Sequence[float], totals: dict[str, float]) -> None:
+    def _backward(self, batch: Batch, counts: Tensor) -> Tensor:
+        """Add a micro-batch's gradients; returns its part of the loss and of each term, in the order of `_names`."""
         autocast = _AUTOCAST[self._plan.precision]
         with torch.autocast(self._device.type, autocast, enabled=autocast is not None):
             logits = self._model(batch.inputs)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = logits.new_zeros((), dtype=torch.float32)
+        parts = []
         for term, count in zip(self._terms, counts, strict=True):
-            valid = term.valid(batch)
-            values = torch.where(valid, term.values(logits, batch), 0.0)
+            values = torch.where(term.valid(batch), term.values(logits, batch), 0.0)
             mean = values.sum() / count
             loss = loss + term.weight * mean
-            totals[term.name] += mean.item()
-            totals[f"{term.name} unscaled"] += term.unscaled(values).sum().item() / count
-        totals["loss"] += loss.item()
-        if not math.isfinite(totals["loss"]):
-            parts = ", ".join(f"{term.name} {totals[term.name]:g}" for term in self._terms)
-            raise TrainingError(
-                f"the loss is {totals['loss']} at step {self.step} ({parts}). Lower train.learning_rate, set "
-                "train.clip_norm, or use train.precision: float32."
-            )
+            parts += [mean, term.unscaled(values).sum() / count]
         # DDP averages gradients over ranks; the counts are already those of all ranks.
         self._scaler.scale(loss * self._accelerator.num_processes).backward()
+        return torch.stack([part.detach().float() for part in (loss, *parts)])
+
+    @property
+    def _names(self) -> list[str]:
+        return ["loss", *(name for term in self._terms for name in (term.name, f"{term.name} unscaled"))]
+
+    def _check_finite(self, totals: Mapping[str, float]) -> None:
+        """The same on every rank, as the totals are."""
+        if math.isfinite(totals["loss"]):
+            return
+        parts = ", ".join(f"{term.name} {totals[term.name]:g}" for term in self._terms)
+        raise TrainingError(
+            f"the loss is {totals['loss']} at step {self.step} ({parts}). Lower train.learning_rate, set "
+            "train.clip_norm, or use train.precision: float32."
+        )
 
     def _log(self, totals: Mapping[str, float], learning_rate: float) -> None:
         for name, value in totals.items():
-            self._sums[name] = self._sums.get(name, 0.0) + self._sum_over_ranks(value)
+            self._sums[name] = self._sums.get(name, 0.0) + value
         self.loss = totals["loss"]
         if self.step % self._interval == 0 or self.step == self._plan.steps:
             length = self.step - int(self.history[-1]["step"] if self.history else 0)
@@ -255,17 +265,11 @@ class _Loop:
             self.history.append({"step": self.step, "learning_rate": learning_rate, **means})
             self._sums = {}
 
-    def _names(self) -> Iterator[str]:
-        yield "loss"
-        for term in self._terms:
-            yield term.name
-            yield f"{term.name} unscaled"
-
-    def _sum_over_ranks(self, value: Tensor | float) -> float:
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self._accelerator.num_processes == 1:
-            return float(value)
-        tensor = torch.as_tensor(float(value), device=self._device)
-        return float(self._accelerator.reduce(tensor, reduction="sum"))
+            return values
+        summed: Tensor = self._accelerator.reduce(values, reduction="sum")
+        return summed
 
     def save(self, path: Path) -> None:
         """Keep everything that the rest of the training depends on."""
