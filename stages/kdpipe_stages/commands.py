@@ -31,7 +31,7 @@ def train_teacher(project: Project, name: str) -> None:
     """`kdpipe train-teacher NAME`."""
     from kdpipe_stages import train_teacher as stage
 
-    with progress_bar(f"train-teacher {name}", "steps") as advance:
+    with progress_bar(f"train-teacher {name}") as advance:
 
         def on_progress(now: Progress) -> None:
             advance(now.step, now.steps, f"loss {now.loss:.3f}, {now.rows_per_s:,.0f} rows/s")
@@ -45,7 +45,7 @@ def cache_teacher(project: Project, name: str, repair: bool = False) -> None:
     """`kdpipe cache-teacher NAME`."""
     from kdpipe_stages import cache_teacher as stage
 
-    with progress_bar(f"cache-teacher {name}", "rows") as advance:
+    with progress_bar(f"cache-teacher {name}") as advance:
 
         def on_progress(now: CacheProgress) -> None:
             advance(now.rows_done, now.rows_total, f"{now.rows_per_s:,.0f} rows/s")
@@ -60,10 +60,10 @@ def train_student(project: Project) -> None:
     """`kdpipe train-student`."""
     from kdpipe_stages import train_student as stage
 
-    with progress_bar("train-student", "steps") as advance:
+    with progress_bar("train-student") as advance:
 
         def on_progress(each: RunOf, now: Progress) -> None:
-            advance(now.step, now.steps, f"{each.folder} loss {now.loss:.3f}, {now.rows_per_s:,.0f} rows/s")
+            advance(now.step, now.steps, f"{each.arm} {each.seed}: loss {now.loss:.3f}, {now.rows_per_s:,.0f} rows/s")
 
         done = stage.run(project, on_progress)
     say(f"train-student  {len(done.trained)} trained, {len(done.skipped)} were ready")

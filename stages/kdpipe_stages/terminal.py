@@ -10,7 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -39,17 +39,16 @@ Advance = Callable[[int, int, str], None]
 
 
 @contextmanager
-def progress_bar(title: str, unit: str) -> Iterator[Advance]:
-    """A bar with time left and a note; on a pipe or a log file it stays silent."""
+def progress_bar(title: str) -> Iterator[Advance]:
+    """A bar with time left and a note, 80 columns wide; on a pipe or a log file it stays silent."""
     if not errors.is_terminal:
         yield lambda _done, _total, _note: None
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=7),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=errors, transient=True, auto_refresh=False) as progress:
