@@ -193,7 +193,8 @@ def bind(factory: Factory, root: Path, where: str, **offered: Any) -> Bound:
     missing = [name for name in names if name not in arguments and accepts[name].default is inspect.Parameter.empty]
     if missing:
         raise ConfigError(f"{where}.{missing[0]}: missing; {factory.path} needs it")
-    return Bound(target, {key: _checked(target, key, value, where) for key, value in arguments.items()})
+    checked = {key: _checked(target, key, value, where) for key, value in factory.arguments.items()}
+    return Bound(target, arguments | checked)
 
 
 def _checked(target: Callable[..., Any], name: str, value: Any, where: str) -> Any:

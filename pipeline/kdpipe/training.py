@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kdpipe.batches import Batch, BatchStream
 from kdpipe.checkpoint import load_training, save_training
 from kdpipe.data.prepared import MISSING_LABEL
-from kdpipe.distributed import join_peers
+from kdpipe.distributed import cpu_threads, join_peers
 from kdpipe.errors import TrainingError
 from kdpipe.fingerprint import digest
 from kdpipe.losses import LossTerm
@@ -46,6 +46,7 @@ class TrainPlan:
     clip_norm: float | None = None
     precision: Precision = "float32"
     micro_batch_size: int | None = None
+    threads: int | None = None
     checkpoint_every_s: float = 20.0
 
     def learning_rate_at(self, step: int) -> float:
@@ -163,7 +164,13 @@ def fit(
     A resumed training ends with the weights of an uninterrupted one (bitwise on a CPU with the same threads). Raises
     `TrainingError` when the loss is no finite number.
     """
-    loop = _Loop(model, terms, plan)
+    with cpu_threads(plan.threads):
+        return _fit(_Loop(model, terms, plan), stream, plan, checkpoint, on_progress)
+
+
+def _fit(
+    loop: _Loop, stream: BatchStream, plan: TrainPlan, checkpoint: Path, on_progress: Callable[[Progress], None]
+) -> Fitted:
     loop.restore(checkpoint)
     first, started = loop.step, time.perf_counter()
     saved_at = started

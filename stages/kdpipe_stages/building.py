@@ -23,7 +23,7 @@ from kdpipe.fingerprint import canonical_json, digest, digest_file
 from kdpipe.preprocess import Preprocess
 from kdpipe.tasks.base import Task
 from kdpipe.training import TrainPlan
-from kdpipe_stages.params import Project, TrainSection
+from kdpipe_stages.params import FREE_OF_TRAINING, Project, TrainSection
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
@@ -79,8 +79,7 @@ def train_plan(section: TrainSection, steps: int, seed: int) -> TrainPlan:
 
 def plan_json(section: TrainSection) -> dict[str, Any]:
     """A `train` section without what changes no number."""
-    free = ("num_workers", "checkpoint_every_s")
-    return {key: value for key, value in asdict(section).items() if key not in free}
+    return {key: value for key, value in asdict(section).items() if key not in FREE_OF_TRAINING}
 
 
 def save_model(folder: Path, model: nn.Module, preprocess: Preprocess, description: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from kdpipe.caching import CacheProgress, capture
 from kdpipe.checkpoint import load_weights, num_parameters
 from kdpipe.data.prepared import PreparedInputs
+from kdpipe.distributed import cpu_threads
 from kdpipe.encodings import Dense
 from kdpipe.errors import CorruptStoreError, KdpipeError, StaleStoreError, StoreNotFoundError
 from kdpipe.fingerprint import digest_file
@@ -61,7 +62,8 @@ def _run(project: Project, name: str, on_progress: OnProgress, repair: bool) -> 
             manifest = replace(manifest, shard_rows=Manifest.load(work).shard_rows)
         store = TargetStore.create(work, manifest, inputs.sample_ids, inputs.digests)
         batch_size = project.targets(name).batch_size
-        captured = capture(store, teacher, inputs, batch_size, on_progress)
+        with cpu_threads(project.targets(name).threads):
+            captured = capture(store, teacher, inputs, batch_size, on_progress)
         if captured.num_rows:
             project.write_timings(f"cache_teacher-{name}", asdict(captured))
         store.finish()

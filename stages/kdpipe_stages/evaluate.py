@@ -19,6 +19,7 @@ from torch import Tensor
 from kdpipe import durable
 from kdpipe.checkpoint import load_weights
 from kdpipe.data.prepared import MISSING_LABEL
+from kdpipe.distributed import cpu_threads
 from kdpipe.errors import ConfigError
 from kdpipe.evaluation import classification_metrics, paired_gain, predict, reliability
 from kdpipe.fingerprint import canonical_json
@@ -73,7 +74,8 @@ def _logits_per_seed(project: Project, lesson: Lesson, rows: NDArray[np.int64], 
         preprocess.load_state(description["preprocess_state"])
         model = lesson.spec.build(project, lesson.task, preprocess, inputs, seed)
         load_weights(model, folder / WEIGHTS)
-        result.append(predict(model, inputs, rows, preprocess))
+        with cpu_threads(section.train.threads):
+            result.append(predict(model, inputs, rows, preprocess))
     return result
 
 

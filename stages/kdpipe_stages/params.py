@@ -57,7 +57,7 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainSection:
-    """How a model is optimised; `epochs` counts passes over all of a student's rows."""
+    """How a model is optimised; `epochs` counts passes over all of a student's rows, `threads` those of the CPU."""
 
     epochs: int = Field(gt=0)
     batch_size: int = Field(default=128, gt=0)
@@ -71,6 +71,7 @@ class TrainSection:
     clip_norm: float | None = Field(default=None, gt=0)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     num_workers: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, gt=0)
     checkpoint_every_s: float = Field(default=20.0, ge=0)
 
 
@@ -104,6 +105,7 @@ class TargetsSection:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     shard_rows: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=256, gt=0)
+    threads: int | None = Field(default=None, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -166,6 +168,10 @@ class Params:
     targets: dict[str, TargetsSection] = field(default_factory=dict)
     views: ViewsSection = field(default_factory=ViewsSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+
+
+FREE_OF_TRAINING = ("num_workers", "threads", "checkpoint_every_s")
+"""Keys of a `train` section that change no number, or last bits only."""
 
 
 class Project:
@@ -350,10 +356,10 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
     The student compares them with today's params.yaml: it can tell a store of other settings without any teacher.
     """
     section = to_json(params.teachers[teacher])
-    for free in ("num_workers", "checkpoint_every_s"):
+    for free in FREE_OF_TRAINING:
         (section["train"] or {}).pop(free, None)
     targets = to_json(params.targets.get(teacher, TargetsSection()))
-    for free in ("batch_size", "temperatures"):
+    for free in ("batch_size", "temperatures", "threads"):
         targets.pop(free)
     return {"teacher": section, "targets": targets, "task": to_json(params.task)}
 

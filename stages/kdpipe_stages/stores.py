@@ -28,6 +28,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "shard_rows": manifest.shard_rows,
         "missing_shards": len(missing),
         "num_bytes": store.num_bytes,
+        "num_bytes_with_ids_and_log": sum(each.stat().st_size for each in path.rglob("*") if each.is_file()),
         "bytes_per_row": store.num_bytes / max(1, store.num_rows * store.num_views),
         "recorded": dict(manifest.recorded),
     }

@@ -17,6 +17,7 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False)
 answers = Console(soft_wrap=True, highlight=False)
 
 REFRESH_S = 0.1
+LINE_EVERY_S = 30.0
 
 
 def say(message: str) -> None:
@@ -40,9 +41,9 @@ Advance = Callable[[int, int, str], None]
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Advance]:
-    """A bar with time left and a note, 80 columns wide; on a pipe or a log file it stays silent."""
+    """A bar with time left and a note, 80 columns wide; on a pipe or a log file a line now and then."""
     if not errors.is_terminal:
-        yield lambda _done, _total, _note: None
+        yield _lines(title)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -66,9 +67,24 @@ def progress_bar(title: str) -> Iterator[Advance]:
         yield advance
 
 
+def _lines(title: str) -> Advance:
+    """For a pipe or a log file: a line now and then."""
+    said = time.monotonic()
+
+    def advance(done: int, total: int, note: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= LINE_EVERY_S:
+            said = time.monotonic()
+            say(f"{title} {done / max(1, total):.0%} {note}")
+
+    return advance
+
+
 def store_table(description: Mapping[str, Any]) -> Table:
     """`kdpipe inspect` for a person."""
     table = Table(title=description["path"], show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in description.items():
         if key == "path":
             continue

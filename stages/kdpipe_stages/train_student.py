@@ -72,11 +72,14 @@ def _run(project: Project, on_progress: OnProgress, state: PartialState) -> Trai
     state.wait_for_everyone()
     if todo:
         classroom = _Classroom(project, lesson)
+        seconds: dict[str, list[float]] = {}
         for each in todo:
-            seconds = classroom.train(each, work / each.folder, fingerprint, on_progress)
-            if state.is_main_process:
-                project.write_timings(f"train_student-{each.arm}", {"seconds_per_epoch": seconds})
+            seconds.setdefault(each.arm, []).append(classroom.train(each, work / each.folder, fingerprint, on_progress))
             state.wait_for_everyone()
+        if state.is_main_process:
+            for arm, per_seed in seconds.items():
+                timings = {"seconds_per_epoch": float(np.mean(per_seed)), "seeds": len(per_seed)}
+                project.write_timings(f"train_student-{arm}", timings)
     if state.is_main_process:
         _publish(project, work, runs)
     return TrainedStudents(trained=todo, skipped=[each for each in runs if each not in todo])
