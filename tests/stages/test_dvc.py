@@ -136,6 +136,25 @@ def test_relabelling_outside_the_teachers_split_runs_no_teacher(folder):
     assert rows_shown(folder) == 0
 
 
+def test_appended_rows_are_the_only_ones_that_the_teacher_sees(folder, tmp_path):
+    grown = tmp_path / "grown"
+    shutil.copytree(folder, grown)  # rows never leave the inputs again, so this happens in a copy
+    path = grown / "data" / "raw" / "digits.parquet"
+    table = pq.read_table(path)
+    new = table.slice(0, 50)
+    columns = {
+        "id": pa.array(range(9000, 9050), pa.int32()),
+        "label": pa.nulls(50, pa.int32()),
+        "split": pa.array(["transfer"] * 50),
+    }
+    for name, values in columns.items():
+        new = new.set_column(new.schema.get_field_index(name), name, values)
+    pq.write_table(pa.concat_tables([table, new]), path)
+    assert repro(grown) == ["prepare_data", "cache_teacher@big", "train_student", "evaluate"]
+    assert 50 <= rows_shown(grown) <= 50 + 64
+    assert repro(grown) == []
+
+
 def test_experiments_metrics_and_plots(folder):
     assert repro(folder, "exp", "run", "-S", "student.label_weight=0.2") == STAGES[3:]
     changed = json.loads(shell(folder, "dvc", "params", "diff", "--json"))
