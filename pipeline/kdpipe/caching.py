@@ -86,7 +86,7 @@ def _encode(
 
 
 def teacher_statistics(logits: Tensor) -> NDArray[np.float32]:
-    """Class, confidence and entropy (nats) of logits `[B, C]` at T = 1: float32 `[B, 3]`."""
+    """Class, confidence and entropy (nats) of logits `[B, …, C]` at T = 1: float32 `[B, …, 3]`."""
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     top = log_probs.max(dim=-1)
     entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)

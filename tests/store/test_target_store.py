@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
+from kdpipe.caching import teacher_statistics
 from kdpipe.encodings import ArraySpec, Dense
 from kdpipe.errors import (
     ConfigError,
@@ -278,3 +280,18 @@ def test_shards_are_bounded_and_many(num_rows, classes):
     shard_rows = choose_shard_rows([spec], num_rows)
     assert shard_rows * spec.row_bytes <= 32 * 2**20
     assert num_rows < 16 or num_rows / shard_rows >= 16
+
+
+def test_per_token_targets_fit(tmp_path):
+    """Logits `[T, C]` per row, as language models have them."""
+    output = OutputSpec(name="logits", shape=(5, NUM_CLASSES))
+    store = TargetStore.create(tmp_path, manifest(outputs=[output]), *rows(20))
+    logits = torch.randn(20, 5, NUM_CLASSES, generator=torch.Generator().manual_seed(0))
+    for view, shard in store.missing():
+        part = logits[shard.start : shard.stop]
+        arrays = {f"logits{suffix}": each for suffix, each in Dense().encode(part).items()}
+        store.write(view, shard, {**arrays, "statistics": teacher_statistics(part)}, batch_size=4)
+    store.finish()
+    found = TargetStore.open(tmp_path)
+    assert found.read(np.array([7, 3]))["logits"].log_probs(2.0).shape == (2, 5, NUM_CLASSES)
+    np.testing.assert_array_equal(found.statistics(np.arange(20))["top1"], logits.argmax(dim=-1).numpy())

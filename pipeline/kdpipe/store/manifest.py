@@ -17,7 +17,7 @@ from kdpipe.targets import OutputSpec
 FORMAT_VERSION = 1
 _FREE = ("sections", "teacher", "recorded", "temperatures", "class_names")
 STATISTICS = ("top1", "confidence", "entropy")
-"""Columns of the array `statistics [view, row, 3]`: the teacher's class, its probability, entropy in nats; T = 1."""
+"""Last axis of the array `statistics`: the teacher's class, its probability, entropy in nats; all at T = 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ class Manifest:
             for output in self.outputs
             for suffix, spec in encoding_from_json(self.encodings[output.name]).arrays(output).items()
         }
-        return {**specs, "statistics": ArraySpec(dtype="float32", shape=(len(STATISTICS),))}
+        (logits,) = [output for output in self.outputs if output.name == "logits"]
+        return {**specs, "statistics": ArraySpec(dtype="float32", shape=(*logits.shape[:-1], len(STATISTICS)))}
 
     def layouts(self) -> dict[str, ArrayLayout]:
         """Where each array lies."""

@@ -195,9 +195,9 @@ class TargetStore:
         return self.read(self.rows_of(sample_ids), view)[output]
 
     def statistics(self, rows: NDArray[np.int64], view: int = 0) -> dict[str, NDArray[np.float32]]:
-        """The teacher's class, confidence and entropy (nats) at T = 1 for row numbers `[B]`."""
+        """The teacher's class, confidence and entropy (nats) at T = 1 for row numbers `[B]`: `[B, …]` each."""
         values = self.read_arrays(rows, view, ["statistics"])["statistics"]
-        return {name: values[:, column] for column, name in enumerate(STATISTICS)}
+        return {name: values[..., column] for column, name in enumerate(STATISTICS)}
 
     def rows_of(self, sample_ids: Sequence[str]) -> NDArray[np.int64]:
         """Row numbers `[B]` of sample ids. Raises `IncompleteStoreError` naming ids that the store does not know."""
