@@ -180,7 +180,8 @@ class TargetStore:
 
     def read(self, rows: NDArray[np.int64], view: int = 0) -> dict[str, Targets]:
         """Targets of each output for row numbers `[B]`, in the given order. Raises for what is not committed."""
-        arrays = self.read_arrays(rows, view)
+        names = [output + suffix for output, suffixes in self._suffixes.items() for suffix in suffixes]
+        arrays = self.read_arrays(rows, view, names)
         return {
             output.name: encoding_from_json(self.manifest.encodings[output.name]).decode(
                 {suffix: arrays[output.name + suffix] for suffix in self._suffixes[output.name]}
