@@ -145,7 +145,7 @@ def gain_lines(gains: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One sentence per comparison."""
     lines = []
     for key, gain in gains.items():
-        what = key.removeprefix("over_").replace("_", " ")
+        what = _ROWS[key.removeprefix("over_")]
         interval = (
             f" (95 % paired interval {100 * gain['low']:+.2f} to {100 * gain['high']:+.2f})"
             if gain["low"] is not None
