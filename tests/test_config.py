@@ -293,7 +293,7 @@ def test_a_file_that_fails_is_tried_again(root):
     path.write_text(
         "import sys\nif not hasattr(sys, 'cfg_ready'):\n    raise RuntimeError('not ready')\ndef net(): ...\n"
     )
-    with pytest.raises(RuntimeError, match="not ready"):
+    with pytest.raises(ConfigError, match="cannot be imported: RuntimeError: not ready"):
         resolve("models/failing.py:net", root, "m")
     sys.cfg_ready = True
     try:

@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.data.prepared import PreparedInputs
+from kdpipe.data.columns import Columns
+from kdpipe.data.prepared import ANEW, PreparedInputs
+from kdpipe.data.segments import content_digests
 from kdpipe.encodings import encoding_from_json
-from kdpipe.errors import TeacherError
+from kdpipe.errors import DataError, TeacherError
 from kdpipe.store import TargetStore
 from kdpipe.teachers.base import Teacher
 
@@ -48,7 +50,8 @@ def capture(
     """Compute and commit every missing shard of a store.
 
     A batch never crosses a shard, so that a resumed capture gives the bytes of an uninterrupted one. Raises
-    `TeacherError` naming samples when the teacher says NaN or +inf; what was committed stays.
+    `TeacherError` naming samples when the teacher says NaN or +inf, `DataError` when a row's content is not the one
+    that its digest names; what was committed stays.
     """
     missing = store.missing()
     total = sum(shard.num_rows for _, shard in missing)
@@ -58,6 +61,7 @@ def capture(
         for start in range(shard.start, shard.stop, batch_size):
             rows = np.arange(start, min(start + batch_size, shard.stop))
             columns = inputs.read(rows)
+            _refuse_damaged(columns, inputs, rows)
             before = time.perf_counter()
             said = teacher.predict(columns)
             teacher_seconds += time.perf_counter() - before
@@ -69,6 +73,17 @@ def capture(
         store.write(view, shard, arrays, batch_size)
     seconds = time.perf_counter() - started
     return Captured(num_rows=done, num_shards=len(missing), teacher_seconds=teacher_seconds, seconds=seconds)
+
+
+def _refuse_damaged(columns: Columns, inputs: PreparedInputs, rows: NDArray[np.int64]) -> None:
+    """Targets are committed under the rows' digests, so the teacher must see exactly that content."""
+    found = np.frombuffer(b"".join(content_digests(columns)), np.uint8).reshape(len(rows), -1)
+    wrong = np.flatnonzero((found != inputs.digests[rows]).any(axis=1))
+    if len(wrong):
+        raise DataError(
+            f"the prepared content of {inputs.sample_ids[rows[int(wrong[0])]]} differs from its digest "
+            f"({len(wrong)} such rows in a batch). {ANEW}"
+        )
 
 
 def _encode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the parsers raise their own kinds; each means an unusable file
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first_line = (
+            re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split(". ")[0].splitlines()[0]
+            if str(error)
+            else type(error).__name__
+        )
         raise ConfigError(
             f"{path} is no safetensors file and no PyTorch file of plain tensors ({first_line}). Save the weights with "
             "safetensors.torch.save_file(model.state_dict(), …)."

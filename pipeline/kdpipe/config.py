@@ -139,6 +139,8 @@ def _import(name: str, where: str) -> ModuleType:
                 f"{where}: there is no module {name!r} (sought beside params.yaml and installed)"
             ) from error
         raise ConfigError(f"{where}: {name} needs the package {error.name!r}, which is not installed") from error
+    except Exception as error:
+        raise ConfigError(f"{where}: {name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _load_file(path: Path, where: str) -> ModuleType:
@@ -155,9 +157,9 @@ def _load_file(path: Path, where: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except Exception as error:
         del sys.modules[name]
-        raise
+        raise ConfigError(f"{where}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 
 

@@ -37,7 +37,7 @@ def classification_metrics(
 ) -> dict[str, float]:
     """Accuracy and calibration on labelled rows; agreement with, and KL to, each teacher on all rows.
 
-    With one teacher the keys are `agreement` and `kl_to_teacher`; with several each key ends in the teacher's name.
+    `agreement` and `kl_to_teacher` are about the first teacher; those of further ones end in the teacher's name.
     """
     log_probs = torch.log_softmax(logits.double(), dim=-1)
     confidence, predicted = log_probs.exp().max(dim=-1)
@@ -48,8 +48,8 @@ def classification_metrics(
         "ece": expected_calibration_error(confidence.numpy()[labelled], correct),
         "entropy": float(torch.special.entr(log_probs.exp()).sum(dim=-1).mean()),
     }
-    for name, targets in teachers.items():
-        suffix = "" if len(teachers) == 1 else f"_{name}"
+    for index, (name, targets) in enumerate(teachers.items()):
+        suffix = f"_{name}" if index else ""
         says = targets.log_probs().argmax(dim=-1)
         result[f"agreement{suffix}"] = float((predicted == says).double().mean())
         result[f"kl_to_teacher{suffix}"] = max(0.0, float(forward_kl(logits.double(), targets).mean()))

@@ -66,8 +66,13 @@ class ForwardKL:
 def forward_kl(logits: Tensor, targets: Targets, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) at T, without T^2: student logits `[B, ..., C]` -> `[B, ...]`.
 
-    A class that the teacher masks (-inf) adds nothing.
+    A class that the teacher masks (-inf) adds nothing. Raises `ConfigError` for other shapes.
     """
+    if logits.shape != targets.values.shape:
+        raise ConfigError(
+            f"student logits have shape {list(logits.shape)}, the targets {list(targets.values.shape)}; "
+            "expected the same rows and classes"
+        )
     wide = logits if logits.dtype == torch.float64 else logits.float()
     log_q = torch.log_softmax(wide / temperature, dim=-1)
     log_p = targets.log_probs(temperature).to(log_q.dtype)

@@ -79,8 +79,8 @@ class ImageTensor:
     def __call__(self, columns: Columns) -> Tensor:
         """`[B, channels, H, W]`."""
         state = self.state()
-        pixels = torch.from_numpy(np.ascontiguousarray(self._pixels(columns)))
-        channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32) / self._scale
+        pixels = torch.from_numpy(self._pixels(columns).astype(np.float32))
+        channels_first = pixels.permute(0, 3, 1, 2) / self._scale
         mean, std = (torch.tensor(state[key], dtype=torch.float32).view(1, -1, 1, 1) for key in ("mean", "std"))
         return (channels_first - mean) / std
 
@@ -109,14 +109,20 @@ class ImageTensor:
 
 
 class Standardize:
-    """Numeric columns `[B, D]` -> `(x - mean) / std`, with the training rows' mean and std per column."""
+    """Numeric columns `[B, D]` -> `(x - mean) / std`, per column.
 
-    def __init__(self) -> None:
-        self._mean: list[float] | None = None
-        self._std: list[float] | None = None
+    `mean` and `std` are learnt from the training rows where they are not given.
+    """
+
+    def __init__(self, mean: list[float] | None = None, std: list[float] | None = None) -> None:
+        if (mean is None) != (std is None):
+            raise ConfigError("preprocess: give both mean and std, or neither to learn them from the training rows")
+        self._mean, self._std = mean, std
 
     def fit(self, blocks: Iterable[Columns]) -> None:
-        """Learn mean and std per column."""
+        """Learn mean and std per column, unless they were given."""
+        if self._mean is not None:
+            return
         moments = _Moments()
         for block in blocks:
             moments.add(np.asarray(block["features"], np.float64))
@@ -125,7 +131,7 @@ class Standardize:
     def state(self) -> State:
         """`mean` and `std` per column."""
         if self._mean is None or self._std is None:
-            raise ConfigError("preprocess Standardize was not fitted: train the model here, or use another preprocess")
+            raise ConfigError("preprocess Standardize knows no mean and std: give them, or train the model here")
         return {"mean": self._mean, "std": self._std}
 
     def load_state(self, state: State) -> None:

@@ -106,6 +106,16 @@ def describe_model(folder: Path, command: str) -> dict[str, Any]:
     return description
 
 
+def adopt_model(project: Project, published: Path, work: Path, fingerprint: str) -> None:
+    """Take over a published model of the same fingerprint (pulled by DVC, say) where the work area does not know it."""
+    path = published / DESCRIPTION
+    if (work / DESCRIPTION).is_file() or not path.is_file():
+        return
+    if json.loads(path.read_text()).get("fingerprint") == fingerprint:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        project.publish({"": published}, work)
+
+
 def teacher_fingerprint(project: Project, name: str) -> str:
     """Whatever changes the teacher's weights: settings, code, and the rows and labels of its own split."""
     section = project.teacher(name)

@@ -65,7 +65,7 @@ def _run(project: Project, name: str, on_progress: OnProgress, repair: bool) -> 
         with cpu_threads(project.targets(name).threads):
             captured = capture(store, teacher, inputs, batch_size, on_progress)
         if captured.num_rows:
-            project.write_timings(f"cache_teacher-{name}", asdict(captured))
+            project.write_timings("cache_teacher", name, asdict(captured))
         store.finish()
         if repair or not _is_published(store, destination):
             project.publish({"": work}, destination)

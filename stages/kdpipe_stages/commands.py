@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kdpipe.caching import CacheProgress
     from kdpipe.training import Progress
     from kdpipe_stages.params import Project
-    from kdpipe_stages.train_student import RunOf
+    from kdpipe_stages.train_student import StudentProgress
 
 
 def prepare_data(project: Project) -> None:
@@ -62,8 +62,11 @@ def train_student(project: Project) -> None:
 
     with progress_bar("train-student") as advance:
 
-        def on_progress(each: RunOf, now: Progress) -> None:
-            advance(now.step, now.steps, f"{each.arm} {each.seed}: loss {now.loss:.3f}, {now.rows_per_s:,.0f} rows/s")
+        def on_progress(at: StudentProgress) -> None:
+            now = at.now
+            done = (at.number - 1) * now.steps + now.step
+            note = f"{at.number}/{at.of} {at.run.arm}: loss {now.loss:.3f}, {now.rows_per_s:,.0f} rows/s"
+            advance(done, at.of * now.steps, note)
 
         done = stage.run(project, on_progress)
     say(f"train-student  {len(done.trained)} trained, {len(done.skipped)} were ready")

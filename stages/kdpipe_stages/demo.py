@@ -34,8 +34,9 @@ def scaffold(folder: Path) -> None:
     if (folder / "params.yaml").exists():
         return
     for name in TEMPLATES:
-        with resources.as_file(resources.files("kdpipe_stages") / "templates" / "digits" / name) as template:
-            shutil.copyfile(template, folder / name)
+        if not (folder / name).exists():
+            with resources.as_file(resources.files("kdpipe_stages") / "templates" / "digits" / name) as template:
+                shutil.copyfile(template, folder / name)
     if not (folder / ".gitignore").exists():
         (folder / ".gitignore").write_text("/data/\n/timings.json\n")
     if not (folder / DIGITS).exists():
@@ -56,15 +57,19 @@ def run(project: Project) -> Demonstrated:
 
 def _title(project: Project) -> str:
     student = project.params.student
-    known = "all" if student.labelled_rows is None else f"{student.labelled_rows:,}"
-    return f"split {project.params.evaluate.split}; the student knows {known} labels; {student.seeds} seeds"
+    known = "all labels of its rows"
+    if student.labelled_rows is not None:
+        known = f"{student.labelled_rows:,} labels"
+    elif student.labelled_fraction is not None:
+        known = f"{student.labelled_fraction:.3g} of the labels of its rows"
+    return f"split {project.params.evaluate.split}; the student knows {known}; {student.seeds} seeds"
 
 
 def _notes(project: Project, timings: Mapping[str, Any]) -> list[str]:
     notes = []
     for name in project.params.teachers:
         store = TargetStore.open(project.store(name))
-        passed = timings.get(f"cache_teacher-{name}", {})
+        passed = timings.get("cache_teacher", {}).get(name)
         seconds = f"; teacher pass of {passed['num_rows']:,} rows: {passed['teacher_seconds']:.2f} s" if passed else ""
         notes.append(
             f"store of {name}: {store.num_rows:,} rows, {store.num_bytes:,} bytes "

@@ -27,11 +27,8 @@ from kdpipe.store import TargetStore
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe.targets import Targets
 from kdpipe_stages.building import WEIGHTS, describe_model
-from kdpipe_stages.lesson import Lesson
+from kdpipe_stages.lesson import ARMS, Lesson
 from kdpipe_stages.params import Project
-
-ARMS = {"student": "student", "labels_only": "baseline", "label_smoothing": "baseline_label_smoothing"}
-"""Arm of `train-student` -> key of metrics.json."""
 
 PerSeed = dict[str, list[dict[str, float]]]
 
@@ -135,9 +132,11 @@ def _finite(value: Any) -> Any:
 
 
 def _timings(project: Project) -> dict[str, Any]:
-    """What the stages noted of their seconds on this machine; stages that did not run here are absent."""
-    folder = project.timings("any").parent
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    """What the stages noted of their seconds on this machine, by stage and name; absent for what did not run here."""
+    found: dict[str, Any] = {}
+    for path in sorted(project.timings.glob("*/*.json")):
+        found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
+    return found
 
 
 def _write_plots(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +13,11 @@ from kdpipe.losses import DistillLoss, LossTerm
 from kdpipe.store import TargetStore
 from kdpipe.tasks.base import Task
 from kdpipe_stages.building import ModelSpec, plan_json
-from kdpipe_stages.params import LossSection, Project, StudentSection, store_sections, to_json
+from kdpipe_stages.params import LossSection, Project, StudentSection, first_difference, store_sections, to_json
+
+STUDENT = "student"
+ARMS = {STUDENT: "student", "labels_only": "baseline", "label_smoothing": "baseline_label_smoothing"}
+"""Arm of `train-student` -> its key in metrics.json and timings.json."""
 
 
 class Lesson:
@@ -95,7 +96,7 @@ def known_labels(data: PreparedData, rows: NDArray[np.int64], section: StudentSe
     if section.labelled_rows is not None:
         wanted = section.labelled_rows
     elif section.labelled_fraction is not None:
-        wanted = round(section.labelled_fraction * len(rows))
+        wanted = round(section.labelled_fraction * len(labelled))
     if wanted > len(labelled):
         raise ConfigError(
             f"student: labels for {wanted} rows were asked, but only {len(labelled)} of the {len(rows)} rows of "
@@ -118,17 +119,10 @@ def open_checked_store(project: Project, name: str) -> TargetStore:
         store = TargetStore.open(project.store(name))
     except StoreNotFoundError:
         raise StoreNotFoundError(f"there is no target store at {project.store(name)}. Run `{command}`.") from None
-    today, then = store_sections(project.params, name), store.manifest.sections
-    differing = [key for key in today if today[key] != then.get(key)]
-    if differing:
-        found = _first_difference(then.get(differing[0]), today[differing[0]], differing[0])
-        raise StaleStoreError(f"{store.path} was made from other settings: {found}. Restore them, or run `{command}`.")
+    difference = first_difference(store.manifest.sections, store_sections(project.params, name))
+    if difference:
+        raise StaleStoreError(
+            f"{store.path} was made from other settings: {difference}. Restore them, or run "
+            f"`kdpipe train-teacher {name}` and `{command}`."
+        )
     return store
-
-
-def _first_difference(then: Any, today: Any, where: str) -> str:
-    if isinstance(then, Mapping) and isinstance(today, Mapping):
-        for key in [*today, *then]:
-            if then.get(key) != today.get(key):
-                return _first_difference(then.get(key), today.get(key), f"{where}.{key}")
-    return f"{where} was {then}, params.yaml says {today}"

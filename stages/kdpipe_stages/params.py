@@ -16,7 +16,7 @@ from kdpipe import durable
 from kdpipe.config import Bound, Factory, FactoryField, bind, load_module, load_yaml, parse, resolve
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.data.preparing import SourceColumns, SplitPlan
-from kdpipe.errors import ConfigError
+from kdpipe.errors import ConfigError, DataError
 from kdpipe.fingerprint import canonical_json, source_digests
 from kdpipe.preprocess import Preprocess
 from kdpipe.tasks.base import Task
@@ -182,6 +182,10 @@ class Project:
         self.params_file = params_file.resolve()
         self.root = self.params_file.parent
         self.raw: Mapping[str, Any] = load_yaml(self.params_file) or {}
+        if not isinstance(self.raw, Mapping):
+            raise ConfigError(
+                f"{self.params_file.name} holds a {type(self.raw).__name__}; expected sections by name: data, …"
+            )
         self.params = parse(Params, _with_loss_arguments(self.raw), self.params_file.name)
         _check(self.params)
 
@@ -189,6 +193,11 @@ class Project:
     def prepared(self) -> Path:
         """data/prepared."""
         return self.root / "data" / "prepared"
+
+    @property
+    def prepared_settings(self) -> Path:
+        """The settings that data/prepared was made with; beside the labels, as both change together."""
+        return self.prepared / "labels" / "settings.json"
 
     @property
     def student_models(self) -> Path:
@@ -217,13 +226,14 @@ class Project:
         staging = self.root / "data" / ".work" / "staging" / destination.relative_to(self.root / "data")
         durable.publish(parts, destination, staging)
 
-    def timings(self, stage: str) -> Path:
-        """Seconds of a stage on this machine; they are no output of the stage, so that outputs stay deterministic."""
-        return self.root / "data" / ".work" / "timings" / f"{stage}.json"
+    @property
+    def timings(self) -> Path:
+        """Seconds of the stages on this machine; they are no output, so that outputs stay deterministic."""
+        return self.root / "data" / ".work" / "timings"
 
-    def write_timings(self, stage: str, seconds: Mapping[str, Any]) -> None:
-        """Note what a stage took on this machine."""
-        path = self.timings(stage)
+    def write_timings(self, stage: str, name: str, seconds: Mapping[str, Any]) -> None:
+        """Note what a stage took for one teacher or one arm."""
+        path = self.timings / stage / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_text(path, canonical_json(seconds) + "\n")
 
@@ -239,7 +249,10 @@ class Project:
 
     def teacher_names(self, name: str | None) -> list[str]:
         """The named teacher, or all of them."""
-        return list(self.params.teachers) if name is None else [name] if self.teacher(name) else []
+        if name is None:
+            return list(self.params.teachers)
+        self.teacher(name)
+        return [name]
 
     def targets(self, name: str) -> TargetsSection:
         """What is stored of a teacher."""
@@ -271,8 +284,13 @@ class Project:
         return preprocess
 
     def prepared_data(self) -> PreparedData:
-        """The prepared rows. Raises `DataError` naming the command that makes them."""
-        return PreparedData(self.prepared)
+        """The prepared rows. Raises `DataError` when they are absent or of other settings, naming the command."""
+        data = PreparedData(self.prepared)
+        then = json.loads(self.prepared_settings.read_text()) if self.prepared_settings.is_file() else None
+        difference = first_difference(then, prepared_sections(self.params))
+        if difference:
+            raise DataError(f"{self.prepared} was made with other settings: {difference}. Run `kdpipe prepare-data`.")
+        return data
 
 
 def has_labels(data: PreparedData, rows: Any) -> bool:
@@ -328,6 +346,10 @@ def _check(params: Params) -> None:
             "data.splits.shares: the source has no split column (data.columns.split), so the shares must sum to 1, "
             f"such as {{train: 0.8, test: 0.2}}; found {splits.shares}"
         )
+    if any(share <= 0 for share in splits.shares.values()):
+        raise ConfigError(
+            f"data.splits.shares: each must be above 0, or the split would be empty; found {splits.shares}"
+        )
     _check_student(params)
 
 
@@ -362,6 +384,21 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
     for free in ("batch_size", "temperatures", "threads"):
         targets.pop(free)
     return {"teacher": section, "targets": targets, "task": to_json(params.task)}
+
+
+def prepared_sections(params: Params) -> dict[str, Any]:
+    """The settings that data/prepared is made with."""
+    return {"data": to_json(params.data), "task": to_json(params.task)}
+
+
+def first_difference(then: Any, today: Any, where: str = "") -> str:
+    """Where two settings differ, as a sentence; empty when they do not."""
+    if then == today:
+        return ""
+    if isinstance(then, Mapping) and isinstance(today, Mapping):
+        key = next(key for key in [*today, *then] if then.get(key) != today.get(key))
+        return first_difference(then.get(key), today.get(key), f"{where}.{key}".lstrip("."))
+    return f"{where} was {then}, params.yaml says {today}"
 
 
 def to_json(value: Any) -> Any:

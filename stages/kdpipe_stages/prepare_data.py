@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from kdpipe import durable
 from kdpipe.data.preparing import Prepared, RowSchema, prepare
 from kdpipe.data.sources import Source
-from kdpipe_stages.params import Project, source_columns, split_plan
+from kdpipe.fingerprint import canonical_json
+from kdpipe_stages.params import Project, prepared_sections, source_columns, split_plan
 
 
 def run(project: Project) -> Prepared:
@@ -13,10 +15,12 @@ def run(project: Project) -> Prepared:
     source: Source = project.bind(section.source, "data.source", path=project.root / section.path).make()
     task = project.task()
     with project.only_writer("prepared", f"preparing {project.prepared}"):
-        return prepare(
+        prepared = prepare(
             source,
             RowSchema(to_inputs=task.to_inputs, to_labels=task.to_labels),
             source_columns(section.columns),
             split_plan(section.splits),
             project.prepared,
         )
+        durable.write_text(project.prepared_settings, canonical_json(prepared_sections(project.params)) + "\n")
+    return prepared

@@ -105,12 +105,10 @@ def _short(value: Any) -> str:
 
 
 _ROWS = {
-    "teacher": "teacher",
     "student": "student",
     "baseline": "labels only",
     "baseline_label_smoothing": "label smoothing",
 }
-_ARMS = {"student": "student", "baseline": "labels_only", "baseline_label_smoothing": "label_smoothing"}
 
 
 def result_table(metrics: Mapping[str, Any], timings: Mapping[str, Any], title: str) -> Table:
@@ -119,12 +117,13 @@ def result_table(metrics: Mapping[str, Any], timings: Mapping[str, Any], title: 
     table.add_column("", no_wrap=True)
     for header in ("accuracy %", "agrees %", "ECE %", "parameters", "kB", "s/epoch"):
         table.add_column(header, justify="right", no_wrap=True)
-    for key, label in _ROWS.items():
+    teachers = {key: key.replace("_", " ", 1) for key in metrics if key.startswith("teacher_")}
+    for key, label in {"teacher": "teacher", **teachers, **_ROWS}.items():
         if key not in metrics:
             continue
         each = metrics[key]
-        seconds = timings.get(f"train_student-{_ARMS.get(key)}")
-        spread = f" ± {100 * each['accuracy_std']:.2f}" if key != "teacher" else ""
+        seconds = timings.get("train_student", {}).get(key)
+        spread = "" if key.startswith("teacher") else f" ± {100 * each['accuracy_std']:.2f}"
         table.add_row(
             label,
             f"{100 * each['accuracy']:.2f}{spread}",

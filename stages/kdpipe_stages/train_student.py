@@ -22,11 +22,10 @@ from kdpipe.distributed import join_peers, rank, world_size
 from kdpipe.fingerprint import canonical_json, digest
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe.training import DistillTerm, LabelTerm, Progress, TrainingTerm, fit
-from kdpipe_stages.building import DESCRIPTION, fit_preprocess, save_model, train_plan
-from kdpipe_stages.lesson import Lesson
+from kdpipe_stages.building import DESCRIPTION, adopt_model, fit_preprocess, save_model, train_plan
+from kdpipe_stages.lesson import ARMS, STUDENT, Lesson
 from kdpipe_stages.params import Project
 
-STUDENT = "student"
 HISTORY = "history.json"
 
 
@@ -51,10 +50,20 @@ class TrainedStudents:
     skipped: Sequence[RunOf]
 
 
-OnProgress = Callable[[RunOf, Progress], None]
+@dataclass(frozen=True, kw_only=True)
+class StudentProgress:
+    """Where the stage stands: in run `number` (from 1) of `of`."""
+
+    run: RunOf
+    number: int
+    of: int
+    now: Progress
 
 
-def run(project: Project, on_progress: OnProgress = lambda _run, _progress: None) -> TrainedStudents:
+OnProgress = Callable[[StudentProgress], None]
+
+
+def run(project: Project, on_progress: OnProgress = lambda _: None) -> TrainedStudents:
     """Train every arm and seed that is not trained yet, and publish all of them."""
     state = join_peers()
     if not state.is_main_process:
@@ -68,18 +77,26 @@ def _run(project: Project, on_progress: OnProgress, state: PartialState) -> Trai
     fingerprint, section = lesson.fingerprint(), lesson.section
     work = project.work(digest([fingerprint, world_size()]))
     runs = [RunOf(arm=arm, seed=seed) for arm in (STUDENT, *section.baselines) for seed in range(section.seeds)]
+    if state.is_main_process:
+        for each in runs:
+            adopt_model(project, project.student_models / each.folder, work / each.folder, fingerprint)
+    state.wait_for_everyone()
     todo = [each for each in runs if not (work / each.folder / DESCRIPTION).is_file()]
     state.wait_for_everyone()
     if todo:
         classroom = _Classroom(project, lesson)
         seconds: dict[str, list[float]] = {}
-        for each in todo:
-            seconds.setdefault(each.arm, []).append(classroom.train(each, work / each.folder, fingerprint, on_progress))
-            state.wait_for_everyone()
-        if state.is_main_process:
-            for arm, per_seed in seconds.items():
+        for number, each in enumerate(todo, start=1):
+
+            def report(now: Progress, each: RunOf = each, number: int = number) -> None:
+                on_progress(StudentProgress(run=each, number=number, of=len(todo), now=now))
+
+            per_seed = seconds.setdefault(each.arm, [])
+            per_seed.append(classroom.train(each, work / each.folder, fingerprint, report))
+            if state.is_main_process:
                 timings = {"seconds_per_epoch": float(np.mean(per_seed)), "seeds": len(per_seed)}
-                project.write_timings(f"train_student-{arm}", timings)
+                project.write_timings("train_student", ARMS[each.arm], timings)
+            state.wait_for_everyone()
     if state.is_main_process:
         _publish(project, work, runs)
     return TrainedStudents(trained=todo, skipped=[each for each in runs if each not in todo])
@@ -95,7 +112,7 @@ class _Classroom:
         self._preprocess = project.preprocess(lesson.section.preprocess, lesson.task, "student.preprocess")
         fit_preprocess(self._preprocess, inputs, lesson.rows)
 
-    def train(self, each: RunOf, work: Path, fingerprint: str, on_progress: OnProgress) -> float:
+    def train(self, each: RunOf, work: Path, fingerprint: str, report: Callable[[Progress], None]) -> float:
         """Train one arm with one seed; returns seconds per pass over the student's rows."""
         lesson, plan = self._lesson, self._lesson.section.train
         distils = each.arm == STUDENT
@@ -119,7 +136,7 @@ class _Classroom:
         checkpoint = work / f"checkpoint{durable.TEMPORARY_SUFFIX}"
         work.mkdir(parents=True, exist_ok=True)
         optimise = train_plan(plan, plan.epochs * steps_per_epoch, each.seed)
-        fitted = fit(model, stream, self._terms(each.arm), optimise, checkpoint, lambda now: on_progress(each, now))
+        fitted = fit(model, stream, self._terms(each.arm), optimise, checkpoint, report)
         if rank() == 0:
             durable.write_text(work / HISTORY, canonical_json(list(fitted.history)) + "\n")
             about = {"arm": each.arm, "seed": each.seed, "steps": optimise.steps, "fingerprint": fingerprint}

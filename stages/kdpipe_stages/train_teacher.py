@@ -16,6 +16,7 @@ from kdpipe.training import LabelTerm, Progress, TrainingTerm, fit
 from kdpipe_stages.building import (
     DESCRIPTION,
     ModelSpec,
+    adopt_model,
     fit_preprocess,
     save_model,
     teacher_fingerprint,
@@ -42,6 +43,7 @@ def run(project: Project, name: str, on_progress: Callable[[Progress], None] = l
             return TrainedTeacher(skipped=f"its weights are ready in {section.weights}")
         fingerprint = teacher_fingerprint(project, name)
         work = project.work(fingerprint)
+        adopt_model(project, destination, work, fingerprint)
         trained = _train(project, name, section, work, fingerprint, on_progress)
         project.publish({"": work}, destination)
         return trained
@@ -78,7 +80,7 @@ def _train(
     save_model(work, model, preprocess, {"fingerprint": fingerprint, "split": plan.split})
     checkpoint.unlink(missing_ok=True)
     timings = {"seconds": fitted.seconds, "steps": fitted.steps_done}
-    project.write_timings(f"train_teacher-{name}", timings)
+    project.write_timings("train_teacher", name, timings)
     return TrainedTeacher(skipped="", seconds=fitted.seconds)
 
 

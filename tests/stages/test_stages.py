@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 
 from kdpipe.config import Factory
 from kdpipe.data.prepared import PreparedInputs
-from kdpipe.errors import ConfigError, StaleStoreError, StoreError
+from kdpipe.errors import ConfigError, DataError, StaleStoreError, StoreError
 from kdpipe.store import TargetStore, open_store
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, stores, train_student, train_teacher
 from projects import forget_rows_shown, make_project, params, project_in, rows_shown, tree, write_params
@@ -142,8 +143,6 @@ def test_another_seed_gives_other_targets_and_back_costs_no_pass(folder):
 
 
 def test_a_pulled_store_is_adopted(folder):
-    import shutil
-
     shutil.rmtree(folder / "data" / ".work")
     first = tree(folder / "data" / "targets")
     project = project_in(folder)
@@ -164,6 +163,57 @@ def test_a_damaged_shard_is_found_and_repaired(folder):
     assert rows_shown(folder) == shard_rows
     assert tree(folder / "data" / "targets") == first
     assert "every checksum matches" in stores.verify(folder / "data" / "targets" / "big")[0]
+
+
+def test_damaged_inputs_are_never_shown_to_the_teacher(folder):
+    """Targets are committed under the digest of the content, so the content is checked against it."""
+    shutil.rmtree(folder / "data" / ".work")
+    shutil.rmtree(folder / "data" / "targets")
+    project = project_in(folder)
+    train_teacher.run(project, "big")
+    (segment,) = (folder / "data" / "prepared" / "inputs").glob("segment-*")
+    path = segment / "image.npy"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"differs from its digest \(1 such rows.*prepare-data"):
+        cache_teacher.run(project, "big")
+    path.write_bytes(content[:200])
+    with pytest.raises(DataError, match=r"image\.npy is absent or damaged.*prepare-data"):
+        cache_teacher.run(project, "big")
+    path.write_bytes(content)
+    (segment / "rows.parquet").unlink()
+    with pytest.raises(DataError, match=r"rows\.parquet is absent or damaged.*prepare-data"):
+        cache_teacher.run(project, "big")
+
+
+def test_rows_prepared_with_other_settings_are_refused(folder):
+    changed = params()
+    changed["data"]["splits"] = {"seed": 5}
+    write_params(folder, changed)
+    with pytest.raises(DataError, match=r"data\.splits\.seed was 0, params\.yaml says 5.*prepare-data"):
+        train_student.run(project_in(folder))
+
+
+def test_published_models_are_adopted(folder):
+    train_student.run(project_in(folder))
+    models = tree(folder / "data" / "models")
+    shutil.rmtree(folder / "data" / ".work")
+    project = project_in(folder)
+    assert train_teacher.run(project, "big").skipped
+    assert cache_teacher.run(project, "big").rows_computed == 0
+    assert train_student.run(project).trained == []
+    assert tree(folder / "data" / "models") == models
+
+
+def test_the_demo_overwrites_nothing(tmp_path):
+    from kdpipe_stages.demo import scaffold
+
+    (tmp_path / "dvc.yaml").write_text("stages: {}")
+    scaffold(tmp_path)
+    assert (tmp_path / "dvc.yaml").read_text() == "stages: {}"
+    assert (tmp_path / "params.yaml").is_file()
+    assert (tmp_path / "data" / "raw" / "digits.parquet").is_file()
 
 
 def test_swapped_shards_are_found(folder):
@@ -239,8 +289,6 @@ def test_numbers_that_change_nothing_leave_the_store_alone(folder):
 
 
 def test_a_ready_teacher_needs_no_training(folder):
-    import shutil
-
     shutil.copyfile(folder / "data" / "models" / "teachers" / "big" / "model.safetensors", folder / "ready.safetensors")
     state = json.loads((folder / "data" / "models" / "teachers" / "big" / "model.json").read_text())["preprocess_state"]
     changed = params()
@@ -273,7 +321,7 @@ def test_two_teachers_with_their_own_preprocess_and_one_student(tmp_path):
     train_student.run(project)
     metrics = evaluate.run(project)
     assert {"teacher", "teacher_small"} <= set(metrics)
-    assert {"agreement_big", "agreement_small"} <= set(metrics["student"])
+    assert {"agreement", "agreement_small"} <= set(metrics["student"])
 
 
 def test_tables_run_from_csv_with_text_labels(tmp_path):

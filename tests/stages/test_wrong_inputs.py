@@ -102,6 +102,29 @@ def _matches(pattern, text):
     return True
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("data", "columns", "label"), "lable", "there is no column 'lable'; the source has id, image, label, split"),
+        (("task", "num_classes"), 5, r"labels must lie in 0\.\.4"),
+        (("task", "column"), "picture", "there is no column 'picture'"),
+        (("evaluate",), {"split": "tset"}, "evaluate.split: there is no split 'tset'; prepared are test, train"),
+        (("student", "distil_on"), ["trian"], "student.distil_on: there is no split 'trian'"),
+        (("student", "labelled_rows"), 15000, "labels for 15000 rows were asked"),
+        (("student", "model", "factory"), "broken.py:Net", "broken.py cannot be imported: ZeroDivisionError"),
+        (("teachers", "big", "model"), {"factory": "wrong.py:Net"}, r"forward gives \[64, 3\]; expected .* \[64, 10\]"),
+    ],
+)
+def test_check_finds_what_a_few_rows_can_show(folder, capsys, path, value, message):
+    (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "wrong.py").write_text(
+        "import torch\nclass Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(64, 3)\n"
+        "    def forward(self, inputs):\n        return super().forward(inputs.flatten(1))\n"
+    )
+    change(folder, *path, value=value)
+    assert _matches(message, fails(capsys, "check"))
+
+
 def test_check_passes_and_says_what_it_checked(folder, capsys):
     capsys.readouterr()
     assert run(["check"]) == 0

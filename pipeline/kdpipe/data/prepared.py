@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -28,6 +29,7 @@ from kdpipe.errors import DataError
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
+ANEW = "Remove data/prepared and run `kdpipe prepare-data`, or fetch it again."
 MISSING_LABEL = -1
 
 
@@ -76,14 +78,13 @@ class PreparedInputs:
     @cached_property
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
-        tables = [pq.read_table(segment / "rows.parquet", columns=["sample_id"]) for segment in self._segments]
-        return np.concatenate([table["sample_id"].to_numpy(zero_copy_only=False) for table in tables]).astype(np.str_)
+        columns = [_read_rows(segment, "sample_id").to_numpy(zero_copy_only=False) for segment in self._segments]
+        return np.concatenate(columns).astype(np.str_)
 
     @cached_property
     def digests(self) -> NDArray[np.uint8]:
         """Content digests `[N, 16]`, in row order."""
-        tables = [pq.read_table(segment / "rows.parquet", columns=["digest"]) for segment in self._segments]
-        return np.concatenate([bytes_of(table["digest"]) for table in tables])
+        return np.concatenate([bytes_of(_read_rows(segment, "digest")) for segment in self._segments])
 
     def read(self, rows: NDArray[np.int64]) -> Columns:
         """The columns of the given rows, in the given order; any rows, repeated ones too."""
@@ -115,15 +116,25 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _read_rows(segment: Path, column: str) -> pa.ChunkedArray:
+    try:
+        return pq.read_table(segment / "rows.parquet", columns=[column], use_threads=False, pre_buffer=False)[column]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{segment / 'rows.parquet'} is absent or damaged ({error}). {ANEW}") from None
+
+
 def _open_column(segment: Path, layout: ColumnLayout) -> Column:
     if layout.kind == "fixed":
         return _map(segment / f"{layout.name}.npy")
     values = _map(segment / f"{layout.name}.values.npy")
-    return Ragged(values=values, offsets=np.load(segment / f"{layout.name}.offsets.npy"))
+    return Ragged(values=values, offsets=np.array(_map(segment / f"{layout.name}.offsets.npy")))
 
 
 def _map(path: Path) -> Array:
-    mapped: Array = np.load(path, mmap_mode="r")
+    try:
+        mapped: Array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is absent or damaged ({error}). {ANEW}") from None
     return mapped.view(np.ndarray)
 
 
@@ -136,7 +147,7 @@ class PreparedData:
         path = folder / "labels" / "labels.parquet"
         if not path.is_file():
             raise DataError(f"no labels in {path.parent}. Run `kdpipe prepare-data`.")
-        table = pq.read_table(path)
+        table = pq.read_table(path, use_threads=False, pre_buffer=False)
         if table.num_rows != len(self.inputs):
             raise DataError(
                 f"{path} has {table.num_rows} rows, the inputs {len(self.inputs)}. Run `kdpipe prepare-data` again."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.csv
@@ -14,6 +14,7 @@ from kdpipe import durable
 from kdpipe.errors import ConfigError, DataError
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where rows come from."""
 

@@ -12,6 +12,7 @@ from kdpipe.encodings import ArraySpec, encoding_from_json
 from kdpipe.errors import CorruptStoreError, StoreError, StoreNotFoundError
 from kdpipe.fingerprint import canonical_json, digest
 from kdpipe.store.layout import ArrayLayout
+from kdpipe.store.shard_file import REPAIR
 from kdpipe.targets import OutputSpec
 
 FORMAT_VERSION = 1
@@ -96,7 +97,7 @@ class Manifest:
             value = json.loads(path.read_text(encoding="utf-8"))
             version = value["format_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptStoreError(f"{path} is damaged: {error}") from None
+            raise CorruptStoreError(f"{path} is damaged: {error}. {REPAIR}") from None
         if version != FORMAT_VERSION:
             raise StoreError(f"{path} has format version {version}; this kdpipe reads version {FORMAT_VERSION}")
         return cls._from_value(path, value)

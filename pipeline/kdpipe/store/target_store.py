@@ -209,7 +209,7 @@ class TargetStore:
         if len(unknown):
             raise IncompleteStoreError(
                 f"{self.path} has no targets for {len(unknown)} of {len(wanted)} samples, such as "
-                f"{wanted[unknown[0]]!r}. Run `kdpipe cache-teacher NAME`."
+                f"{str(wanted[unknown[0]])!r}. Run `kdpipe cache-teacher NAME`."
             )
         rows: NDArray[np.int64] = order[found]
         return rows
@@ -316,7 +316,7 @@ class TargetStore:
     def _rows(self) -> pa.Table:
         if not self._rows_intact:
             raise CorruptStoreError(f"{self.path / 'rows.parquet'} differs from its digest in extent.json")
-        return pq.read_table(self.path / "rows.parquet")
+        return pq.read_table(self.path / "rows.parquet", use_threads=False, pre_buffer=False)
 
     @property
     def _rows_intact(self) -> bool:

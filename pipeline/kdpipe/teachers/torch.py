@@ -54,8 +54,14 @@ class TorchTeacher:
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         """`logits [B, C]` in float32. Raises `TeacherError` for another shape."""
         inputs = self._preprocess(columns).to(self._device)
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-            logits = self._model(inputs)
+        try:
+            with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+                logits = self._model(inputs)
+        except Exception as error:
+            raise TeacherError(
+                f"the teacher's forward failed on an input of shape {list(inputs.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         expected = (len(inputs), *self.outputs[0].shape)
         if not isinstance(logits, Tensor) or logits.shape != expected:
             found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
