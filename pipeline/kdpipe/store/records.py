@@ -100,7 +100,8 @@ class CommitLog:
             raise CorruptStoreError(
                 f"{self._log} differs from {self._digest_path.name}. Fetch or compute the store again."
             )
-        rows = pq.read_table(pa.BufferReader(content), use_threads=False, pre_buffer=False).to_pylist()
+        # From the file, not from `content`: Arrow's threads may let go of a Python buffer after Python has ended.
+        rows = pq.read_table(self._log, use_threads=False, pre_buffer=False).to_pylist()
         return [_from_json({**row, "files": json.loads(row["files"])}) for row in rows]
 
 

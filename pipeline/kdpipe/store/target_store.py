@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -374,9 +373,9 @@ def _write_extent(
 ) -> None:
     """Write rows.parquet, extent.json and the Zarr metadata, where they differ from what is there."""
     ids = pa.array(sample_ids.tolist(), pa.string())
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"sample_id": ids, "digest": fixed_bytes(digests)}), sink, compression="zstd")
-    content = sink.getvalue()
+    content = sink.getvalue().to_pybytes()
     extent = {
         "num_rows": len(sample_ids),
         "num_views": num_views,
