@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from kdpipe_stages.params import Project
+from kdpipe_stages.project import Project
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = REPOSITORY / "data" / "raw" / "digits.parquet"

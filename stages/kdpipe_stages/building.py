@@ -23,7 +23,8 @@ from kdpipe.fingerprint import canonical_json, digest, digest_file
 from kdpipe.preprocess import Preprocess
 from kdpipe.tasks.base import Task
 from kdpipe.training import TrainPlan
-from kdpipe_stages.params import FREE_OF_TRAINING, Project, TrainSection
+from kdpipe_stages.params import FREE_OF_TRAINING, TrainSection
+from kdpipe_stages.project import Project
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"

@@ -23,7 +23,8 @@ from kdpipe.store.manifest import Manifest
 from kdpipe.teachers.base import Teacher
 from kdpipe.teachers.torch import TorchTeacher, device
 from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, teacher_fingerprint
-from kdpipe_stages.params import Project, store_sections
+from kdpipe_stages.params import store_sections
+from kdpipe_stages.project import Project
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from kdpipe.data.sources import Source
 from kdpipe.errors import ConfigError, DataError, KdpipeError
 from kdpipe.tasks.base import Task
 from kdpipe_stages.lesson import known_labels, loss_term
-from kdpipe_stages.params import Project
+from kdpipe_stages.project import Project
 
 SAMPLE_ROWS = 64
 

@@ -14,7 +14,7 @@ import typer
 from kdpipe.errors import KdpipeError
 
 if TYPE_CHECKING:
-    from kdpipe_stages.params import Project
+    from kdpipe_stages.project import Project
 
 app = typer.Typer(
     name="kdpipe",
@@ -138,7 +138,7 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where; made if absent.")] 
 
 
 def _project(params: Path) -> Project:
-    from kdpipe_stages.params import Project
+    from kdpipe_stages.project import Project
 
     return Project(params)
 

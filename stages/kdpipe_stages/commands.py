@@ -12,7 +12,7 @@ from kdpipe_stages.terminal import progress_bar, say
 if TYPE_CHECKING:
     from kdpipe.caching import CacheProgress
     from kdpipe.training import Progress
-    from kdpipe_stages.params import Project
+    from kdpipe_stages.project import Project
     from kdpipe_stages.train_student import StudentProgress
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from kdpipe.data.sources import write_digits
 from kdpipe.store import TargetStore
 from kdpipe_stages import commands
-from kdpipe_stages.params import Project
+from kdpipe_stages.project import Project
 
 TEMPLATES = ("params.yaml", "dvc.yaml")
 DIGITS = Path("data") / "raw" / "digits.parquet"

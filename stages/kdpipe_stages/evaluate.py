@@ -28,7 +28,7 @@ from kdpipe.store.aligned import AlignedTargets
 from kdpipe.targets import Targets
 from kdpipe_stages.building import WEIGHTS, describe_model
 from kdpipe_stages.lesson import ARMS, Lesson
-from kdpipe_stages.params import Project
+from kdpipe_stages.project import Project
 
 PerSeed = dict[str, list[dict[str, float]]]
 

@@ -13,7 +13,8 @@ from kdpipe.losses import DistillLoss, LossTerm
 from kdpipe.store import TargetStore
 from kdpipe.tasks.base import Task
 from kdpipe_stages.building import ModelSpec, plan_json
-from kdpipe_stages.params import LossSection, Project, StudentSection, first_difference, store_sections, to_json
+from kdpipe_stages.params import LossSection, StudentSection, first_difference, store_sections, to_json
+from kdpipe_stages.project import Project
 
 STUDENT = "student"
 ARMS = {STUDENT: "student", "labels_only": "baseline", "label_smoothing": "baseline_label_smoothing"}

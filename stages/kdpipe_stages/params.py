@@ -1,29 +1,21 @@
-"""params.yaml as frozen values, and the project's folder: what several stages share."""
+"""params.yaml as frozen values: its sections, what no single key can say, and what of it outputs remember."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, field
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kdpipe import durable
-from kdpipe.config import Bound, Factory, FactoryField, bind, load_module, load_yaml, parse, resolve
-from kdpipe.data.prepared import MISSING_LABEL, PreparedData
+from kdpipe.config import FactoryField
 from kdpipe.data.preparing import SourceColumns, SplitPlan
-from kdpipe.errors import ConfigError, DataError
-from kdpipe.fingerprint import canonical_json, source_digests
-from kdpipe.preprocess import Preprocess
-from kdpipe.tasks.base import Task
+from kdpipe.errors import ConfigError
+from kdpipe.fingerprint import canonical_json
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-Share = Field(ge=0, lt=1)
-Positive = Field(gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -174,130 +166,6 @@ FREE_OF_TRAINING = ("num_workers", "threads", "checkpoint_every_s")
 """Keys of a `train` section that change no number, or last bits only."""
 
 
-class Project:
-    """A params.yaml and the folder it stands in: every path of the run, and the objects its factories name."""
-
-    def __init__(self, params_file: Path) -> None:
-        """Read and check params.yaml. Raises `ConfigError` naming each wrong key."""
-        self.params_file = params_file.resolve()
-        self.root = self.params_file.parent
-        self.raw: Mapping[str, Any] = load_yaml(self.params_file) or {}
-        if not isinstance(self.raw, Mapping):
-            raise ConfigError(
-                f"{self.params_file.name} holds a {type(self.raw).__name__}; expected sections by name: data, …"
-            )
-        self.params = parse(Params, _with_loss_arguments(self.raw), self.params_file.name)
-        _check(self.params)
-
-    @property
-    def prepared(self) -> Path:
-        """data/prepared."""
-        return self.root / "data" / "prepared"
-
-    @property
-    def prepared_settings(self) -> Path:
-        """The settings that data/prepared was made with; beside the labels, as both change together."""
-        return self.prepared / "labels" / "settings.json"
-
-    @property
-    def student_models(self) -> Path:
-        """data/models/student/<arm>/seed-<n>."""
-        return self.root / "data" / "models" / "student"
-
-    @property
-    def plots(self) -> Path:
-        """data/plots."""
-        return self.root / "data" / "plots"
-
-    def teacher_model(self, name: str) -> Path:
-        """data/models/teachers/<name>."""
-        return self.root / "data" / "models" / "teachers" / name
-
-    def store(self, name: str) -> Path:
-        """data/targets/<name>."""
-        return self.root / "data" / "targets" / name
-
-    def work(self, fingerprint: str) -> Path:
-        """data/.work/<fingerprint>: work in progress, and what earlier runs finished."""
-        return self.root / "data" / ".work" / fingerprint
-
-    def publish(self, parts: Mapping[str, Path], destination: Path) -> None:
-        """Make an output folder hold exactly `parts`, in one rename."""
-        staging = self.root / "data" / ".work" / "staging" / destination.relative_to(self.root / "data")
-        durable.publish(parts, destination, staging)
-
-    @property
-    def timings(self) -> Path:
-        """Seconds of the stages on this machine; they are no output, so that outputs stay deterministic."""
-        return self.root / "data" / ".work" / "timings"
-
-    def write_timings(self, stage: str, name: str, seconds: Mapping[str, Any]) -> None:
-        """Note what a stage took for one teacher or one arm."""
-        path = self.timings / stage / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(path, canonical_json(seconds) + "\n")
-
-    def only_writer(self, name: str, doing: str) -> AbstractContextManager[None]:
-        """The lock of one thing that is written."""
-        return durable.only_writer(self.root / "data" / ".work" / "locks" / name, doing)
-
-    def teacher(self, name: str) -> TeacherSection:
-        """One teacher's section. Raises `ConfigError` with the names that exist."""
-        if name not in self.params.teachers:
-            raise ConfigError(f"there is no teacher {name!r}; params.yaml has {', '.join(self.params.teachers)}")
-        return self.params.teachers[name]
-
-    def teacher_names(self, name: str | None) -> list[str]:
-        """The named teacher, or all of them."""
-        if name is None:
-            return list(self.params.teachers)
-        self.teacher(name)
-        return [name]
-
-    def targets(self, name: str) -> TargetsSection:
-        """What is stored of a teacher."""
-        return self.params.targets.get(name, TargetsSection())
-
-    def bind(self, factory: Factory, where: str, **offered: Any) -> Bound:
-        """Check a factory against its signature, without calling it."""
-        return bind(factory, self.root, where, **offered)
-
-    def sources(self, factory: Factory, where: str) -> dict[str, str]:
-        """Digests of the code that a factory reaches."""
-        module = load_module(factory.path, self.root, where)
-        return source_digests(resolve(factory.path, self.root, where), module.__name__)
-
-    def task(self) -> Task:
-        """The task."""
-        task = self.bind(self.params.task, "task").make()
-        if not isinstance(task, Task):
-            raise ConfigError(f"task: {self.params.task.path} is no Task (kdpipe.tasks.base.Task says what one has)")
-        return task
-
-    def preprocess(self, factory: Factory | None, task: Task, where: str) -> Preprocess:
-        """A model's own preprocess, or the task's default."""
-        if factory is None:
-            return task.default_preprocess()
-        preprocess = self.bind(factory, where).make()
-        if not isinstance(preprocess, Preprocess):
-            raise ConfigError(f"{where}: {factory.path} is no Preprocess (see kdpipe.preprocess.Preprocess)")
-        return preprocess
-
-    def prepared_data(self) -> PreparedData:
-        """The prepared rows. Raises `DataError` when they are absent or of other settings, naming the command."""
-        data = PreparedData(self.prepared)
-        then = json.loads(self.prepared_settings.read_text()) if self.prepared_settings.is_file() else None
-        difference = first_difference(then, prepared_sections(self.params))
-        if difference:
-            raise DataError(f"{self.prepared} was made with other settings: {difference}. Run `kdpipe prepare-data`.")
-        return data
-
-
-def has_labels(data: PreparedData, rows: Any) -> bool:
-    """Whether any of the rows has a label."""
-    return bool((data.labels[rows] != MISSING_LABEL).any())
-
-
 def source_columns(section: ColumnsSection) -> SourceColumns:
     """As the library takes it."""
     return SourceColumns(id=section.id, label=section.label, split=section.split)
@@ -313,7 +181,7 @@ def split_plan(section: SplitsSection) -> SplitPlan:
     )
 
 
-def _with_loss_arguments(raw: Any) -> Any:
+def with_loss_arguments(raw: Any) -> Any:
     """student.losses entries with the loss's own arguments (temperature, …) gathered under `arguments`."""
     student: Any = raw.get("student") if isinstance(raw, Mapping) else None
     losses = student.get("losses") if isinstance(student, Mapping) else None
@@ -328,7 +196,7 @@ def _with_loss_arguments(raw: Any) -> Any:
     return {**raw, "student": {**student, "losses": gathered}}
 
 
-def _check(params: Params) -> None:
+def check_params(params: Params) -> None:
     """What no single field can say."""
     for name, teacher in params.teachers.items():
         if (teacher.train is None) == (teacher.weights is None):

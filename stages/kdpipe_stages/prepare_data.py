@@ -6,7 +6,8 @@ from kdpipe import durable
 from kdpipe.data.preparing import Prepared, RowSchema, prepare
 from kdpipe.data.sources import Source
 from kdpipe.fingerprint import canonical_json
-from kdpipe_stages.params import Project, prepared_sections, source_columns, split_plan
+from kdpipe_stages.params import prepared_sections, source_columns, split_plan
+from kdpipe_stages.project import Project
 
 
 def run(project: Project) -> Prepared:

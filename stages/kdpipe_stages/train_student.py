@@ -24,7 +24,7 @@ from kdpipe.store.aligned import AlignedTargets
 from kdpipe.training import DistillTerm, LabelTerm, Progress, TrainingTerm, fit
 from kdpipe_stages.building import DESCRIPTION, adopt_model, fit_preprocess, save_model, train_plan
 from kdpipe_stages.lesson import ARMS, STUDENT, Lesson
-from kdpipe_stages.params import Project
+from kdpipe_stages.project import Project
 
 HISTORY = "history.json"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from kdpipe import durable
 from kdpipe.batches import BatchStream, Rows
 from kdpipe.checkpoint import read_weights
+from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json, digest_file
 from kdpipe.training import LabelTerm, Progress, TrainingTerm, fit
@@ -22,7 +23,8 @@ from kdpipe_stages.building import (
     teacher_fingerprint,
     train_plan,
 )
-from kdpipe_stages.params import Project, TeacherSection, has_labels
+from kdpipe_stages.params import TeacherSection
+from kdpipe_stages.project import Project
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +65,9 @@ def _train(
     plan, where = section.train, f"teachers.{name}"
     task, data = project.task(), project.prepared_data()
     rows = data.rows_of([plan.split])
-    if not has_labels(data, rows):
+    rows = rows[data.labels[rows] != MISSING_LABEL]
+    if not len(rows):
         raise ConfigError(f"{where}.train.split: no row of {plan.split!r} has a label")
-    rows = rows[data.labels[rows] >= 0]
     spec = ModelSpec(where=where, model=section.model, preprocess=section.preprocess)
     preprocess = project.preprocess(section.preprocess, task, f"{where}.preprocess")
     fit_preprocess(preprocess, data.inputs, rows)
