@@ -58,7 +58,7 @@ def run(project: Project) -> dict[str, Any]:
 
 def _logits_per_seed(project: Project, lesson: Lesson, rows: NDArray[np.int64], arm: str) -> list[Tensor]:
     """Logits `[N, C]` of each seed's student. Raises `ConfigError` for students of other settings, rows or targets."""
-    section, inputs, fingerprint = lesson.section, lesson.data.inputs, lesson.fingerprint()
+    section, inputs, fingerprint = lesson.section, lesson.data.inputs, lesson.fingerprint
     result = []
     for seed in range(section.seeds):
         folder = project.student_models / arm / f"seed-{seed}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,6 +45,7 @@ class Lesson:
         known: NDArray[np.int64] = self.rows[self.labels[self.rows] != MISSING_LABEL]
         return known
 
+    @cached_property
     def fingerprint(self) -> str:
         """Whatever changes a student's weights, but arm, seed and the number of ranks."""
         section = to_json(self.section)

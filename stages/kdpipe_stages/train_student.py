@@ -74,7 +74,7 @@ def run(project: Project, on_progress: OnProgress = lambda _: None) -> TrainedSt
 
 def _run(project: Project, on_progress: OnProgress, state: PartialState) -> TrainedStudents:
     lesson = Lesson(project)
-    fingerprint, section = lesson.fingerprint(), lesson.section
+    fingerprint, section = lesson.fingerprint, lesson.section
     work = project.work(digest([fingerprint, world_size()]))
     runs = [RunOf(arm=arm, seed=seed) for arm in (STUDENT, *section.baselines) for seed in range(section.seeds)]
     if state.is_main_process:
