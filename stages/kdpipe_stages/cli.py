@@ -34,10 +34,9 @@ _INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 @app.callback()
 def _options(
-    context: typer.Context,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
 ) -> None:
-    context.obj = verbose
+    """Options of every command; `run` looks for them itself, as it also reports errors of the parser."""
 
 
 @app.command("prepare-data")

@@ -33,12 +33,12 @@ class Project:
         """Read and check params.yaml. Raises `ConfigError` naming each wrong key."""
         self.params_file = params_file.resolve()
         self.root = self.params_file.parent
-        self.raw: Mapping[str, Any] = load_yaml(self.params_file) or {}
-        if not isinstance(self.raw, Mapping):
+        raw = load_yaml(self.params_file) or {}
+        if not isinstance(raw, Mapping):
             raise ConfigError(
-                f"{self.params_file.name} holds a {type(self.raw).__name__}; expected sections by name: data, …"
+                f"{self.params_file.name} holds a {type(raw).__name__}; expected sections by name: data, …"
             )
-        self.params = parse(Params, with_loss_arguments(self.raw), self.params_file.name)
+        self.params = parse(Params, with_loss_arguments(raw), self.params_file.name)
         check_params(self.params)
 
     @property
