@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe import batches
-from kdpipe.batches import Batch, BatchStream, Rows, shuffled
+from kdpipe.batches import RAM_BUDGET_BYTES, Batch, BatchStream, Rows
+from kdpipe.order import Shuffle
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe.views import ViewSpec
-from toy_rows import Features, key_of, lesson, prepared, said, store_of
+from toy_rows import Features, key_of, lesson, prepared, said, store_of, stream_of
 
 NUM_ROWS = 83
-PATHS = pytest.mark.parametrize("ram_budget_bytes", [batches.RAM_BUDGET_BYTES, 0], ids=["in memory", "streaming"])
+PATHS = pytest.mark.parametrize("ram_budget_bytes", [RAM_BUDGET_BYTES, 0], ids=["in memory", "streaming"])
 WORKERS = pytest.mark.parametrize("num_workers", [0, 1, 2])
 
 
@@ -55,75 +55,43 @@ def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
             assert torch.equal(part, wanted)
 
 
-@given(num_rows=st.integers(1, 40_000), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
-def test_order_is_a_permutation(num_rows, seed, epoch):
-    rows = 3 * np.arange(num_rows) + 7
-    assert np.array_equal(np.sort(shuffled(rows, seed, epoch)), rows)
-
-
-def test_order_depends_on_seed_and_epoch_only():
-    rows = np.arange(5000)
-    orders = {}
-    for seed, epoch in itertools.product(range(3), range(3)):
-        np.random.seed(seed + epoch)
-        torch.manual_seed(epoch)
-        orders[seed, epoch] = shuffled(rows, seed, epoch)
-    for key, order in orders.items():
-        assert np.array_equal(order, shuffled(rows, *key))
-    for one, other in itertools.combinations(orders.values(), 2):
-        assert (one == other).mean() < 0.01
-
-
-def test_order_has_few_blocks_open_at_a_time(monkeypatch):
-    monkeypatch.setattr(batches, "BLOCK_ROWS", 8)
-    monkeypatch.setattr(batches, "BUFFER_BLOCKS", 3)
-    block_of = shuffled(np.arange(200), seed=0, epoch=0) // 8
-    begun = {block: int(np.flatnonzero(block_of == block)[0]) for block in range(25)}
-    ended = {block: int(np.flatnonzero(block_of == block)[-1]) for block in range(25)}
-    num_open = [sum(begun[block] <= at <= ended[block] for block in range(25)) for at in range(200)]
-    assert max(num_open) == 3
-    assert set(block_of[: 3 * 8].tolist()) != {0, 1, 2}
-
-
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 200])
 def test_every_epoch_meets_every_row_once(taught, batch_size):
-    stream = BatchStream(taught, batch_size=batch_size, seed=3)
+    stream = stream_of(taught, batch_size, 3)
     steps = stream.steps_per_epoch
     assert steps == -(-80 // batch_size)
     for epoch in range(3):
         met = row_numbers(stream, epoch * steps, (epoch + 1) * steps)
         assert all(len(rows) == batch_size for rows in met[:-1])
-        assert list(itertools.chain(*met)) == shuffled(taught.rows, seed=3, epoch=epoch).tolist()
+        assert list(itertools.chain(*met)) == np.concatenate(list(Shuffle().pools(taught.rows, 3, epoch))).tolist()
 
 
 @PATHS
 @WORKERS
-def test_workers_change_nothing(taught, num_workers, ram_budget_bytes, monkeypatch):
-    monkeypatch.setattr(batches, "RAM_BUDGET_BYTES", ram_budget_bytes)
-    found = BatchStream(taught, batch_size=9, seed=1, num_workers=num_workers).from_step(0, 20)
-    expected = [taught.batch(rows, view) for view, rows in BatchStream(taught, batch_size=9, seed=1).plan(0, 20)]
+def test_workers_change_nothing(taught, num_workers, ram_budget_bytes):
+    found = stream_of(taught, 9, 1, num_workers=num_workers, ram_budget_bytes=ram_budget_bytes).from_step(0, 20)
+    expected = [taught.batch(rows, view) for view, rows in stream_of(taught, 9, 1).plan(0, 20)]
     assert_equal(list(found), expected)
 
 
 @given(first=st.integers(0, 40), batch_size=st.integers(1, 90), seed=st.integers(0, 5))
 def test_resuming_gives_the_tail(taught, first, batch_size, seed):
-    stream = BatchStream(taught, batch_size=batch_size, seed=seed)
+    stream = stream_of(taught, batch_size, seed)
     assert_equal(list(stream.from_step(first, 40)), list(stream.from_step(0, 40))[first:])
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_resuming_gives_the_tail_with_workers(taught, num_workers):
-    stream = BatchStream(taught, batch_size=11, seed=0, num_workers=num_workers)
+    stream = stream_of(taught, 11, 0, num_workers=num_workers)
     assert_equal(list(stream.from_step(13, 20)), list(stream.from_step(0, 20))[13:])
 
 
 @PATHS
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_partition_every_batch(taught, world_size, ram_budget_bytes, monkeypatch):
-    monkeypatch.setattr(batches, "RAM_BUDGET_BYTES", ram_budget_bytes)
-    whole = BatchStream(taught, batch_size=13, seed=2).from_step(0, 15)
+def test_ranks_partition_every_batch(taught, world_size, ram_budget_bytes):
+    whole = stream_of(taught, 13, 2, ram_budget_bytes=ram_budget_bytes).from_step(0, 15)
     ranks = [
-        BatchStream(taught, batch_size=13, seed=2, rank=rank, world_size=world_size).from_step(0, 15)
+        stream_of(taught, 13, 2, ranks=(rank, world_size), ram_budget_bytes=ram_budget_bytes).from_step(0, 15)
         for rank in range(world_size)
     ]
     for batch, *parts in zip(whole, *ranks, strict=True):
@@ -136,28 +104,26 @@ def test_ranks_partition_every_batch(taught, world_size, ram_budget_bytes, monke
 @WORKERS
 def test_a_rank_without_rows_gets_an_empty_batch(data, num_workers):
     rows = lesson(data)
-    stream = BatchStream(rows, batch_size=41, seed=0, num_workers=num_workers, rank=1, world_size=2)
+    stream = stream_of(rows, 41, 0, ranks=(1, 2), num_workers=num_workers)
     last = list(stream.from_step(0, 3))[-1]
     assert [len(part) for part in tensors_of(last)] == [0] * 5
     assert last.inputs.shape[1:] == (4,)
 
 
-def test_memory_and_streaming_give_equal_batches(taught, monkeypatch):
+def test_memory_and_streaming_give_equal_batches(taught):
     in_memory = replace(taught, preprocess=Features())
-    expected = list(BatchStream(in_memory, batch_size=10, seed=4).from_step(0, 16))
-    monkeypatch.setattr(batches, "RAM_BUDGET_BYTES", 0)
+    expected = list(stream_of(in_memory, 10, 4).from_step(0, 16))
     streaming = replace(taught, preprocess=Features())
-    assert_equal(list(BatchStream(streaming, batch_size=10, seed=4).from_step(0, 16)), expected)
+    assert_equal(list(stream_of(streaming, 10, 4, ram_budget_bytes=0).from_step(0, 16)), expected)
     assert in_memory.preprocess.calls < 16 <= streaming.preprocess.calls
 
 
-def test_memory_is_used_up_to_the_budget_only(taught, monkeypatch):
+def test_memory_is_used_up_to_the_budget_only(taught):
     num_bytes = 80 * (4 * 4 + 8 + 2 * (5 * 2 + 4))
     calls = []
     for budget in (num_bytes, num_bytes - 1):
-        monkeypatch.setattr(batches, "RAM_BUDGET_BYTES", budget)
         rows = replace(taught, preprocess=Features())
-        list(BatchStream(rows, batch_size=10, seed=4).from_step(0, 16))
+        list(stream_of(rows, 10, 4, ram_budget_bytes=budget).from_step(0, 16))
         calls.append(rows.preprocess.calls)
     assert calls == [2, 17]
 
@@ -165,12 +131,9 @@ def test_memory_is_used_up_to_the_budget_only(taught, monkeypatch):
 @PATHS
 @WORKERS
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_targets_are_what_the_teacher_said_about_that_sample(
-    taught, data, batch_size, num_workers, ram_budget_bytes, monkeypatch
-):
-    monkeypatch.setattr(batches, "RAM_BUDGET_BYTES", ram_budget_bytes)
+def test_targets_are_what_the_teacher_said_about_that_sample(taught, data, batch_size, num_workers, ram_budget_bytes):
     for seed in (0, 1, 17):
-        stream = BatchStream(taught, batch_size=batch_size, seed=seed, num_workers=num_workers)
+        stream = stream_of(taught, batch_size, seed, num_workers=num_workers, ram_budget_bytes=ram_budget_bytes)
         met = []
         for batch in stream.from_step(0, stream.steps_per_epoch):
             ids = data.inputs.sample_ids[batch.rows]
@@ -191,7 +154,7 @@ def test_targets_are_what_the_teacher_said_about_that_sample(
 @WORKERS
 def test_each_epoch_meets_its_view(taught, data, num_workers):
     rows = replace(taught, views=ViewSpec(count=2))
-    stream = BatchStream(rows, batch_size=30, seed=0, num_workers=num_workers)
+    stream = stream_of(rows, 30, 0, num_workers=num_workers)
     views = []
     for step, batch in enumerate(stream.from_step(0, 4 * stream.steps_per_epoch)):
         view = 1 + step // stream.steps_per_epoch % 2

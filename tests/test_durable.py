@@ -5,11 +5,23 @@ import resource
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from kdpipe.durable import link_tree, only_writer, publish, sweep_temporaries, write_bytes, write_text
+from kdpipe.durable import (
+    Workers,
+    is_held,
+    link_tree,
+    make_folder,
+    only_writer,
+    publish,
+    sweep_temporaries,
+    write_bytes,
+    write_text,
+)
 from kdpipe.errors import LockedError, StoreError
 
 
@@ -125,6 +137,26 @@ write_text(Path(sys.argv[1]), "content")
     ]
 
 
+def test_a_folder_and_its_parents_have_their_names_on_disk(tmp_path, system_calls):
+    script = """
+import sys
+from pathlib import Path
+from kdpipe.durable import make_folder
+make_folder(Path(sys.argv[1]))
+make_folder(Path(sys.argv[1]))
+"""
+    calls = system_calls(script, tmp_path / "a" / "b" / "c", within=tmp_path)
+    assert calls == [f"fsync {tmp_path}", f"fsync {tmp_path}/a", f"fsync {tmp_path}/a/b"]
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_folders_that_are_there_stay(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("content")
+    make_folder(tmp_path / "a")
+    assert names_in(tmp_path / "a") == ["file"]
+
+
 def test_leftovers_are_swept_wherever_they_are(tmp_path):
     (tmp_path / "a" / "b.tmp" / "c").mkdir(parents=True)
     for name in ("a/b.tmp/c/file", "a/file.tmp", "a/file", "tmp"):
@@ -188,6 +220,97 @@ def test_the_lock_excludes_a_second_writer_in_this_process_and_ends_with_an_erro
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             write_and_fail()
+
+
+def test_who_waits_gets_the_lock_when_the_writer_ends(tmp_path):
+    lock_file, order = tmp_path / "lock", []
+
+    def wait():
+        with only_writer(lock_file, "waiting", wait=True):
+            order.append("second")
+
+    with only_writer(lock_file, "writing"):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.2)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
+
+
+def test_a_lock_is_held_while_its_process_lives(tmp_path):
+    lock_file = tmp_path / "lock"
+    assert not is_held(lock_file)
+    assert not lock_file.exists()
+    with another_process_holds(lock_file) as holder:
+        assert is_held(lock_file)
+        holder.kill()
+        holder.wait()
+        assert not is_held(lock_file)
+    with only_writer(lock_file, "writing"):
+        assert is_held(lock_file)
+
+
+# Several workers
+
+
+@contextmanager
+def working(folder, index, count):
+    """Somebody who entered through the door and works at a part."""
+    workers = Workers(folder / "locks" / "store", "caching the teacher")
+    with ExitStack() as held:
+        with workers.door():
+            held.enter_context(workers.part(index, count))
+        yield workers
+
+
+def test_parts_of_one_count_work_beside_each_other(tmp_path):
+    with working(tmp_path, 0, 3), working(tmp_path, 2, 3) as workers:
+        assert [path.name for path in workers.held()] == ["store.shards-0-of-3", "store.shards-2-of-3"]
+        with working(tmp_path, 1, 3):
+            assert len(workers.held()) == 3
+    assert workers.held() == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ((0, 1), (0, 1), "another process is caching the teacher .*locks/store\\)"),
+        ((1, 2), (1, 2), "another process is caching the teacher .*store.shards-1-of-2"),
+        ((0, 1), (0, 2), "caching the teacher, alone .*would be shards 0 of 2"),
+        ((1, 2), (0, 1), "caching the teacher, shards 1 of 2 .*would be alone"),
+        ((1, 2), (0, 12), "caching the teacher, shards 1 of 2 .*would be shards 0 of 12"),
+        ((1, 12), (0, 2), "caching the teacher, shards 1 of 12 .*would be shards 0 of 2"),
+    ],
+)
+def test_parts_that_exclude_each_other(tmp_path, first, second, message):
+    with working(tmp_path, *first):
+        with pytest.raises(LockedError, match=message), working(tmp_path, *second):
+            pytest.fail("two writers")
+        with working(tmp_path / "another", *second):
+            pass
+    with working(tmp_path, *second):
+        pass
+
+
+def test_the_door_is_passed_one_by_one(tmp_path):
+    inside = most = 0
+
+    def pass_through():
+        nonlocal inside, most
+        for _ in range(5):
+            with Workers(tmp_path / "store", "working").door():
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.001)
+                inside -= 1
+
+    threads = [threading.Thread(target=pass_through) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert most == 1
 
 
 # Publishing

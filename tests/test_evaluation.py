@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from kdpipe import evaluation
 from kdpipe.encodings import Dense
 from kdpipe.evaluation import (
+    Answers,
+    Said,
+    answer_metrics,
     classification_metrics,
     expected_calibration_error,
     paired_gain,
@@ -19,7 +23,7 @@ from kdpipe.evaluation import (
     reliability,
 )
 from kdpipe.models.mlp import MLP
-from kdpipe.targets import DenseTargets
+from kdpipe.targets import OutputSpec
 from toy_rows import NUM_CLASSES, NUM_FEATURES, Features, prepared
 
 
@@ -27,8 +31,9 @@ def random_logits(seed: int, num_rows: int = 40, num_classes: int = 4) -> torch.
     return 3 * torch.randn(num_rows, num_classes, generator=torch.Generator().manual_seed(seed))
 
 
-def targets_of(logits: torch.Tensor, dtype: str = "float32") -> DenseTargets:
-    return Dense(dtype=dtype).decode(Dense(dtype=dtype).encode(logits))
+def said(logits: torch.Tensor) -> Said:
+    encoding, output = Dense(dtype="float32"), OutputSpec(name="logits", shape=logits.shape[1:])
+    return Said(answers=Answers.of_logits(logits), targets=encoding.decode(encoding.encode(logits), output))
 
 
 def test_metrics_are_their_definitions():
@@ -36,7 +41,7 @@ def test_metrics_are_their_definitions():
     labels = np.random.default_rng(0).integers(0, 4, 40)
     p = scipy.special.softmax(teacher.double().numpy(), axis=1)
     q = scipy.special.softmax(logits.double().numpy(), axis=1)
-    found = classification_metrics(logits, labels, {"big": targets_of(teacher)})
+    found = classification_metrics(logits, labels, {"big": said(teacher)})
     assert found == pytest.approx(
         {
             "accuracy": np.mean(q.argmax(axis=1) == labels),
@@ -54,18 +59,18 @@ def test_metrics_are_their_definitions():
 @given(seed=st.integers(0, 1000))
 def test_a_teacher_agrees_with_itself(seed):
     logits = random_logits(seed)
-    found = classification_metrics(logits, logits.argmax(dim=-1).numpy(), {"itself": targets_of(logits)})
+    found = classification_metrics(logits, logits.argmax(dim=-1).numpy(), {"itself": said(logits)})
     assert found["agreement"] == found["accuracy"] == 1
     assert 0 <= found["kl_to_teacher"] < 1e-6
     assert found["entropy"] > 0.01
 
 
 def test_missing_labels_are_ignored():
-    logits, teacher = random_logits(2), {"big": targets_of(random_logits(3))}
+    logits, teacher = random_logits(2), {"big": said(random_logits(3))}
     labels = np.random.default_rng(0).integers(0, 4, 40)
     some = np.where(np.arange(40) % 3 == 0, labels, -1)
     found = classification_metrics(logits, some, teacher)
-    only = classification_metrics(logits[::3], labels[::3], teacher | {"big": targets_of(random_logits(3)[::3])})
+    only = classification_metrics(logits[::3], labels[::3], teacher | {"big": said(random_logits(3)[::3])})
     everyone = classification_metrics(logits, labels, teacher)
     assert {key: found[key] for key in ("accuracy", "ece")} == {key: only[key] for key in ("accuracy", "ece")}
     for key in ("entropy", "agreement", "kl_to_teacher"):
@@ -83,11 +88,26 @@ def test_without_labels_there_is_no_accuracy():
 
 def test_several_teachers_are_told_apart():
     logits = random_logits(0)
-    teachers = {"same": targets_of(logits), "other": targets_of(random_logits(1))}
+    teachers = {"same": said(logits), "other": said(random_logits(1))}
     found = classification_metrics(logits, np.zeros(40, np.int64), teachers)
     assert found["agreement"] == 1 > found["agreement_other"]
     assert found["kl_to_teacher"] < 1e-6 < found["kl_to_teacher_other"]
     assert not {"agreement_same", "kl_to_teacher_same"} & set(found)
+
+
+def test_rows_that_the_teacher_abstains_from_are_left_out_of_what_is_about_it():
+    logits, labels = random_logits(0), np.random.default_rng(0).integers(0, 4, 40)
+    whole, spoken = said(random_logits(1)), np.arange(40) % 3 == 0
+    part = replace(whole, answers=replace(whole.answers, spoken=spoken))
+    found = classification_metrics(logits, labels, {"big": part})
+    there = classification_metrics(logits[spoken], labels[spoken], {"big": said(random_logits(1)[spoken])})
+    for key in ("agreement", "kl_to_teacher"):
+        assert found[key] == pytest.approx(there[key], abs=1e-9)
+        assert found[key] != classification_metrics(logits, labels, {"big": whole})[key]
+    assert found["accuracy"] == classification_metrics(logits, labels, {})["accuracy"]
+    assert answer_metrics(part.answers, labels) == answer_metrics(
+        Answers.of_logits(random_logits(1)[spoken]), labels[spoken]
+    )
 
 
 def test_ece_by_hand():

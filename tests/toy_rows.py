@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from kdpipe.data.preparing import RowSchema, SourceColumns, SplitPlan, prepare
 from kdpipe.distributed import rank, world_size
 from kdpipe.encodings import Dense
 from kdpipe.losses import ForwardKL, LossTerm
+from kdpipe.order import BatchOrder, Group
 from kdpipe.store import TargetStore
 from kdpipe.store.manifest import Manifest
 from kdpipe.targets import DenseTargets, OutputSpec
@@ -126,8 +128,13 @@ class RandomTeacher:
         row_max = (3 * logits).amax(dim=-1)
         self.targets = DenseTargets(values=3 * logits - row_max.unsqueeze(-1), row_max=row_max)
 
+    row_bytes = 8 * (NUM_CLASSES + 1)
+
     def read(self, rows: NDArray[np.int64], view: int = 0) -> dict[str, DenseTargets]:
         return {"logits": self.targets[torch.from_numpy(rows)]}
+
+    def read_ahead(self, groups: Iterable[tuple[int, Group]]) -> Iterator[dict[str, DenseTargets]]:
+        return (self.read(rows, view) for view, group in groups for rows in group.batches)
 
 
 def lesson(data: PreparedData, num_labelled: int | None = None, dtype: type = np.float64) -> Rows:
@@ -140,9 +147,13 @@ def lesson(data: PreparedData, num_labelled: int | None = None, dtype: type = np
     return Rows(inputs=data.inputs, rows=rows, preprocess=Features(dtype), labels=labels, targets={"teacher": teacher})
 
 
-def stream_of(rows: Rows, batch_size: int, seed: int = 0) -> BatchStream:
-    """This process's share of the batches."""
-    return BatchStream(rows, batch_size=batch_size, seed=seed, rank=rank(), world_size=world_size())
+def stream_of(
+    rows: Rows, batch_size: int, seed: int = 0, *, ranks: tuple[int, int] | None = None, **held: Any
+) -> BatchStream:
+    """This process's share of the batches, or that of `ranks` (rank, world size)."""
+    which, of = ranks or (rank(), world_size())
+    order = BatchOrder(rows=rows.rows, batch_size=batch_size, seed=seed, rank=which, world_size=of)
+    return BatchStream(rows, order, **held)
 
 
 def label_term(weight: float = 1.0) -> TrainingTerm:

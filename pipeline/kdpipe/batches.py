@@ -5,8 +5,8 @@ Shapes: N rows, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdpipe.data.prepared import PreparedInputs
+from kdpipe.errors import ConfigError
+from kdpipe.order import BatchOrder, Group, Shuffle
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import Targets
 from kdpipe.views import ViewSpec
 
-BLOCK_ROWS = 1024
-BUFFER_BLOCKS = 16
 RAM_BUDGET_BYTES = 512 * 2**20
 
 TargetsByOutput = Mapping[str, Targets]
@@ -30,8 +30,15 @@ TargetsByOutput = Mapping[str, Targets]
 class TargetReader(Protocol):
     """Targets by prepared row number."""
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as stored."""
+
     def read(self, rows: NDArray[np.int64], view: int = 0) -> TargetsByOutput:
         """Targets of each output for row numbers `[B]`."""
+
+    def read_ahead(self, groups: Iterable[tuple[int, Group]]) -> Iterator[TargetsByOutput]:
+        """Targets of every batch of groups of (view, row numbers), in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +70,6 @@ class Batch:
         return Batch(rows=self.rows, inputs=inputs, labels=labels, targets=targets)
 
 
-def shuffled(rows: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of `rows` that reads files in blocks: blocks shuffled, then rows inside a buffer of blocks."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    num_blocks = -(-len(rows) // BLOCK_ROWS)
-    blocks = generator.permutation(num_blocks)
-    parts = []
-    for start in range(0, num_blocks, BUFFER_BLOCKS):
-        buffer = [
-            rows[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS] for block in blocks[start : start + BUFFER_BLOCKS]
-        ]
-        parts.append(generator.permutation(np.concatenate(buffer)))
-    return np.concatenate(parts)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """What a model learns from: which rows, as what input, with which labels and targets.
@@ -93,9 +86,12 @@ class Rows:
 
     def batch(self, rows: NDArray[np.int64], view: int = 0) -> Batch:
         """The given rows as a batch."""
+        columns = self.inputs.read(rows)
+        if view:
+            columns = self.views.of(columns, self.inputs.sample_ids[rows].tolist(), view)
         return Batch(
             rows=rows,
-            inputs=self.preprocess(self.inputs.read(rows)),
+            inputs=self.preprocess(columns),
             labels=torch.from_numpy(self.labels[rows]),
             targets={teacher: reader.read(rows, view) for teacher, reader in self.targets.items()},
         )
@@ -105,38 +101,69 @@ class BatchStream:
     """An endless, resumable sequence of batches over `rows`; the last batch of an epoch may be smaller.
 
     Step s is the same whatever the number of loader workers. Under torchrun every rank gets its share of each batch.
-    Rows without augmented views are kept ready in memory when they fit `RAM_BUDGET_BYTES`.
+    Rows without augmented views that fit `ram_budget_bytes` are kept ready in memory, or on `device` when one is given;
+    of others the inputs are loaded by workers, and targets are read ahead in pools.
     """
 
     def __init__(
-        self, rows: Rows, *, batch_size: int, seed: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        rows: Rows,
+        order: BatchOrder,
+        *,
+        num_workers: int = 0,
+        ram_budget_bytes: int = RAM_BUDGET_BYTES,
+        device: torch.device | None = None,
     ) -> None:
-        self.steps_per_epoch = -(-len(rows.rows) // batch_size)
-        self._rows, self._batch_size, self._seed = rows, batch_size, seed
-        self._num_workers, self._rank, self._world_size = num_workers, rank, world_size
+        """`order` says which of `rows` come when. Raises `ConfigError` when `device` is asked and rows do not fit."""
+        self.steps_per_epoch = order.steps_per_epoch
+        self._rows, self._order, self._num_workers = rows, order, num_workers
+        self._ram_budget_bytes, self._device = ram_budget_bytes, device
+        self._ready: _ReadyRows | None = None
 
     def from_step(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of steps `[first, last)`."""
+        ready = self._ready or self._keep_ready()
+        if ready is not None:
+            return (ready.batch(rows) for _, rows in self.plan(first, last))
+        return self._stream(first, last)
+
+    def plan(self, first: int, last: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(view, row numbers) of steps `[first, last)`, for this rank."""
+        for view, group in self._groups(first, last):
+            for rows in group.batches:
+                yield view, rows
+
+    def _groups(self, first: int, last: int) -> Iterator[tuple[int, Group]]:
+        for group in self._order.groups(first, last):
+            yield self._rows.views.view_of_epoch(group.epoch), group
+
+    def _keep_ready(self) -> _ReadyRows | None:
+        rows = self._rows
+        if rows.views.count == 0 and len(rows.rows):
+            needed = _num_bytes(rows.batch(rows.rows[:1])) * len(rows.rows)
+            if needed <= self._ram_budget_bytes:
+                self._ready = _ReadyRows(rows, self._device)
+        if self._device is not None and self._ready is None:
+            raise ConfigError(
+                f"keeping {len(rows.rows):,} rows on the device was asked, but they have views or do not fit the "
+                f"budget of {self._ram_budget_bytes:,} bytes. Raise ram_budget_mb, or leave keep_on_device out."
+            )
+        return self._ready
+
+    def _stream(self, first: int, last: int) -> Iterator[Batch]:
+        without_targets = replace(self._rows, targets={})
         loader: DataLoader[Batch] = DataLoader(
-            _ReadyRows(self._rows),
+            _BatchesOf(without_targets),
             sampler=_Steps(self, first, last),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self._num_workers,
             generator=torch.Generator().manual_seed(0),
         )
-        return iter(loader)
-
-    def plan(self, first: int, last: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """(view, row numbers) of steps `[first, last)`, for this rank."""
-        epoch, order = -1, self._rows.rows
-        for step in range(first, last):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = shuffled(self._rows.rows, self._seed, epoch)
-            start = (step % self.steps_per_epoch) * self._batch_size
-            batch = order[start : start + self._batch_size]
-            yield self._rows.views.view_of_epoch(epoch), batch[self._rank :: self._world_size]
+        names = list(self._rows.targets)
+        readers = [reader.read_ahead(self._groups(first, last)) for reader in self._rows.targets.values()]
+        for batch, *said in zip(loader, *readers, strict=True):
+            yield replace(batch, targets=dict(zip(names, said, strict=True)))
 
 
 class _Steps:
@@ -152,41 +179,46 @@ class _Steps:
         return self._last - self._first
 
 
-class _ReadyRows(Dataset[Batch]):
-    """Batches by (view, row numbers), from memory when all rows fit it and have no augmented views."""
+class _BatchesOf(Dataset[Batch]):
+    """Batches by (view, row numbers)."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
-        self._ready: Batch | None = None
-        self._position = np.empty(0, np.int64)
-        if rows.views.count == 0 and len(rows.rows):
-            probe = rows.batch(rows.rows[:1])
-            if _num_bytes(probe) * len(rows.rows) <= RAM_BUDGET_BYTES:
-                self._ready = rows.batch(rows.rows)
-                self._position = np.full(len(rows.inputs), -1, np.int64)
-                self._position[rows.rows] = np.arange(len(rows.rows))
 
     def __getitem__(self, item: Any) -> Batch:
         view, rows = item
-        if self._ready is None:
-            return self._rows.batch(rows, view)
-        position = torch.from_numpy(self._position[rows])
+        return self._rows.batch(rows, view)
+
+
+class _ReadyRows:
+    """Every row as one batch, in memory or on a device."""
+
+    def __init__(self, rows: Rows, device: torch.device | None) -> None:
+        ready = rows.batch(rows.rows)
+        self._ready = ready if device is None else ready.to(device)
+        self._position = np.full(len(rows.inputs), -1, np.int64)
+        self._position[rows.rows] = np.arange(len(rows.rows))
+
+    def batch(self, rows: NDArray[np.int64]) -> Batch:
+        """Some of the rows."""
         ready = self._ready
-        return Batch(
-            rows=rows,
-            inputs=ready.inputs[position],
-            labels=ready.labels[position],
-            targets={
-                teacher: {name: each[position] for name, each in outputs.items()}
-                for teacher, outputs in ready.targets.items()
-            },
-        )
+        position = torch.from_numpy(self._position[rows]).to(ready.labels.device)
+        targets = {
+            teacher: {name: each[position] for name, each in outputs.items()}
+            for teacher, outputs in ready.targets.items()
+        }
+        return Batch(rows=rows, inputs=ready.inputs[position], labels=ready.labels[position], targets=targets)
+
+
+def shuffle_of(readers: Iterable[TargetReader]) -> Shuffle:
+    """How far rows are moved, so that pools of these targets fit in memory; the same for every arm of a comparison."""
+    return Shuffle.for_row_bytes(sum(reader.row_bytes for reader in readers))
 
 
 def _num_bytes(batch: Batch) -> int:
     tensors = [batch.inputs, batch.labels]
-    tensors += [part for outputs in batch.targets.values() for each in outputs.values() for part in vars(each).values()]
-    return sum(each.nbytes for each in tensors)
+    parts = [part for outputs in batch.targets.values() for each in outputs.values() for part in vars(each).values()]
+    return sum(each.nbytes for each in [*tensors, *parts] if isinstance(each, Tensor))
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,10 +1,18 @@
-"""The hot loop: missing shards -> rows -> teacher -> encoding -> store."""
+"""The hot loop: missing shards -> rows -> teacher -> encoding -> store.
+
+The caller's thread runs the teacher; a loader thread reads and checks the batches ahead of it, a writer thread encodes
+and commits the shards behind it. Shapes: B rows, T tokens, C classes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +23,43 @@ from torch import Tensor
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import ANEW, PreparedInputs
 from kdpipe.data.segments import content_digests
+from kdpipe.distributed import Shard
 from kdpipe.encodings import encoding_from_json
-from kdpipe.errors import DataError, TeacherError
+from kdpipe.errors import ConfigError, DataError, TeacherError
 from kdpipe.store import TargetStore
-from kdpipe.teachers.base import Teacher
+from kdpipe.targets import OutputSpec
+from kdpipe.teachers.base import COVERED, Teacher
+
+LOAD_AHEAD = 2
+"""Batches that are read before the teacher wants them."""
+MAX_WAITING_BYTES = 64 * 2**20
+"""What the teacher may have said before it is encoded; one batch is always taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One of `count` workers' part of a store: every shard whose index modulo `count` is `index`."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """`i/n`, with 0 <= i < n. Raises `ConfigError`."""
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ConfigError(
+                f"--shards is {text!r}; expected i/n with 0 <= i < n: 0/2 for one worker, 1/2 for another"
+            )
+        return cls(index=int(index), count=int(count))
+
+    def has(self, shard: Shard) -> bool:
+        """Whether a shard is this worker's."""
+        return shard.index % self.count == self.index
+
+
+WHOLE = Share()
+"""Every shard: the part of somebody who works alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +73,10 @@ class CacheProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """What a capture did: rows that the teacher saw, and the seconds of its passes and of everything."""
+    """What a capture did: rows that the teacher saw, and the seconds of its passes and of everything.
+
+    On a GPU, a pass ends when its kernels are queued.
+    """
 
     num_rows: int
     num_shards: int
@@ -46,74 +90,224 @@ def capture(
     inputs: PreparedInputs,
     batch_size: int,
     on_progress: Callable[[CacheProgress], None] = lambda _: None,
+    share: Share = WHOLE,
 ) -> Captured:
-    """Compute and commit every missing shard of a store.
+    """Compute and commit every missing shard of a store, or those of one share.
 
     A batch never crosses a shard, so that a resumed capture gives the bytes of an uninterrupted one. Raises
     `TeacherError` naming samples when the teacher says NaN or +inf, `DataError` when a row's content is not the one
-    that its digest names; what was committed stays.
+    that its digest names; what was committed stays. At most two shards are in work: one that is computed, one that is
+    committed.
     """
-    missing = store.missing()
+    missing = [(view, shard) for view, shard in store.missing() if share.has(shard)]
     total = sum(shard.num_rows for _, shard in missing)
     started, teacher_seconds, done = time.perf_counter(), 0.0, 0
-    for view, shard in missing:
-        parts: list[dict[str, NDArray[Any]]] = []
-        for start in range(shard.start, shard.stop, batch_size):
-            rows = np.arange(start, min(start + batch_size, shard.stop))
-            columns = inputs.read(rows)
-            _refuse_damaged(columns, inputs, rows)
+    with ThreadPoolExecutor(1, "loader") as loading, _torch_thread("writer") as writing:
+        writer = _Writer(store, inputs.sample_ids, batch_size, writing)
+        for batch, columns in _ahead(_batches(missing, batch_size), partial(_load, inputs), loading):
             before = time.perf_counter()
             said = teacher.predict(columns)
             teacher_seconds += time.perf_counter() - before
-            parts.append(_encode(store, said, inputs, rows))
-            done += len(rows)
+            writer.put(batch, said)
+            done += len(batch.rows)
             rate = done / (time.perf_counter() - started)
             on_progress(CacheProgress(rows_done=done, rows_total=total, rows_per_s=rate))
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        store.write(view, shard, arrays, batch_size)
+        writer.finish()
     seconds = time.perf_counter() - started
     return Captured(num_rows=done, num_shards=len(missing), teacher_seconds=teacher_seconds, seconds=seconds)
 
 
-def _refuse_damaged(columns: Columns, inputs: PreparedInputs, rows: NDArray[np.int64]) -> None:
-    """Targets are committed under the rows' digests, so the teacher must see exactly that content."""
-    found = np.frombuffer(b"".join(content_digests(columns)), np.uint8).reshape(len(rows), -1)
-    wrong = np.flatnonzero((found != inputs.digests[rows]).any(axis=1))
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Consecutive rows of one shard, for one view."""
+
+    view: int
+    shard: Shard
+    rows: NDArray[np.int64]
+
+    @property
+    def place(self) -> slice:
+        """Where its rows lie in the shard."""
+        start = int(self.rows[0]) - self.shard.start
+        return slice(start, start + len(self.rows))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the shard ends with it."""
+        return int(self.rows[-1]) + 1 == self.shard.stop
+
+    def is_beside(self, other: _Batch) -> bool:
+        """Whether both are of the same shard and view."""
+        return (self.view, self.shard.index) == (other.view, other.shard.index)
+
+
+def _batches(missing: Sequence[tuple[int, Shard]], batch_size: int) -> Iterator[_Batch]:
+    for view, shard in missing:
+        for start in range(shard.start, shard.stop, batch_size):
+            yield _Batch(view=view, shard=shard, rows=np.arange(start, min(start + batch_size, shard.stop)))
+
+
+def _load(inputs: PreparedInputs, batch: _Batch) -> Columns:
+    """A batch's rows. Targets are committed under their digests, so the teacher must see exactly that content."""
+    columns = inputs.read(batch.rows)
+    found = np.frombuffer(b"".join(content_digests(columns)), np.uint8).reshape(len(batch.rows), -1)
+    wrong = np.flatnonzero((found != inputs.digests[batch.rows]).any(axis=1))
     if len(wrong):
         raise DataError(
-            f"the prepared content of {inputs.sample_ids[rows[int(wrong[0])]]} differs from its digest "
+            f"the prepared content of {inputs.sample_ids[batch.rows[int(wrong[0])]]} differs from its digest "
             f"({len(wrong)} such rows in a batch). {ANEW}"
         )
+    return columns
 
 
-def _encode(
-    store: TargetStore, said: dict[str, Tensor], inputs: PreparedInputs, rows: NDArray[np.int64]
-) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {}
-    for output in store.manifest.outputs:
-        if output.name not in said:
-            raise TeacherError(f"the teacher gave no output {output.name!r}; it gave {', '.join(said)}")
-        logits = said[output.name]
-        _refuse_nonfinite(logits, output.name, inputs, rows)
-        encoding = encoding_from_json(store.manifest.encodings[output.name])
-        arrays |= {output.name + suffix: values for suffix, values in encoding.encode(logits).items()}
-    return {**arrays, "statistics": teacher_statistics(said["logits"])}
+def _ahead(
+    batches: Iterator[_Batch], load: Callable[[_Batch], Columns], thread: Executor
+) -> Iterator[tuple[_Batch, Columns]]:
+    """Batches with their rows, in order; a thread loads the next ones meanwhile."""
+    loading: deque[tuple[_Batch, Future[Columns]]] = deque()
+    for batch in batches:
+        loading.append((batch, thread.submit(load, batch)))
+        if len(loading) > LOAD_AHEAD:
+            ready, columns = loading.popleft()
+            yield ready, columns.result()
+    while loading:
+        ready, columns = loading.popleft()
+        yield ready, columns.result()
+
+
+def _torch_thread(name: str) -> ThreadPoolExecutor:
+    """One thread whose tensor operations use as many CPU threads as the caller's: last bits may depend on it."""
+    return ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Waiting:
+    """A batch that the writer thread has not finished yet, as far as is known."""
+
+    batch: _Batch
+    num_bytes: int
+    written: Future[None]
+
+
+class _Writer:
+    """Takes what the teacher says; its thread encodes that into the shard in work, and commits the shard when full."""
+
+    def __init__(self, store: TargetStore, sample_ids: NDArray[np.str_], batch_size: int, thread: Executor) -> None:
+        manifest = store.manifest
+        self._store, self._sample_ids, self._batch_size, self._thread = store, sample_ids, batch_size, thread
+        self._encodings = {each.name: encoding_from_json(manifest.encodings[each.name]) for each in manifest.outputs}
+        self._waiting: deque[_Waiting] = deque()
+        # One shard's arrays, used for one shard after the other.
+        self._arrays = {
+            name: np.empty((manifest.shard_rows, *spec.shape), spec.dtype) for name, spec in manifest.arrays().items()
+        }
+        self._failed = False
+
+    def put(self, batch: _Batch, said: dict[str, Tensor]) -> None:
+        """Hand over what the teacher said. Waits for the writer thread when it is behind; raises what it raised."""
+        num_bytes = sum(each.nbytes for each in said.values())
+        written = self._thread.submit(self._write, batch, said)
+        self._waiting.append(_Waiting(batch=batch, num_bytes=num_bytes, written=written))
+        while self._waiting and (self._waiting[0].written.done() or self._is_behind()):
+            self._waiting.popleft().written.result()
+
+    def finish(self) -> None:
+        """Wait for the last commit."""
+        while self._waiting:
+            self._waiting.popleft().written.result()
+
+    def _is_behind(self) -> bool:
+        oldest, newest = self._waiting[0], self._waiting[-1]
+        too_much = oldest is not newest and sum(each.num_bytes for each in self._waiting) > MAX_WAITING_BYTES
+        return too_much or (newest.batch.is_last and not oldest.batch.is_beside(newest.batch))
+
+    def _write(self, batch: _Batch, said: dict[str, Tensor]) -> None:
+        if self._failed:
+            return
+        self._failed = True  # unless all of this succeeds: after an error nothing is committed
+        for name, values in self._encode(batch, said).items():
+            self._arrays[name][batch.place] = values
+        if batch.is_last:
+            arrays = {name: values[: batch.shard.num_rows] for name, values in self._arrays.items()}
+            self._store.write(batch.view, batch.shard, arrays, self._batch_size)
+        self._failed = False
+
+    def _encode(self, batch: _Batch, said: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
+        ids = self._sample_ids[batch.rows]
+        covered = self._coverage(said, len(ids))
+        arrays: dict[str, NDArray[Any]] = {}
+        for output in self._store.manifest.outputs:
+            values = _where_covered(_checked(said, output, len(ids)), covered)
+            _refuse_nonfinite(values, output, ids)
+            encoded = self._encodings[output.name].encode(values, row_keys(ids, batch.view))
+            arrays |= {output.name + suffix: each for suffix, each in encoded.items()}
+            if output.name == "logits":
+                arrays["statistics"] = teacher_statistics(values)
+        if covered is not None:
+            arrays[COVERED] = covered.cpu().numpy()
+            arrays["statistics"][~arrays[COVERED]] = 0
+        return arrays
+
+    def _coverage(self, said: dict[str, Tensor], num_rows: int) -> Tensor | None:
+        if not self._store.manifest.coverage:
+            return None
+        (logits,) = [each for each in self._store.manifest.outputs if each.name == "logits"]
+        expected = (num_rows, *logits.shape[:-1])
+        covered = said.get(COVERED)
+        if covered is None or covered.dtype != torch.bool or covered.shape != expected:
+            found = "none" if covered is None else f"{covered.dtype} of shape {list(covered.shape)}"
+            raise TeacherError(f"the teacher abstains, so it must give `covered`, bool {list(expected)}; found {found}")
+        return covered
+
+
+def row_keys(sample_ids: NDArray[np.str_], view: int) -> NDArray[np.uint64]:
+    """One number per row `[B]`, whatever its order and batch: BLAKE2b-8 of sample id and view."""
+    hashed = [hashlib.blake2b(f"{each}\0{view}".encode(), digest_size=8).digest() for each in sample_ids.tolist()]
+    return np.frombuffer(b"".join(hashed), "<u8")
 
 
 def teacher_statistics(logits: Tensor) -> NDArray[np.float32]:
-    """Class, confidence and entropy (nats) of logits `[B, …, C]` at T = 1: float32 `[B, …, 3]`."""
+    """Class, confidence and entropy (nats) of logits `[B, …, C]` at T = 1: float32 `[B, …, 3]`.
+
+    In a store all three are 0 where the teacher abstained; nobody else's confidence is.
+    """
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     top = log_probs.max(dim=-1)
     entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
     return torch.stack([top.indices.float(), top.values.exp(), entropy], dim=-1).cpu().numpy()
 
 
-def _refuse_nonfinite(logits: Tensor, name: str, inputs: PreparedInputs, rows: NDArray[np.int64]) -> None:
-    bad = (torch.isnan(logits) | torch.isposinf(logits)).any(dim=-1) | torch.isneginf(logits).all(dim=-1)
-    wrong = np.flatnonzero(bad.reshape(len(rows), -1).any(dim=1).cpu().numpy())
+def _checked(said: dict[str, Tensor], output: OutputSpec, num_rows: int) -> Tensor:
+    """An output of the shape that the teacher promised."""
+    if output.name not in said:
+        raise TeacherError(f"the teacher gave no output {output.name!r}; it gave {', '.join(said)}")
+    values, expected = said[output.name], (num_rows, *output.shape)
+    if values.shape != expected:
+        raise TeacherError(f"the teacher's {output.name} have shape {list(values.shape)}; expected {list(expected)}")
+    return values
+
+
+def _where_covered(values: Tensor, covered: Tensor | None) -> Tensor:
+    """`values [B, …]` with zeros where the teacher abstained: those rows and tokens are not looked at.
+
+    Values that are not per token are zero where the teacher abstained from every token of the row.
+    """
+    if covered is None:
+        return values
+    if values.shape[: covered.ndim] != covered.shape:
+        covered = covered.flatten(1).any(dim=1)
+    return torch.where(covered.reshape(*covered.shape, *[1] * (values.ndim - covered.ndim)), values, 0)
+
+
+def _refuse_nonfinite(values: Tensor, output: OutputSpec, sample_ids: NDArray[np.str_]) -> None:
+    """-inf is a masked class: legal in logits unless every class is masked."""
+    worst = values.amax(dim=-1) if output.kind == "logits" else values  # of NaN and others, the maximum is NaN
+    bad = ~torch.isfinite(worst)
+    wrong = np.flatnonzero(bad.reshape(len(sample_ids), -1).any(dim=1).cpu().numpy())
     if len(wrong):
-        examples = ", ".join(inputs.sample_ids[rows[wrong[:5]]].tolist())
+        examples = ", ".join(sample_ids[wrong[:5]].tolist())
         raise TeacherError(
-            f"the teacher's {name} are NaN or infinite for {len(wrong)} of {len(rows)} samples of a batch, such as "
-            f"{examples}. Nothing of this shard was written; mend the teacher (precision: float32?) and run again."
+            f"the teacher's {output.name} are NaN or infinite for {len(wrong)} of {len(sample_ids)} samples of a "
+            f"batch, such as {examples}. Nothing of this shard was written; mend the teacher (precision: float32?) "
+            "and run again."
         )

@@ -6,7 +6,7 @@ import ctypes
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -65,16 +65,24 @@ def sweep_temporaries(folder: Path) -> None:
             leftover.unlink()
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents where they are absent, durably."""
+    absent = [each for each in (folder, *folder.parents) if not each.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in reversed(absent):
+        fsync_folder(each.parent)
+
+
 @contextmanager
-def only_writer(lock_file: Path, doing: str) -> Iterator[None]:
+def only_writer(lock_file: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock that the kernel releases when the process dies, however it dies.
 
-    Raises `LockedError` at once when another process holds it.
+    When another process holds it, `wait` waits for it; else `LockedError` is raised at once.
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise LockedError(
             f"another process is {doing} (it holds {lock_file}). Wait for it to end, or stop it, and run again."
@@ -83,6 +91,65 @@ def only_writer(lock_file: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(lock_file: Path) -> bool:
+    """Whether some process holds a lock; the lock is taken for an instant to find out."""
+    if not lock_file.is_file():
+        return False
+    try:
+        with only_writer(lock_file, "working"):
+            return False
+    except LockedError:
+        return True
+
+
+class Workers:
+    """Who works at one thing: somebody alone, or `count` of them, each at its own part `index`.
+
+    Locks, all of which vanish with their process: `<lock_file>` of whoever works alone (part 0 of 1),
+    `<lock_file>.shards-<index>-of-<count>` of each other part, and `<lock_file>.door` that all pass one by one.
+    """
+
+    def __init__(self, lock_file: Path, doing: str) -> None:
+        self._lock_file, self._doing = lock_file, doing
+
+    def door(self) -> AbstractContextManager[None]:
+        """Wait to be the only one behind the door: to begin, and for whatever concerns every part."""
+        return only_writer(self._beside("door"), self._doing, wait=True)
+
+    @contextmanager
+    def part(self, index: int, count: int) -> Iterator[None]:
+        """Hold one part for as long as it takes; begin it behind the door.
+
+        Raises `LockedError` when another process holds the same part, or a part of another count.
+        """
+        of_another_count = [each for each in self.held() if not self._is_part_of(each, count)]
+        if of_another_count:
+            raise LockedError(
+                f"another process is {self._doing}, {self._described(of_another_count[0])} (it holds "
+                f"{of_another_count[0]}); this one would be {self._described(self._lock_of(index, count))}. "
+                "Wait for it to end, or stop it, and run again."
+            )
+        with only_writer(self._lock_of(index, count), self._doing):
+            yield
+
+    def held(self) -> list[Path]:
+        """Locks of parts that somebody holds now; behind the door nobody begins meanwhile."""
+        parts = sorted(self._lock_file.parent.glob(f"{self._lock_file.name}.shards-*"))
+        return [each for each in (self._lock_file, *parts) if is_held(each)]
+
+    def _beside(self, suffix: str) -> Path:
+        return self._lock_file.with_name(f"{self._lock_file.name}.{suffix}")
+
+    def _lock_of(self, index: int, count: int) -> Path:
+        return self._lock_file if count == 1 else self._beside(f"shards-{index}-of-{count}")
+
+    def _is_part_of(self, lock_file: Path, count: int) -> bool:
+        return lock_file == self._lock_file if count == 1 else lock_file.name.endswith(f"-of-{count}")
+
+    def _described(self, lock_file: Path) -> str:
+        return "alone" if lock_file == self._lock_file else lock_file.name.rpartition(".")[2].replace("-", " ")
 
 
 def link_tree(source: Path, destination: Path) -> None:
@@ -97,6 +164,8 @@ def link_tree(source: Path, destination: Path) -> None:
                 os.link(path, target)
             except OSError:
                 shutil.copyfile(path, target)
+                with target.open("rb") as file:
+                    fsync_file(file)
 
 
 def publish(parts: Mapping[str, Path], destination: Path, staging: Path | None = None) -> None:
@@ -114,7 +183,7 @@ def publish(parts: Mapping[str, Path], destination: Path, staging: Path | None =
         link_tree(folder, staging / name)
     for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
         fsync_folder(folder)
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(destination.parent)
     if destination.exists():
         _exchange(staging, destination)
         shutil.rmtree(staging)

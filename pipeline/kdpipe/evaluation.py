@@ -32,27 +32,72 @@ def predict(model: nn.Module, inputs: PreparedInputs, rows: NDArray[np.int64], p
     return torch.cat([model(preprocess(inputs.read(block)).to(device)).float().cpu() for block in blocks])
 
 
-def classification_metrics(
-    logits: Tensor, labels: NDArray[np.int64], teachers: Mapping[str, Targets]
-) -> dict[str, float]:
-    """Accuracy and calibration on labelled rows; agreement with, and KL to, each teacher on all rows.
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model says about rows at T = 1: its class `[N]`, the class's probability, and the entropy in nats.
+
+    `spoken [N]` is False where it abstained.
+    """
+
+    top1: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+    spoken: NDArray[np.bool_]
+
+    @classmethod
+    def of_logits(cls, logits: Tensor) -> Answers:
+        """Answers of logits `[N, C]`."""
+        log_probs = torch.log_softmax(logits.double(), dim=-1)
+        confidence, top1 = log_probs.exp().max(dim=-1)
+        entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
+        spoken = np.ones(len(logits), np.bool_)
+        return cls(top1=top1.numpy(), confidence=confidence.numpy(), entropy=entropy.numpy(), spoken=spoken)
+
+    @classmethod
+    def of_statistics(cls, statistics: Mapping[str, NDArray[np.float32]], covered: Tensor | None) -> Answers:
+        """A teacher's answers, as its store keeps them whatever the encoding."""
+        spoken = np.ones(len(statistics["top1"]), np.bool_) if covered is None else covered.numpy()
+        confidence, entropy = (statistics[name].astype(np.float64) for name in ("confidence", "entropy"))
+        return cls(top1=statistics["top1"].astype(np.int64), confidence=confidence, entropy=entropy, spoken=spoken)
+
+    def correct(self, labels: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Confidence, and whether the class is right, of the rows that are labelled and spoken about."""
+        known = (labels != MISSING_LABEL) & self.spoken
+        return self.confidence[known], self.top1[known] == labels[known]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """A teacher's answers, and the targets that a student is compared with, for the same rows."""
+
+    answers: Answers
+    targets: Targets
+
+
+def answer_metrics(answers: Answers, labels: NDArray[np.int64]) -> dict[str, float]:
+    """Accuracy and calibration on labelled rows, entropy on all; NaN where there are none."""
+    confidence, correct = answers.correct(labels)
+    return {
+        "accuracy": float(correct.mean()) if len(correct) else math.nan,
+        "ece": expected_calibration_error(confidence, correct),
+        "entropy": float(answers.entropy[answers.spoken].mean()) if answers.spoken.any() else math.nan,
+    }
+
+
+def classification_metrics(logits: Tensor, labels: NDArray[np.int64], teachers: Mapping[str, Said]) -> dict[str, float]:
+    """Accuracy and calibration on labelled rows; agreement with, and KL to, each teacher on the rows it speaks about.
 
     `agreement` and `kl_to_teacher` are about the first teacher; those of further ones end in the teacher's name.
     """
-    log_probs = torch.log_softmax(logits.double(), dim=-1)
-    confidence, predicted = log_probs.exp().max(dim=-1)
-    labelled = labels != MISSING_LABEL
-    correct = predicted.numpy()[labelled] == labels[labelled]
-    result = {
-        "accuracy": float(correct.mean()) if labelled.any() else math.nan,
-        "ece": expected_calibration_error(confidence.numpy()[labelled], correct),
-        "entropy": float(torch.special.entr(log_probs.exp()).sum(dim=-1).mean()),
-    }
-    for index, (name, targets) in enumerate(teachers.items()):
+    answers = Answers.of_logits(logits)
+    result = answer_metrics(answers, labels)
+    for index, (name, said) in enumerate(teachers.items()):
         suffix = f"_{name}" if index else ""
-        says = targets.log_probs().argmax(dim=-1)
-        result[f"agreement{suffix}"] = float((predicted == says).double().mean())
-        result[f"kl_to_teacher{suffix}"] = max(0.0, float(forward_kl(logits.double(), targets).mean()))
+        spoken = said.answers.spoken
+        same = answers.top1 == said.answers.top1
+        kl = forward_kl(logits.double(), said.targets).numpy()
+        result[f"agreement{suffix}"] = float(same[spoken].mean()) if spoken.any() else math.nan
+        result[f"kl_to_teacher{suffix}"] = max(0.0, float(kl[spoken].mean())) if spoken.any() else math.nan
     return result
 
 

@@ -1,63 +1,237 @@
 """What the teacher said, as a loss sees it.
 
-Shapes: B batch, C classes; `...` stands for further axes (tokens).
+Shapes: B batch, C classes, K kept classes, N stored temperatures, D width; `...` stands for further axes (tokens).
+T is the temperature.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from kdpipe.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSpec:
-    """One thing that a teacher emits: a name and its shape per row."""
+    """One thing that a teacher emits: a name, its shape per row, and what it is."""
 
     name: str
     shape: tuple[int, ...]
+    kind: Literal["logits", "features"] = "logits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseTargets:
     """Teacher logits of every class: `z - max` as `values [B, ..., C]`, the row's maximum as `row_max [B, ...]`.
 
-    Exact at every temperature. A masked class is -inf in `values`.
+    Exact at every temperature. A masked class is -inf in `values`. `covered [B, ...]` is False where the teacher
+    abstained or the token is masked out; None: covered everywhere.
     """
 
     values: Tensor
     row_max: Tensor
+    covered: Tensor | None = None
 
     @property
     def num_classes(self) -> int:
         """C."""
         return self.values.shape[-1]
 
+    @property
+    def masked(self) -> Tensor:
+        """Which classes the teacher rules out, bool `[B, ..., C]`."""
+        return torch.isneginf(self.values)
+
     def logits(self) -> Tensor:
         """The teacher's logits `[B, ..., C]`, float32 (float64 when stored so)."""
         return self._wide() + self.row_max.unsqueeze(-1)
 
-    def softened(self, temperature: float) -> Tensor:
-        """Softened logits `z / T [B, ..., C]`, up to a constant per row (the softmax is the same)."""
+    def softened(self, temperature: float, allow_interpolation: bool = False) -> Tensor:
+        """Softened logits `z / T [B, ..., C]`, up to a constant per row; exact, nothing is ever interpolated."""
         return self._wide() / temperature
 
-    def log_probs(self, temperature: float = 1.0) -> Tensor:
+    def log_probs(self, temperature: float = 1.0, allow_interpolation: bool = False) -> Tensor:
         """Log-softmax of `z / T`, `[B, ..., C]`, computed in float32 or wider."""
         return torch.log_softmax(self.softened(temperature), dim=-1)
 
     def to(self, device: torch.device) -> DenseTargets:
         """The same targets on another device."""
-        return DenseTargets(
-            values=self.values.to(device, non_blocking=True), row_max=self.row_max.to(device, non_blocking=True)
-        )
+        return _moved(self, device)
 
     def __getitem__(self, rows: slice | Tensor) -> DenseTargets:
-        return DenseTargets(values=self.values[rows], row_max=self.row_max[rows])
+        return _changed(self, lambda tensor: tensor[rows])
 
     def _wide(self) -> Tensor:
         return self.values if self.values.dtype == torch.float64 else self.values.float()
 
 
-Targets = DenseTargets
-"""All that a loss sees. Sparse forms join here."""
+@dataclass(frozen=True, kw_only=True)
+class SparseTargets:
+    """K classes and one tail: `ids [B, ..., K]` sorted, their log-probs at T = 1 as `head [B, ..., K]`.
+
+    `tails [B, ..., N]` is `log R_T`, the unnormalised log-mass of all other classes (logsumexp of log-prob / T), at
+    each of `temperatures`. An unused place is -inf in `head`. `covered [B, ...]` as in `DenseTargets`.
+    """
+
+    ids: Tensor
+    head: Tensor
+    tails: Tensor
+    temperatures: tuple[float, ...]
+    num_classes: int
+    covered: Tensor | None = None
+
+    def softened(self, temperature: float, allow_interpolation: bool = False) -> Tensor:
+        """Softened logits of K + 1 buckets, the tail last: `[B, ..., K + 1]`, up to a constant per row.
+
+        Raises `ConfigError` for a temperature that is not stored, unless `allow_interpolation`: see `tail_bounds`.
+        """
+        tail = self._tail(temperature, allow_interpolation)
+        return torch.cat([self.head / temperature, tail.unsqueeze(-1)], dim=-1)
+
+    def log_probs(self, temperature: float = 1.0, allow_interpolation: bool = False) -> Tensor:
+        """Log-probabilities of K + 1 buckets at T, the tail last: `[B, ..., K + 1]`."""
+        return torch.log_softmax(self.softened(temperature, allow_interpolation), dim=-1)
+
+    def to(self, device: torch.device) -> SparseTargets:
+        """The same targets on another device."""
+        return _moved(self, device)
+
+    def __getitem__(self, rows: slice | Tensor) -> SparseTargets:
+        return _changed(self, lambda tensor: tensor[rows])
+
+    def tail_bounds(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """What `log R_T [B, ...]` cannot go below and above, from the stored temperatures on both sides of T.
+
+        log R is convex in beta = 1 / T (a logsumexp of lines). So it lies under the chord of the two nodes around
+        beta, and above the chords of the nodes further out, extended. The interpolated value is clamped to both, so
+        its error is at most upper - lower, and the head's mass is off by at most a quarter of that.
+        """
+        beta, nodes, values = 1 / temperature, *self._nodes()
+        right = next(index for index, node in enumerate(nodes) if node >= beta)
+        upper = _line(nodes, values, right - 1, right, beta)
+        outside = [(first, first + 1) for first in (right - 2, right) if first >= 0 and first + 1 < len(nodes)]
+        lower = torch.stack([_line(nodes, values, *pair, beta) for pair in outside]).amax(dim=0)
+        return torch.minimum(lower, upper), upper
+
+    def _tail(self, temperature: float, allow_interpolation: bool) -> Tensor:
+        for index, stored in enumerate(self.temperatures):
+            if math.isclose(stored, temperature, rel_tol=1e-9):
+                return self.tails[..., index]
+        choices = ", ".join(f"{stored:g}" for stored in self.temperatures)
+        if not allow_interpolation:
+            raise ConfigError(
+                f"temperature {temperature:g} is not stored; these targets have {choices}. Cache it (temperatures: of "
+                "the encoding), or set allow_interpolation: true for one between them"
+            )
+        if len(self.temperatures) < 3 or not min(self.temperatures) < temperature < max(self.temperatures):
+            raise ConfigError(
+                f"temperature {temperature:g} cannot be interpolated from {choices}; expected three or more stored "
+                "temperatures and one between the smallest and the largest"
+            )
+        return self._interpolated(temperature)
+
+    def _interpolated(self, temperature: float) -> Tensor:
+        """The polynomial in beta through the nearest nodes, clamped to what convexity allows."""
+        lower, upper = self.tail_bounds(temperature)
+        nodes, values = self._nodes()
+        beta = 1 / temperature
+        nearest = sorted(range(len(nodes)), key=lambda index: abs(nodes[index] - beta))[:_NUM_NODES]
+        value = torch.zeros_like(upper)
+        for index in nearest:
+            weight = math.prod((beta - nodes[j]) / (nodes[index] - nodes[j]) for j in nearest if j != index)
+            value = value + weight * values[..., index]
+        return torch.where(torch.isfinite(upper), value.clamp(lower, upper), upper)
+
+    def _nodes(self) -> tuple[list[float], Tensor]:
+        """Where log R is known: beta ascending `[N + 1]` and values `[B, ..., N + 1]`.
+
+        At beta = 0 it is the log of the number of tail classes. Where the teacher masks some of them this is too
+        large, which leaves both bounds of `tail_bounds` true.
+        """
+        order = sorted(range(len(self.temperatures)), key=lambda index: -self.temperatures[index])
+        num_tail = self.num_classes - torch.isfinite(self.head).sum(dim=-1, keepdim=True)
+        nodes = [0.0, *(1 / self.temperatures[index] for index in order)]
+        return nodes, torch.cat([num_tail.to(self.tails.dtype).log(), self.tails[..., order]], dim=-1)
+
+
+_NUM_NODES = 4
+
+
+def _line(nodes: list[float], values: Tensor, first: int, second: int, beta: float) -> Tensor:
+    """The line through two nodes at beta, `[B, ...]`."""
+    share = (beta - nodes[first]) / (nodes[second] - nodes[first])
+    return values[..., first] * (1 - share) + values[..., second] * share
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTargets:
+    """Draws from the teacher: `weights [B, ..., K]` of the classes `ids [B, ..., K]`, an unbiased estimate of p.
+
+    A weight is 0 in an unused place. `entropy [B, ...]` is the teacher's at T = 1 in nats, so that KL is the
+    cross-entropy minus it. Only for losses that are linear in the teacher's probabilities at T = 1.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    entropy: Tensor
+    num_classes: int
+    covered: Tensor | None = None
+
+    def softened(self, temperature: float, allow_interpolation: bool = False) -> Tensor:
+        """Refuse: draws are no logits. Raises `ConfigError`."""
+        raise ConfigError(_SAMPLED_ONLY)
+
+    def log_probs(self, temperature: float = 1.0, allow_interpolation: bool = False) -> Tensor:
+        """Refuse: the log of an unbiased estimate is biased. Raises `ConfigError`."""
+        raise ConfigError(_SAMPLED_ONLY)
+
+    def to(self, device: torch.device) -> SampledTargets:
+        """The same targets on another device."""
+        return _moved(self, device)
+
+    def __getitem__(self, rows: slice | Tensor) -> SampledTargets:
+        return _changed(self, lambda tensor: tensor[rows])
+
+
+_SAMPLED_ONLY = (
+    "sampled targets serve only losses that are linear in the teacher's probabilities at temperature 1 (forward KL, "
+    "cross-entropy); found another use. Cache with encoding: topk or dense for it"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureTargets:
+    """What the teacher computed inside: `values [B, ..., D]`. `covered [B, ...]` as in `DenseTargets`."""
+
+    values: Tensor
+    covered: Tensor | None = None
+
+    def to(self, device: torch.device) -> FeatureTargets:
+        """The same targets on another device."""
+        return _moved(self, device)
+
+    def __getitem__(self, rows: slice | Tensor) -> FeatureTargets:
+        return _changed(self, lambda tensor: tensor[rows])
+
+
+Targets = DenseTargets | SparseTargets | SampledTargets | FeatureTargets
+"""All that a loss sees."""
+
+_Kind = TypeVar("_Kind", DenseTargets, SparseTargets, SampledTargets, FeatureTargets)
+
+
+def _moved(targets: _Kind, device: torch.device) -> _Kind:
+    return _changed(targets, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _changed(targets: _Kind, change: Callable[[Tensor], Tensor]) -> _Kind:
+    """The same targets with every tensor changed."""
+    every = {field.name: getattr(targets, field.name) for field in fields(targets)}
+    changed: dict[str, Any] = {name: change(each) for name, each in every.items() if isinstance(each, Tensor)}
+    return replace(targets, **changed)

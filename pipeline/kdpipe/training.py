@@ -105,7 +105,7 @@ class LabelTerm:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillTerm:
-    """A distillation loss on one teacher's cached targets, on every row."""
+    """A distillation loss on one teacher's cached targets, on every row that it speaks about."""
 
     term: LossTerm
 
@@ -120,8 +120,9 @@ class DistillTerm:
         return self.term.weight
 
     def valid(self, batch: Batch) -> Tensor:
-        """All rows."""
-        return torch.ones_like(batch.labels, dtype=torch.bool)
+        """Rows that the teacher speaks about."""
+        covered = batch.targets[self.term.teacher][self.term.output].covered
+        return torch.ones_like(batch.labels, dtype=torch.bool) if covered is None else covered
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss `[B]`."""

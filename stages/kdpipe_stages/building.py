@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,21 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kdpipe import durable
+from kdpipe.batches import BatchStream, Rows
 from kdpipe.checkpoint import num_parameters, save_weights
 from kdpipe.config import Factory
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import PreparedInputs
+from kdpipe.distributed import join_peers
+from kdpipe.encodings import ENCODINGS, Features, FeaturesInt8, TargetEncoding
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json, digest, digest_file
+from kdpipe.order import BatchOrder
 from kdpipe.preprocess import Preprocess
+from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task
 from kdpipe.training import TrainPlan
-from kdpipe_stages.params import FREE_OF_TRAINING, TrainSection
+from kdpipe_stages.params import FREE_OF_TRAINING, PARAMETERS, TargetsSection, TrainSection
 from kdpipe_stages.project import Project
 
 WEIGHTS = "model.safetensors"
@@ -76,6 +81,32 @@ def train_plan(section: TrainSection, steps: int, seed: int) -> TrainPlan:
     """A params.yaml `train` section as the library takes it."""
     taken = set(TrainPlan.__dataclass_fields__) & set(section.__dataclass_fields__) - {"seed"}
     return TrainPlan(steps=steps, seed=seed, **{name: getattr(section, name) for name in taken})
+
+
+def stream_of(section: TrainSection, rows: Rows, order: BatchOrder) -> BatchStream:
+    """Batches as a `train` section wants them held: in memory, on the device or read ahead."""
+    device = join_peers().device if section.keep_on_device else None
+    budget = section.ram_budget_mb * 2**20
+    return BatchStream(rows, order, num_workers=section.num_workers, ram_budget_bytes=budget, device=device)
+
+
+def encodings_of(section: TargetsSection, outputs: Iterable[OutputSpec]) -> dict[str, TargetEncoding]:
+    """How each output is stored. Raises `ConfigError` for one that cannot be stored so."""
+    compact = section.profile == "compact"
+    parameters = {key: getattr(section, key) for key in PARAMETERS[section.encoding]}
+    parameters = {key: value for key, value in parameters.items() if value is not None}
+    if section.encoding == "topk":
+        parameters["temperatures"] = section.temperatures
+    result: dict[str, TargetEncoding] = {}
+    for output in outputs:
+        if output.kind == "logits":
+            result[output.name] = ENCODINGS[section.encoding](compact=compact, **parameters)
+        elif section.features == "int8":
+            result[output.name] = FeaturesInt8(compact=compact)
+        else:
+            result[output.name] = Features(dtype=section.features, compact=compact)
+        result[output.name].check(output)
+    return result
 
 
 def plan_json(section: TrainSection) -> dict[str, Any]:

@@ -5,77 +5,165 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from kdpipe.caching import CacheProgress, capture
+from kdpipe import durable
+from kdpipe.caching import WHOLE, CacheProgress, Share, capture
 from kdpipe.checkpoint import load_weights, num_parameters
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import cpu_threads
-from kdpipe.encodings import Dense
-from kdpipe.errors import CorruptStoreError, KdpipeError, StaleStoreError, StoreNotFoundError
+from kdpipe.errors import (
+    ConfigError,
+    CorruptStoreError,
+    KdpipeError,
+    LockedError,
+    StaleStoreError,
+    StoreNotFoundError,
+)
 from kdpipe.fingerprint import digest_file
 from kdpipe.store import TargetStore
 from kdpipe.store.layout import choose_shard_rows
 from kdpipe.store.manifest import Manifest
-from kdpipe.teachers.base import Teacher
+from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher, device
-from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, teacher_fingerprint
+from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, encodings_of, teacher_fingerprint
 from kdpipe_stages.params import store_sections
 from kdpipe_stages.project import Project
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cached:
-    """What a run did: rows that the teacher saw now, rows in the store, and where it is."""
+    """What a run did: rows that the teacher saw now, rows in the store, and shards that other workers still owe.
+
+    The store is published when none is owed.
+    """
 
     rows_computed: int
     num_rows: int
     num_bytes: int
     teacher_seconds: float
+    shards_owed: int
 
 
 OnProgress = Callable[[CacheProgress], None]
 
 
-def run(project: Project, name: str, on_progress: OnProgress = lambda _: None, *, repair: bool = False) -> Cached:
+def run(
+    project: Project,
+    name: str,
+    on_progress: OnProgress = lambda _: None,
+    *,
+    repair: bool = False,
+    share: Share = WHOLE,
+) -> Cached:
     """Compute what is missing of one teacher's store and publish it; does nothing when it is complete.
 
-    `repair` reads every byte first, and computes again the shards that differ from what was committed.
+    `repair` reads every byte first, and computes again the shards that differ from what was committed. With a `share`,
+    workers in other processes compute the other shards; whoever finds the store complete publishes it.
     """
-    with project.only_writer(f"targets-{name}", f"caching teacher {name}"):
-        return _run(project, name, on_progress, repair)
-
-
-def _run(project: Project, name: str, on_progress: OnProgress, repair: bool) -> Cached:
+    if repair and share != WHOLE:
+        raise ConfigError("--repair reads the whole store: run it alone, without --shards")
     inputs = PreparedInputs(project.prepared / "inputs")
     teacher, description = build_teacher(project, name, inputs)
     manifest = _manifest(project, name, teacher, description, len(inputs))
-    work, destination = project.work(manifest.fingerprint), project.store(name)
-    with project.only_writer(manifest.fingerprint, f"caching teacher {name}"):
-        _adopt(project, destination, work, manifest.fingerprint)
-        if repair:
-            _repair(work)
-        if (work / "manifest.json").is_file():
-            # A store that grows keeps the shard size that it was started with.
-            manifest = replace(manifest, shard_rows=Manifest.load(work).shard_rows)
-        store = TargetStore.create(work, manifest, inputs.sample_ids, inputs.digests)
-        batch_size = project.targets(name).batch_size
-        with cpu_threads(project.targets(name).threads):
-            captured = capture(store, teacher, inputs, batch_size, on_progress)
+    workplace = _Workplace(project, name, manifest)
+    with ExitStack() as held:
+        with workplace.door():
+            held.enter_context(workplace.workers.part(share.index, share.count))
+            store = workplace.begin(inputs, repair)
+        targets = project.targets(name)
+        with cpu_threads(targets.threads):
+            captured = capture(store, teacher, inputs, targets.batch_size, on_progress, share)
         if captured.num_rows:
-            project.write_timings("cache_teacher", name, asdict(captured))
-        store.finish()
-        if repair or not _is_published(store, destination):
-            project.publish({"": work}, destination)
+            note = name if share == WHOLE else f"{name}.{share.index}-of-{share.count}"
+            project.write_timings("cache_teacher", note, asdict(captured))
+        with workplace.door():
+            if share != WHOLE:
+                store = TargetStore.open(store.path)  # with what others committed meanwhile
+            owed = len(store.missing()) if share != WHOLE else 0
+            if not owed:
+                workplace.finish(store, repair)
     return Cached(
         rows_computed=captured.num_rows,
         num_rows=store.num_rows,
         num_bytes=store.num_bytes,
         teacher_seconds=captured.teacher_seconds,
+        shards_owed=owed,
     )
+
+
+class _Workplace:
+    """The work folder of one fingerprint, and the folder it is published to; all but `door` is called behind it."""
+
+    def __init__(self, project: Project, name: str, manifest: Manifest) -> None:
+        self._project, self._manifest, self._doing = project, manifest, f"caching teacher {name}"
+        self._work, self._published = project.work(manifest.fingerprint), project.store(name)
+        locks = project.work("locks")
+        self.workers = durable.Workers(locks / manifest.fingerprint, self._doing)
+        self._publishing = locks / f"targets-{name}"
+
+    def door(self) -> AbstractContextManager[None]:
+        """See `Workers.door`."""
+        return self.workers.door()
+
+    def begin(self, inputs: PreparedInputs, repair: bool) -> TargetStore:
+        """The store to work at, as others left it; who joins others at work changes nothing of it.
+
+        Raises `LockedError` when they work on other rows.
+        """
+        if len(self.workers.held()) > 1:
+            return self._join(inputs)
+        manifest = self._manifest
+        if not (self._work / "manifest.json").is_file():
+            self._adopt()
+        if repair:
+            _repair(self._work)
+        if (self._work / "manifest.json").is_file():
+            # A store that grows keeps the shard size that it was started with.
+            manifest = replace(manifest, shard_rows=Manifest.load(self._work).shard_rows)
+        durable.make_folder(self._work)
+        return TargetStore.create(self._work, manifest, inputs.sample_ids, inputs.digests)
+
+    def _join(self, inputs: PreparedInputs) -> TargetStore:
+        store = TargetStore.open(self._work)
+        same_ids = np.array_equal(store.sample_ids, inputs.sample_ids)
+        if not same_ids or not np.array_equal(store.digests, inputs.digests):
+            raise LockedError(
+                f"other processes are {self._doing} for {store.num_rows:,} rows as they were prepared before; "
+                f"now there are {len(inputs):,}. Wait for them to end, or stop them, and run again."
+            )
+        return store
+
+    def finish(self, store: TargetStore, repair: bool) -> None:
+        """Finish a complete store, and publish it unless it is what was published already."""
+        store.finish()
+        with durable.only_writer(self._publishing, self._doing, wait=True):
+            if repair or not self._is_published(store):
+                self._project.publish({"": self._work}, self._published)
+
+    def _adopt(self) -> None:
+        """Go on from a published store (pulled by DVC, say), which the work area does not know."""
+        with durable.only_writer(self._publishing, self._doing, wait=True):
+            try:
+                if TargetStore.open(self._published).fingerprint != self._manifest.fingerprint:
+                    return
+            except KdpipeError:
+                return  # nothing there, or nothing usable: it is computed again
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._project.publish({"": self._published}, self._work)
+
+    def _is_published(self, store: TargetStore) -> bool:
+        try:
+            published = TargetStore.open(self._published)
+            same = published.manifest.to_text() == store.manifest.to_text()
+            return same and published.state_digest() == store.state_digest() and not published.missing()
+        except KdpipeError:
+            return False
 
 
 def build_teacher(project: Project, name: str, inputs: PreparedInputs) -> tuple[Teacher, dict[str, object]]:
@@ -98,29 +186,34 @@ def build_teacher(project: Project, name: str, inputs: PreparedInputs) -> tuple[
     model = spec.build(project, task, preprocess, inputs, seed=0)
     load_weights(model, weights)
     identity = {**spec.to_json(), "weights": digest_file(weights), "sources": spec.sources(project)}
-    teacher = TorchTeacher(model, preprocess, task.num_classes, identity, project.targets(name).precision)
+    targets, probe = project.targets(name), inputs.read(np.zeros(1, np.int64))
+    try:
+        teacher = TorchTeacher(model, preprocess, task.num_classes, identity, probe, targets.outputs, targets.precision)
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}.outputs: {error}") from None
     return teacher, {"name": name, "parameters": num_parameters(model), "size_bytes": weights.stat().st_size}
 
 
 def _manifest(project: Project, name: str, teacher: Teacher, description: dict[str, object], num_rows: int) -> Manifest:
     targets, task = project.targets(name), project.task()
-    encoding = Dense(dtype=targets.dtype)
-    specs = [spec for output in teacher.outputs for spec in encoding.arrays(output).values()]
-    encodings = {output.name: encoding.to_json() for output in teacher.outputs}
+    encodings = encodings_of(targets, teacher.outputs)
+    specs = [spec for output in teacher.outputs for spec in encodings[output.name].arrays(output).values()]
+    encodings_json = {output: encoding.to_json() for output, encoding in encodings.items()}
     views = {"seed": project.params.views.seed, "transform": None} if project.params.views.count else None
     return Manifest(
         ingredients={
             "teacher": dict(teacher.fingerprint),
-            "encodings": encodings,
+            "encodings": encodings_json,
             "views": views,
             "shard_rows": targets.shard_rows,
         },
         outputs=teacher.outputs,
-        encodings=encodings,
+        encodings=encodings_json,
         temperatures=targets.temperatures,
         num_classes=task.num_classes,
         class_names=task.class_names,
         shard_rows=targets.shard_rows or choose_shard_rows(specs, num_rows),
+        coverage=abstains(teacher),
         sections=store_sections(project.params, name),
         teacher=description,
         recorded={
@@ -132,19 +225,6 @@ def _manifest(project: Project, name: str, teacher: Teacher, description: dict[s
     )
 
 
-def _adopt(project: Project, published: Path, work: Path, fingerprint: str) -> None:
-    """Go on from a published store (pulled by DVC, say) when the work area does not know it."""
-    if (work / "manifest.json").is_file():
-        return
-    try:
-        if TargetStore.open(published).fingerprint != fingerprint:
-            return
-    except KdpipeError:
-        return  # nothing there, or nothing usable: it is computed again
-    shutil.rmtree(work, ignore_errors=True)
-    project.publish({"": published}, work)
-
-
 def _repair(work: Path) -> None:
     """Forget damaged shards of a store in the work area, or all of it when its own description is damaged."""
     try:
@@ -153,12 +233,3 @@ def _repair(work: Path) -> None:
         return
     except CorruptStoreError:
         shutil.rmtree(work)
-
-
-def _is_published(store: TargetStore, destination: Path) -> bool:
-    try:
-        published = TargetStore.open(destination)
-        same = published.manifest.to_text() == store.manifest.to_text()
-        return same and published.state_digest() == store.state_digest() and not published.missing()
-    except KdpipeError:
-        return False

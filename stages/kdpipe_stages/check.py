@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,8 +15,10 @@ from kdpipe.data.prepared import PreparedData
 from kdpipe.data.preparing import column_of
 from kdpipe.data.sources import Source
 from kdpipe.errors import ConfigError, DataError, KdpipeError
+from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task
-from kdpipe_stages.lesson import known_labels, loss_term
+from kdpipe_stages.building import encodings_of
+from kdpipe_stages.lesson import check_term, known_labels, loss_term
 from kdpipe_stages.project import Project
 
 SAMPLE_ROWS = 64
@@ -34,8 +36,9 @@ def run(project: Project) -> Sequence[str]:
         checked.append(f"data: {project.params.data.path} by {project.params.data.source.path}")
     except KdpipeError as error:
         problems.append(str(error))
-    checks = {"losses": _check_losses, "splits": _check_splits}
+    checks: dict[str, Callable[[Project], str]] = {"splits": _check_splits}
     if task is not None:
+        checks["losses"] = partial(_check_losses, task=task)
         checks["teachers"] = partial(_check_teachers, task=task, sample=sample)
         checks["student"] = partial(_check_student, task=task, sample=sample)
     for name, check in checks.items():
@@ -119,8 +122,14 @@ def _check_model(
     return module
 
 
-def _check_losses(project: Project) -> str:
+def _check_losses(project: Project, task: Task) -> str:
+    """That every loss can be computed from what is going to be stored; of features only a store knows the shape."""
     terms = [loss_term(project, index, each) for index, each in enumerate(project.params.student.losses)]
+    logits = OutputSpec(name="logits", shape=(task.num_classes,))
+    for index, term in enumerate(terms):
+        if term.output == logits.name:
+            encoding = encodings_of(project.targets(term.teacher), [logits])[logits.name]
+            check_term(f"student.losses.{index}", term, encoding, logits)
     return ", ".join(f"{type(each.loss).__name__} of {each.teacher}" for each in terms)
 
 

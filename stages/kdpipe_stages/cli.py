@@ -62,13 +62,16 @@ def cache_teacher(
     name: TeacherName = None,
     params: ParamsFile = PARAMS,
     repair: Annotated[bool, typer.Option("--repair", help="Read every byte; compute damaged shards again.")] = False,
+    shards: Annotated[
+        str | None, typer.Option("--shards", metavar="I/N", help="Part I (from 0) of N, one process for each part.")
+    ] = None,
 ) -> None:
     """Rows -> teacher -> data/targets/NAME. Resumes, computes only what is missing, does nothing when complete."""
     from kdpipe_stages import commands
 
     project = _project(params)
     for each in project.teacher_names(name):
-        commands.cache_teacher(project, each, repair)
+        commands.cache_teacher(project, each, repair, shards)
 
 
 @app.command("train-student")

@@ -41,17 +41,25 @@ def train_teacher(project: Project, name: str) -> None:
     say(f"train-teacher  {name}: {what}")
 
 
-def cache_teacher(project: Project, name: str, repair: bool = False) -> None:
+def cache_teacher(project: Project, name: str, repair: bool = False, shards: str | None = None) -> None:
     """`kdpipe cache-teacher NAME`."""
+    from kdpipe.caching import WHOLE, Share
     from kdpipe_stages import cache_teacher as stage
 
+    share = WHOLE if shards is None else Share.parse(shards)
     with progress_bar(f"cache-teacher {name}") as advance:
 
         def on_progress(now: CacheProgress) -> None:
             advance(now.rows_done, now.rows_total, f"{now.rows_per_s:,.0f} rows/s")
 
-        done = stage.run(project, name, on_progress, repair=repair)
+        done = stage.run(project, name, on_progress, repair=repair, share=share)
     computed = f"{done.rows_computed:,} rows computed in {done.teacher_seconds:.2f} s of teacher"
+    if done.shards_owed:
+        say(
+            f"cache-teacher  {name}: shards {shards}: {computed}; others still owe {done.shards_owed:,} shards, "
+            "and the last of them publishes the store"
+        )
+        return
     what = computed if done.rows_computed else "complete already, nothing to do"
     say(f"cache-teacher  {name}: {what}; store of {done.num_rows:,} rows, {done.num_bytes:,} bytes")
 

@@ -12,20 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe import durable
 from kdpipe.checkpoint import load_weights
-from kdpipe.data.prepared import MISSING_LABEL
+from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
 from kdpipe.distributed import cpu_threads
 from kdpipe.errors import ConfigError
-from kdpipe.evaluation import classification_metrics, paired_gain, predict, reliability
+from kdpipe.evaluation import (
+    Answers,
+    Said,
+    answer_metrics,
+    classification_metrics,
+    paired_gain,
+    predict,
+    reliability,
+)
 from kdpipe.fingerprint import canonical_json
 from kdpipe.store import TargetStore
 from kdpipe.store.aligned import AlignedTargets
-from kdpipe.targets import Targets
 from kdpipe_stages.building import WEIGHTS, describe_model
 from kdpipe_stages.lesson import ARMS, Lesson
 from kdpipe_stages.project import Project
@@ -41,7 +47,7 @@ def run(project: Project) -> dict[str, Any]:
     labels = data.labels[rows]
     if not (labels != MISSING_LABEL).any():
         raise ConfigError(f"evaluate.split: no row of {project.params.evaluate.split!r} has a label")
-    said = {name: AlignedTargets(store, data.inputs, rows).read(rows)["logits"] for name, store in stores.items()}
+    said = {name: _said(store, data.inputs, rows) for name, store in stores.items()}
     logits = {arm: _logits_per_seed(project, lesson, rows, arm) for arm in ("student", *lesson.section.baselines)}
     per_seed = {
         ARMS[arm]: [classification_metrics(each, labels, said) for each in runs] for arm, runs in logits.items()
@@ -54,6 +60,12 @@ def run(project: Project) -> dict[str, Any]:
     _write(project, metrics, per_seed)
     _write_plots(project, logits, said, labels)
     return metrics
+
+
+def _said(store: TargetStore, inputs: PreparedInputs, rows: NDArray[np.int64]) -> Said:
+    aligned = AlignedTargets(store, inputs, rows)
+    targets = aligned.read(rows)["logits"]
+    return Said(answers=Answers.of_statistics(aligned.statistics(rows), targets.covered), targets=targets)
 
 
 def _logits_per_seed(project: Project, lesson: Lesson, rows: NDArray[np.int64], arm: str) -> list[Tensor]:
@@ -92,12 +104,15 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _teacher_metrics(
-    stores: Mapping[str, TargetStore], said: Mapping[str, Targets], labels: NDArray[np.int64]
+    stores: Mapping[str, TargetStore], said: Mapping[str, Said], labels: NDArray[np.int64]
 ) -> dict[str, Any]:
-    """Keys `teacher` (the first one) and, of several, `teacher_<name>`; from the stores alone."""
+    """Keys `teacher` (the first one) and, of several, `teacher_<name>`; from the stores' statistics alone.
+
+    They are those of the teacher before its targets were encoded; it agrees with itself by definition.
+    """
     result = {}
     for index, (name, store) in enumerate(stores.items()):
-        metrics = _summary([classification_metrics(said[name].softened(1.0), labels, {name: said[name]})])
+        metrics = _summary([answer_metrics(said[name].answers, labels) | {"agreement": 1.0, "kl_to_teacher": 0.0}])
         about = store.manifest.teacher
         metrics |= {key: about[key] for key in ("parameters", "size_bytes") if key in about}
         result["teacher" if index == 0 else f"teacher_{name}"] = metrics
@@ -140,22 +155,19 @@ def _timings(project: Project) -> dict[str, Any]:
 
 
 def _write_plots(
-    project: Project, logits: Mapping[str, list[Tensor]], said: Mapping[str, Targets], labels: NDArray[np.int64]
+    project: Project, logits: Mapping[str, list[Tensor]], said: Mapping[str, Said], labels: NDArray[np.int64]
 ) -> None:
     """calibration.csv (confidence against accuracy, per model) and confusion.csv (the student's first seed)."""
     project.plots.mkdir(parents=True, exist_ok=True)
-    labelled = labels != MISSING_LABEL
-    models = {ARMS[arm]: runs[0] for arm, runs in logits.items()}
-    models["teacher"] = next(iter(said.values())).logits()
+    models = {ARMS[arm]: Answers.of_logits(runs[0]) for arm, runs in logits.items()}
+    student, models["teacher"] = models["student"], next(iter(said.values())).answers
     lines: list[list[object]] = [["model", "confidence", "accuracy", "share"]]
     for name, each in models.items():
-        confidence, predicted = torch.softmax(each.double(), dim=-1).max(dim=-1)
-        correct = predicted.numpy()[labelled] == labels[labelled]
-        bins = reliability(confidence.numpy()[labelled], correct)
+        bins = reliability(*each.correct(labels))
         lines += [[name, *(f"{value:.5f}" for value in (bin_.confidence, bin_.accuracy, bin_.share))] for bin_ in bins]
     _write_csv(project.plots / "calibration.csv", lines)
-    students = logits["student"][0].argmax(dim=-1).numpy()
-    pairs = zip(labels[labelled].tolist(), students[labelled].tolist(), strict=True)
+    labelled = labels != MISSING_LABEL
+    pairs = zip(labels[labelled].tolist(), student.top1[labelled].tolist(), strict=True)
     _write_csv(project.plots / "confusion.csv", [["actual", "predicted"], *map(list, pairs)])
 
 

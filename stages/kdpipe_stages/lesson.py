@@ -5,14 +5,17 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdpipe.config import Factory
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
+from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, StaleStoreError, StoreNotFoundError
 from kdpipe.fingerprint import digest, uniform_by_id
 from kdpipe.losses import DistillLoss, LossTerm
 from kdpipe.store import TargetStore
+from kdpipe.targets import OutputSpec, SampledTargets
 from kdpipe.tasks.base import Task
 from kdpipe_stages.building import ModelSpec, plan_json
 from kdpipe_stages.params import LossSection, StudentSection, first_difference, store_sections, to_json
@@ -36,6 +39,9 @@ class Lesson:
         self.spec = ModelSpec(where="student", model=self.section.model, preprocess=self.section.preprocess)
         self.terms = [loss_term(project, index, each) for index, each in enumerate(self.section.losses)]
         self.stores = {name: open_checked_store(project, name) for name in teachers_of(self.section)}
+        for index, term in enumerate(self.terms):
+            store = self.stores[term.teacher]
+            check_term(f"student.losses.{index}", term, store.encodings[term.output], store.outputs[term.output])
         self._project = project
         self._check_labels()
 
@@ -52,6 +58,9 @@ class Lesson:
         for free in ("seeds", "baselines"):
             section.pop(free)
         sources = self.spec.sources(self._project) | self._project.sources(self._project.params.task, "task")
+        views = self._project.params.views
+        if views.count and views.transform:
+            sources |= self._project.sources(views.transform, "views.transform")
         for each in self.section.losses:
             sources |= self._project.sources(Factory(path=each.factory), "student.losses")
         ids = self.data.inputs.sample_ids[self.rows].tolist()
@@ -62,6 +71,7 @@ class Lesson:
                 "section": {**section, "train": plan_json(self.section.train)},
                 "sources": sources,
                 "task": self._project.params.task.to_json(),
+                "views": to_json(views) if views.count else None,
                 "stores": {name: store.state_digest() for name, store in self.stores.items()},
                 "rows": digest([self.rows.tolist(), ids, content, self.labels[self.rows].tolist()]),
             }
@@ -88,6 +98,21 @@ def loss_term(project: Project, index: int, section: LossSection) -> LossTerm:
     if not isinstance(loss, DistillLoss):
         raise ConfigError(f"{where}: {section.factory} is no DistillLoss (see kdpipe.losses.DistillLoss)")
     return LossTerm(teacher=section.teacher, output=section.output, loss=loss, weight=section.weight)
+
+
+def check_term(where: str, term: LossTerm, encoding: TargetEncoding, output: OutputSpec) -> None:
+    """Try a loss on one made-up row of such targets. Raises `ConfigError` when they do not fit each other."""
+    blank = torch.zeros(1, *output.shape)
+    targets = encoding.decode(encoding.encode(blank, np.zeros(1, np.uint64)), output)
+    try:
+        if isinstance(targets, SampledTargets) and not getattr(term.loss, "linear_in_targets", False):
+            raise ConfigError(
+                f"{type(term.loss).__name__} is not linear in the teacher's probabilities, so sampled targets would "
+                "bias it; use forward KL, or cache with encoding: topk or dense"
+            )
+        term.loss(blank, targets)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: on {output.name} of {term.teacher}: {error}") from error
 
 
 def known_labels(data: PreparedData, rows: NDArray[np.int64], section: StudentSection) -> NDArray[np.int64]:

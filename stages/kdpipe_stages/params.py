@@ -63,6 +63,8 @@ class TrainSection:
     clip_norm: float | None = Field(default=None, gt=0)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     num_workers: int = Field(default=0, ge=0)
+    ram_budget_mb: int = Field(default=512, ge=0)
+    keep_on_device: bool = False
     threads: int | None = Field(default=None, gt=0)
     checkpoint_every_s: float = Field(default=20.0, ge=0)
 
@@ -88,26 +90,46 @@ class TeacherSection:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TargetsSection:
-    """targets.<name>: what is stored of a teacher, and how."""
+    """targets.<name>: what is stored of a teacher, and how. Keys below `outputs` belong to one encoding or two."""
 
-    encoding: Literal["dense"] = "dense"
-    dtype: Literal["float16", "float32"] = "float16"
+    encoding: Literal["dense", "int8", "topk", "sampled"] = "dense"
     temperatures: tuple[float, ...] = (1.0,)
-    outputs: tuple[Literal["logits"], ...] = ("logits",)
+    outputs: tuple[str, ...] = ("logits",)
+    profile: Literal["fast", "compact"] = "fast"
+    features: Literal["float16", "float32", "int8"] = "float16"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     shard_rows: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=256, gt=0)
     threads: int | None = Field(default=None, gt=0)
+    dtype: Literal["float16", "float32"] | None = None
+    masked_classes: bool | None = None
+    k: int | None = Field(default=None, gt=0)
+    values: Literal["float16", "int8"] | None = None
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_k: int | None = Field(default=None, gt=0)
+    draws: int | None = Field(default=None, gt=0)
+    head: int | None = Field(default=None, ge=0)
+    seed: int | None = None
+
+
+PARAMETERS = {
+    "dense": ("dtype",),
+    "int8": ("masked_classes",),
+    "topk": ("k", "values", "top_p", "min_k"),
+    "sampled": ("draws", "head", "seed"),
+}
+"""Encoding -> the keys of a `targets` section that are its own."""
+REQUIRED = {"dense": (), "int8": (), "topk": ("k",), "sampled": ("draws",)}
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ViewsSection:
-    """views: augmented versions of the rows; this version of kdpipe caches the clean row only (count 0)."""
+    """views: `count` augmented versions of the rows of `splits` (null: of all rows), by `transform`, beside view 0."""
 
     count: int = Field(default=0, ge=0)
-    seed: int = 0
-    transform: None = None
-    splits: tuple[str, ...] = ("train",)
+    seed: int = Field(default=0, ge=0)
+    transform: FactoryField | None = None
+    splits: tuple[str, ...] | None = ("train",)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -162,7 +184,7 @@ class Params:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
 
-FREE_OF_TRAINING = ("num_workers", "threads", "checkpoint_every_s")
+FREE_OF_TRAINING = ("num_workers", "ram_budget_mb", "keep_on_device", "threads", "checkpoint_every_s")
 """Keys of a `train` section that change no number, or last bits only."""
 
 
@@ -201,13 +223,13 @@ def check_params(params: Params) -> None:
     for name, teacher in params.teachers.items():
         if (teacher.train is None) == (teacher.weights is None):
             raise ConfigError(f"teachers.{name}: give either train (it is trained here) or weights (it is ready)")
-    for name in params.targets:
+    for name, section in params.targets.items():
         if name not in params.teachers:
             raise ConfigError(
                 f"targets.{name}: there is no such teacher; the teachers are {', '.join(params.teachers)}"
             )
-    if params.views.count:
-        raise ConfigError("views.count: this version caches the clean row only; expected 0")
+        _check_targets(name, section)
+    _check_views(params)
     splits = params.data.splits
     if params.data.columns.split is None and abs(sum(splits.shares.values()) - 1) > 1e-6:
         raise ConfigError(
@@ -219,6 +241,35 @@ def check_params(params: Params) -> None:
             f"data.splits.shares: each must be above 0, or the split would be empty; found {splits.shares}"
         )
     _check_student(params)
+
+
+def _check_views(params: Params) -> None:
+    views = params.views
+    if views.count and views.transform is None:
+        raise ConfigError(f"views.count is {views.count}, but there is no views.transform to make views with")
+    beyond = set(params.student.distil_on) - set(views.splits or params.student.distil_on)
+    if views.count and beyond:
+        raise ConfigError(
+            f"student.distil_on: {', '.join(sorted(beyond))} is not among views.splits "
+            f"({', '.join(views.splits or ())}), so it has no augmented views. Add it there, or set views.count: 0"
+        )
+
+
+def _check_targets(name: str, section: TargetsSection) -> None:
+    own = PARAMETERS[section.encoding]
+    for key in (key for keys in PARAMETERS.values() for key in keys):
+        if getattr(section, key) is not None and key not in own:
+            raise ConfigError(
+                f"targets.{name}.{key}: encoding {section.encoding!r} has no such parameter; "
+                f"it has {', '.join(own) or 'none'}"
+            )
+    for key in REQUIRED[section.encoding]:
+        if getattr(section, key) is None:
+            raise ConfigError(f"targets.{name}.{key}: absent; encoding {section.encoding!r} needs it")
+    if "logits" not in section.outputs:
+        raise ConfigError(f"targets.{name}.outputs: {list(section.outputs)} has no 'logits', which is always stored")
+    if not section.temperatures or min(section.temperatures) <= 0:
+        raise ConfigError(f"targets.{name}.temperatures: {list(section.temperatures)}; expected numbers above 0")
 
 
 def _check_student(params: Params) -> None:
@@ -249,9 +300,12 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
     for free in FREE_OF_TRAINING:
         (section["train"] or {}).pop(free, None)
     targets = to_json(params.targets.get(teacher, TargetsSection()))
-    for free in ("batch_size", "temperatures", "threads"):
+    for free in ("batch_size", "threads", *(() if targets["encoding"] == "topk" else ("temperatures",))):
         targets.pop(free)
-    return {"teacher": section, "targets": targets, "task": to_json(params.task)}
+    views = (
+        {"seed": params.views.seed, "transform": to_json(params.views.transform)} if params.views.transform else None
+    )
+    return {"teacher": section, "targets": targets, "task": to_json(params.task), "views": views}
 
 
 def prepared_sections(params: Params) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from kdpipe.errors import ConfigError, DataError
 from kdpipe.fingerprint import canonical_json, source_digests
 from kdpipe.preprocess import Preprocess
 from kdpipe.tasks.base import Task
+from kdpipe.views import Transform, ViewSpec
 from kdpipe_stages.params import (
     Params,
     TargetsSection,
@@ -134,6 +135,18 @@ class Project:
         if not isinstance(preprocess, Preprocess):
             raise ConfigError(f"{where}: {factory.path} is no Preprocess (see kdpipe.preprocess.Preprocess)")
         return preprocess
+
+    def views(self) -> ViewSpec:
+        """The augmented views that teacher and student see."""
+        section = self.params.views
+        transform = None
+        if section.transform is not None:
+            transform = self.bind(section.transform, "views.transform").make()
+            if not isinstance(transform, Transform):
+                raise ConfigError(
+                    f"views.transform: {section.transform.path} is no Transform (see kdpipe.views.Transform)"
+                )
+        return ViewSpec(count=section.count, seed=section.seed, transform=transform)
 
     def prepared_data(self) -> PreparedData:
         """The prepared rows. Raises `DataError` when they are absent or of other settings, naming the command."""

@@ -17,12 +17,13 @@ import numpy as np
 from accelerate import PartialState
 
 from kdpipe import durable
-from kdpipe.batches import BatchStream, Rows
+from kdpipe.batches import Rows, shuffle_of
 from kdpipe.distributed import join_peers, rank, world_size
 from kdpipe.fingerprint import canonical_json, digest
+from kdpipe.order import BatchOrder
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe.training import DistillTerm, LabelTerm, Progress, TrainingTerm, fit
-from kdpipe_stages.building import DESCRIPTION, adopt_model, fit_preprocess, save_model, train_plan
+from kdpipe_stages.building import DESCRIPTION, adopt_model, fit_preprocess, save_model, stream_of, train_plan
 from kdpipe_stages.lesson import ARMS, STUDENT, Lesson
 from kdpipe_stages.project import Project
 
@@ -108,7 +109,11 @@ class _Classroom:
     def __init__(self, project: Project, lesson: Lesson) -> None:
         self._project, self._lesson = project, lesson
         inputs = lesson.data.inputs
-        self._targets = {name: AlignedTargets(store, inputs, lesson.rows) for name, store in lesson.stores.items()}
+        self._views = project.views()
+        seen = {self._views.view_of_epoch(epoch) for epoch in range(max(1, self._views.count))}
+        self._targets = {
+            name: AlignedTargets(store, inputs, lesson.rows, seen) for name, store in lesson.stores.items()
+        }
         self._preprocess = project.preprocess(lesson.section.preprocess, lesson.task, "student.preprocess")
         fit_preprocess(self._preprocess, inputs, lesson.rows)
 
@@ -122,15 +127,17 @@ class _Classroom:
             preprocess=self._preprocess,
             labels=lesson.labels,
             targets=self._targets if distils else {},
+            views=self._views,
         )
-        stream = BatchStream(
-            learnt,
+        order = BatchOrder(
+            rows=learnt.rows,
             batch_size=plan.batch_size,
             seed=each.seed,
-            num_workers=plan.num_workers,
+            shuffle=shuffle_of(self._targets.values()),
             rank=rank(),
             world_size=world_size(),
         )
+        stream = stream_of(plan, learnt, order)
         steps_per_epoch = -(-len(lesson.rows) // plan.batch_size)
         model = lesson.spec.build(self._project, lesson.task, self._preprocess, lesson.data.inputs, each.seed)
         checkpoint = work / f"checkpoint{durable.TEMPORARY_SUFFIX}"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdpipe import durable
-from kdpipe.batches import BatchStream, Rows
+from kdpipe.batches import Rows
 from kdpipe.checkpoint import read_weights
 from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json, digest_file
+from kdpipe.order import BatchOrder
 from kdpipe.training import LabelTerm, Progress, TrainingTerm, fit
 from kdpipe_stages.building import (
     DESCRIPTION,
@@ -20,6 +21,7 @@ from kdpipe_stages.building import (
     adopt_model,
     fit_preprocess,
     save_model,
+    stream_of,
     teacher_fingerprint,
     train_plan,
 )
@@ -73,7 +75,7 @@ def _train(
     fit_preprocess(preprocess, data.inputs, rows)
     model = spec.build(project, task, preprocess, data.inputs, plan.seed)
     learnt = Rows(inputs=data.inputs, rows=rows, preprocess=preprocess, labels=data.labels)
-    stream = BatchStream(learnt, batch_size=plan.batch_size, seed=plan.seed, num_workers=plan.num_workers)
+    stream = stream_of(plan, learnt, BatchOrder(rows=rows, batch_size=plan.batch_size, seed=plan.seed))
     terms: list[TrainingTerm] = [LabelTerm(loss=task.label_loss, weight=1.0, smoothing=plan.label_smoothing)]
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / f"checkpoint{durable.TEMPORARY_SUFFIX}"

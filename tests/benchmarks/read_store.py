@@ -1,28 +1,43 @@
-"""A shuffled epoch from the store against `np.memmap` in the same order: CPU time per row, and its ratio."""
+"""A shuffled epoch from the store against `np.memmap` shuffled by the same blocks: CPU time per row, and its ratio."""
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kdpipe.batches import shuffled
+from benchmarks.measuring import Reader, compare, machine, table
 from kdpipe.encodings import Dense
-from kdpipe.store import TargetStore
+from kdpipe.order import Shuffle
+from kdpipe.store import TargetStore, TargetStream
 from kdpipe.store.layout import choose_shard_rows
 from kdpipe.store.manifest import Manifest
 from kdpipe.targets import OutputSpec
 
 BATCH_ROWS = 256
+BASE = "np.memmap, by blocks"
+STREAM = "store"
+CHECKED = "store, checksums verified"
 
 
-def build(folder: Path, num_rows: int, num_classes: int) -> tuple[TargetStore, np.memmap]:
-    """A store of random logits, and the same values in one .npy file."""
+@dataclass(frozen=True, kw_only=True)
+class Layouts:
+    """The same float16 values as a store and as one .npy file, memory-mapped."""
+
+    store: TargetStore
+    flat: np.memmap
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.flat)
+
+
+def create(folder: Path, num_rows: int, num_classes: int, shard_rows: int | None = None) -> TargetStore:
+    """An empty store for one output of float16 logits."""
     output, encoding = OutputSpec(name="logits", shape=(num_classes,)), Dense()
     manifest = Manifest(
         ingredients={"teacher": "random"},
@@ -31,56 +46,86 @@ def build(folder: Path, num_rows: int, num_classes: int) -> tuple[TargetStore, n
         temperatures=[1.0],
         num_classes=num_classes,
         class_names=None,
-        shard_rows=choose_shard_rows(encoding.arrays(output).values(), num_rows),
+        shard_rows=shard_rows or choose_shard_rows(encoding.arrays(output).values(), num_rows),
     )
     ids = np.array([f"{index:09d}" for index in range(num_rows)])
-    store = TargetStore.create(folder / "store", manifest, ids, np.zeros((num_rows, 16), np.uint8))
+    return TargetStore.create(folder, manifest, ids, np.zeros((num_rows, 16), np.uint8))
+
+
+def stored(logits: torch.Tensor) -> dict[str, np.ndarray]:
+    """The arrays of a shard with these logits `[N, C]`."""
+    arrays = {f"logits{suffix}": each for suffix, each in Dense().encode(logits).items()}
+    return {**arrays, "statistics": np.zeros((len(logits), 3), np.float32)}
+
+
+def build(folder: Path, num_rows: int, num_classes: int) -> Layouts:
+    """A store of random logits, and its values in one .npy file."""
+    store = create(folder / "store", num_rows, num_classes)
     flat = np.lib.format.open_memmap(folder / "flat.npy", "w+", np.float16, (num_rows, num_classes))
     generator = torch.Generator().manual_seed(0)
     for view, shard in store.missing():
-        arrays = encoding.encode(3 * torch.randn(shard.num_rows, num_classes, generator=generator))
-        flat[shard.start : shard.stop] = arrays[""]
-        statistics_ = np.zeros((shard.num_rows, 3), np.float32)
-        named = {f"logits{suffix}": each for suffix, each in arrays.items()}
-        store.write(view, shard, {**named, "statistics": statistics_}, BATCH_ROWS)
+        arrays = stored(3 * torch.randn(shard.num_rows, num_classes, generator=generator))
+        flat[shard.start : shard.stop] = arrays["logits"]
+        store.write(view, shard, arrays, BATCH_ROWS)
     store.finish()
     flat.flush()
-    return TargetStore.open(folder / "store"), np.load(folder / "flat.npy", mmap_mode="r")
+    return Layouts(store=TargetStore.open(folder / "store"), flat=np.load(folder / "flat.npy", mmap_mode="r"))
 
 
-def cpu_us_per_row(read: Callable[[np.ndarray], object], order: np.ndarray) -> float:
-    """CPU microseconds per row of one pass in the given order."""
-    began = time.process_time()
-    for start in range(0, len(order), BATCH_ROWS):
-        read(order[start : start + BATCH_ROWS])
-    return (time.process_time() - began) / len(order) * 1e6
+def from_blocks(read: Callable[[int, int], np.ndarray], num_rows: int, epoch: int) -> Iterator[np.ndarray]:
+    """Batches in the store's order: `read(start, stop)` of shuffled blocks, a pool of them, its rows permuted."""
+    shuffle = Shuffle()
+    generator = np.random.Generator(np.random.Philox(key=[0, epoch]))
+    starts = shuffle.block_rows * generator.permutation(-(-num_rows // shuffle.block_rows))
+    pool = None
+    for first in range(0, len(starts), shuffle.pool_blocks):
+        chosen = starts[first : first + shuffle.pool_blocks].tolist()
+        blocks = [read(start, min(start + shuffle.block_rows, num_rows)) for start in chosen]
+        if pool is None:
+            pool = np.empty((shuffle.pool_rows, *blocks[0].shape[1:]), blocks[0].dtype)
+        order = generator.permutation(sum(len(block) for block in blocks))
+        np.concatenate(blocks, out=pool[: len(order)])
+        for start in range(0, len(order), BATCH_ROWS):
+            yield pool.take(order[start : start + BATCH_ROWS], axis=0)
 
 
-def measure(num_rows: int, num_classes: int, rounds: int) -> dict[str, list[float]]:
-    """CPU us per row of each way to read, one value per round; rounds are interleaved."""
-    found: dict[str, list[float]] = {"np.memmap": [], "store, first touch": [], "store": []}
-    with tempfile.TemporaryDirectory() as folder:
-        store, flat = build(Path(folder), num_rows, num_classes)
-        for epoch in range(rounds):
-            order = shuffled(np.arange(num_rows), seed=0, epoch=epoch)
-            fresh = TargetStore.open(store.path)
-            found["np.memmap"].append(cpu_us_per_row(lambda rows: np.asarray(flat[rows]), order))
-            found["store, first touch"].append(cpu_us_per_row(lambda rows, at=fresh: at.read(rows), order))
-            found["store"].append(cpu_us_per_row(lambda rows, at=fresh: at.read(rows), order))
-    return found
+def readers(layouts: Layouts) -> list[Reader]:
+    """`np.memmap` as pools of blocks and row by row; the store read in pools, checked or not, and kept in memory."""
+    path, flat, num_rows = layouts.store.path, layouts.flat, layouts.num_rows
+
+    def by_rows(epoch: int) -> Iterator[np.ndarray]:
+        order = np.concatenate(list(Shuffle().pools(np.arange(num_rows), seed=0, epoch=epoch)))
+        return (np.asarray(flat[order[start : start + BATCH_ROWS]]) for start in range(0, num_rows, BATCH_ROWS))
+
+    def stream(store: TargetStore, ram_budget_bytes: int, verify_always: bool = False) -> TargetStream:
+        return TargetStream(
+            store, batch_size=BATCH_ROWS, ram_budget_bytes=ram_budget_bytes, verify_always=verify_always
+        )
+
+    def epochs(of: TargetStream) -> Iterator[torch.Tensor]:
+        return (targets["logits"].values for _, targets in of)
+
+    pools_only = 4 * Shuffle().pool_rows * layouts.store.row_bytes()  # two pools, read ahead; not all rows
+    known, checked = (stream(TargetStore.open(path), pools_only, verify_always=each) for each in (False, True))
+    everything = stream(TargetStore.open(path), 2 * flat.nbytes)
+    for each in (known, everything):
+        for _ in each:
+            pass
+    return [
+        Reader(name=BASE, batches=lambda epoch: from_blocks(lambda start, stop: flat[start:stop], num_rows, epoch)),
+        Reader(name="np.memmap, by rows", batches=by_rows),
+        Reader(name=STREAM, batches=lambda epoch: epochs(known)),
+        Reader(name=CHECKED, batches=lambda epoch: epochs(checked)),
+        Reader(name="store, opened anew", batches=lambda epoch: epochs(stream(TargetStore.open(path), pools_only))),
+        Reader(name="store, kept in memory", batches=lambda epoch: epochs(everything)),
+    ]
 
 
-def table(found: dict[str, Sequence[float]]) -> str:
-    """Markdown: median, range, and the median of the rounds' ratios to np.memmap."""
-    lines = ["| reader | CPU us/row: median (min-max) | ratio to np.memmap: median (min-max) |", "| --- | --- | --- |"]
-    for name, values in found.items():
-        ratios = [value / base for value, base in zip(values, found["np.memmap"], strict=True)]
-        shown = [f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})" for each in (values, ratios)]
-        lines.append(f"| {name} | {shown[0]} | {shown[1]} |")
-    return "\n".join(lines)
-
-
-def main(num_rows: int = 100_000, num_classes: int = 1000, rounds: int = 7) -> None:
+def main(num_rows: int = 200_000, num_classes: int = 1000, rounds: int = 9, folder: Path | None = None) -> None:
     """Print the table."""
-    print(f"{num_rows:,} rows x {num_classes:,} classes float16, batches of {BATCH_ROWS}, {rounds} rounds\n")
-    print(table(measure(num_rows, num_classes, rounds)))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        layouts = build(Path(scratch), num_rows, num_classes)
+        costs = compare(readers(layouts), num_rows, (num_classes,), rounds)
+    print(f"{num_rows:,} rows x {num_classes:,} classes float16, batches of {BATCH_ROWS}, {rounds} rounds")
+    print(machine("numpy", "torch", "google-crc32c") + "\n")
+    print(table(costs, [BASE, "np.memmap, by rows"]))

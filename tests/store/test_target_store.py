@@ -254,8 +254,8 @@ def test_truncated_and_lost_files_are_named(tmp_path):
 def test_a_store_of_another_format_version_is_refused(tmp_path):
     complete(tmp_path, count=8)
     path = tmp_path / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(StoreError, match="format version 2"):
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(StoreError, match="format version 1"):
         TargetStore.open(tmp_path)
 
 

@@ -5,14 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from kdpipe.errors import TeacherError
+from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.fingerprint import digest
 from kdpipe.preprocess import Standardize
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import Teacher
+from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import PRECISIONS, TorchTeacher
 
 FEATURES = {"features": np.random.default_rng(0).normal(3, 2, (6, 4)).astype(np.float32)}
+PROBE = {"features": FEATURES["features"][:1]}
 IDENTITY = {"weights": "sha256 of the file", "model": {"factory": "nets:Net", "width": 3}}
 
 
@@ -28,7 +29,7 @@ def network():
 
 
 def teacher_of(model, num_classes=3, **arguments):
-    named = {"preprocess": fitted(), "identity": IDENTITY} | arguments
+    named = {"preprocess": fitted(), "identity": IDENTITY, "probe": PROBE} | arguments
     return TorchTeacher(model, num_classes=num_classes, **named)
 
 
@@ -81,20 +82,177 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("value", "found"),
     [
-        (lambda inputs: inputs.new_zeros(len(inputs), 4), r"\[6, 4\]"),
-        (lambda inputs: inputs.new_zeros(len(inputs), 2), r"\[6, 2\]"),
-        (lambda inputs: inputs.new_zeros(len(inputs)), r"\[6\]"),
-        (lambda inputs: inputs.new_zeros(len(inputs), 1, 3), r"\[6, 1, 3\]"),
-        (lambda inputs: inputs.new_zeros(1, 3), r"\[1, 3\]"),
-        (lambda inputs: {"logits": inputs}, "dict"),
+        (lambda inputs: inputs.new_zeros(len(inputs), 4), r"\[1, 4\]"),
+        (lambda inputs: inputs.new_zeros(len(inputs), 5, 2), r"\[1, 5, 2\]"),
+        (lambda inputs: inputs.new_zeros(len(inputs)), r"\[1\]"),
+        (lambda inputs: inputs.new_zeros(2, 3), r"\[2, 3\]"),
+        (lambda inputs: {"scores": inputs, "loss": None}, "a dict of scores, loss"),
         (lambda inputs: (inputs, inputs), "tuple"),
+        (lambda inputs: None, "nothing"),
     ],
 )
 def test_what_is_no_logits_of_the_tasks_classes_is_refused(value, found):
     with pytest.raises(
+        TeacherError, match=found + r" for 1 rows; expected logits of shape \[1, …, 3\] .*num_classes is 3"
+    ):
+        teacher_of(Returns(value))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (lambda inputs: inputs.new_zeros(1, 3), r"\[1, 3\]"),
+        (lambda inputs: inputs.new_zeros(len(inputs), len(inputs), 3)[:, 1:].squeeze(1), r"\[6, 5, 3\]"),
+        (lambda inputs: inputs.new_zeros(len(inputs), 2 + (len(inputs) == 1)), r"\[6, 2\]"),
+    ],
+)
+def test_a_batch_with_other_logits_than_one_row_is_refused(value, found):
+    teacher = teacher_of(Returns(lambda inputs: value(inputs) if len(inputs) > 1 else inputs.new_zeros(1, 3)))
+    with pytest.raises(
         TeacherError, match=found + r" for 6 rows; expected logits of shape \[6, 3\] .*num_classes is 3"
     ):
-        teacher_of(Returns(value)).predict(FEATURES)
+        teacher.predict(FEATURES)
+
+
+def test_a_forward_that_fails_is_the_teachers_error():
+    with pytest.raises(TeacherError, match=r"forward failed on an input of shape \[1, 4\]: RuntimeError"):
+        teacher_of(nn.Linear(5, 3))
+
+
+def test_logits_may_have_a_token_axis():
+    teacher = teacher_of(Returns(lambda inputs: inputs.unsqueeze(-1).expand(-1, -1, 3)))
+    assert teacher.outputs == (OutputSpec(name="logits", shape=(4, 3)),)
+    assert teacher.predict(FEATURES)["logits"].shape == (6, 4, 3)
+
+
+# Further outputs
+
+
+class Block(nn.Module):
+    """Its convolution's output is overwritten by the next module."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(1, 2, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.pair = Returns(lambda hidden: (hidden, hidden))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        hidden, _ = self.pair(self.relu(self.conv(inputs.unsqueeze(1))))
+        flat = hidden.flatten(1)
+        return {"logits": self.head(flat), "embedding": flat, "both": (flat, flat)}
+
+
+def test_a_key_of_forwards_dict_and_a_submodules_output_are_outputs():
+    model = Block()
+    teacher = teacher_of(model, outputs=["conv", "logits", "embedding"])
+    assert teacher.outputs == (
+        OutputSpec(name="logits", shape=(3,)),
+        OutputSpec(name="conv", shape=(2, 4), kind="features"),
+        OutputSpec(name="embedding", shape=(8,), kind="features"),
+    )
+    said = {name: on_cpu(value) for name, value in teacher.predict(FEATURES).items()}
+    with torch.no_grad():
+        convolved = model.conv(fitted()(FEATURES).unsqueeze(1))
+    torch.testing.assert_close(said["conv"], convolved)
+    assert (said["conv"] < 0).any(), "what the module itself gave, before the next one worked in place"
+    assert torch.equal(said["embedding"], convolved.relu().flatten(1))
+
+
+def test_logits_alone_are_the_same_with_and_without_further_outputs():
+    alone, among = teacher_of(Block()), teacher_of(Block(), outputs=["logits", "conv"])
+    assert set(alone.predict(FEATURES)) == {"logits"}
+    assert torch.equal(alone.predict(FEATURES)["logits"], among.predict(FEATURES)["logits"])
+
+
+def test_a_deep_submodule_is_named_by_its_path():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 3))
+    teacher = teacher_of(model, outputs=["logits", "0.1"])
+    assert teacher.outputs[1] == OutputSpec(name="0.1", shape=(8,), kind="features")
+    assert (teacher.predict(FEATURES)["0.1"] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("embeding", r"'embeding' of the teacher does not exist: forward gives logits, embedding, both; .*pair, head"),
+        ("", r"'' of the teacher does not exist"),
+        ("both", r"'both' of the teacher is tuple for one row; expected a tensor of shape \[1, …\]"),
+        ("pair", r"'pair' of the teacher is tuple"),
+        ("covered", r"'covered' of the teacher needs not be asked for"),
+        ("statistics", r"'statistics' of the teacher needs not be asked for"),
+    ],
+)
+def test_an_output_that_cannot_be_had_is_the_users_error(name, message):
+    with pytest.raises(ConfigError, match=message):
+        teacher_of(Block(), outputs=["logits", name])
+
+
+def test_of_many_names_the_nearest_are_shown():
+    model = nn.ModuleDict({f"layer{number}": nn.Linear(4, 3) for number in range(100)})
+    model.forward = lambda inputs: model["layer0"](inputs)
+    with pytest.raises(ConfigError, match=r"layer77.*\(101 in all\)"):
+        teacher_of(model, outputs=["logits", "layer_77"])
+
+
+# Abstention
+
+
+def covering(covered, *, tokens=False):
+    """Forward gives zeros, and what `covered` says about the inputs."""
+
+    def value(inputs):
+        return {"logits": inputs.new_zeros(len(inputs), *([4] if tokens else []), 3), "covered": covered(inputs)}
+
+    return Returns(value)
+
+
+def test_a_teacher_that_covers_abstains_and_others_do_not():
+    assert abstains(teacher_of(covering(lambda inputs: inputs[:, 0] > 0)))
+    assert not abstains(teacher_of(network()))
+
+
+def test_coverage_is_what_forward_says():
+    teacher = teacher_of(covering(lambda inputs: inputs[:, 0] > 0))
+    covered = on_cpu(teacher.predict(FEATURES)["covered"])
+    assert torch.equal(covered, fitted()(FEATURES)[:, 0] > 0)
+    assert covered.any()
+    assert not covered.all()
+
+
+def test_coverage_of_rows_is_spread_over_their_tokens():
+    by_row = teacher_of(covering(lambda inputs: inputs[:, 0] > 0, tokens=True)).predict(FEATURES)["covered"]
+    by_token = teacher_of(covering(lambda inputs: inputs > 0, tokens=True)).predict(FEATURES)["covered"]
+    inputs = fitted()(FEATURES)
+    assert torch.equal(on_cpu(by_row), (inputs[:, :1] > 0).expand(6, 4))
+    assert torch.equal(on_cpu(by_token), inputs > 0)
+
+
+@pytest.mark.parametrize(
+    ("covered", "found"),
+    [
+        (lambda inputs: inputs[:, 0], r"\[6\]; expected bool, of shape \[6\]"),
+        (lambda inputs: inputs > 0, r"\[6, 4\] bool; expected bool, of shape \[6\]"),
+        (lambda inputs: None, "nothing; expected bool"),
+        (lambda inputs: inputs[:1, 0] > 0, r"\[1\] bool; expected"),
+    ],
+)
+def test_what_is_no_coverage_is_refused(covered, found):
+    with pytest.raises(TeacherError, match=found):
+        teacher_of(covering(covered)).predict(FEATURES)
+
+
+def test_coverage_comes_always_or_never():
+    def sometimes(inputs):
+        return {"logits": inputs.new_zeros(len(inputs), 3)} | ({"covered": inputs} if len(inputs) > 1 else {})
+
+    with pytest.raises(TeacherError, match="`covered` for some batches"):
+        teacher_of(Returns(sometimes)).predict(FEATURES)
+
+
+# Fingerprint
 
 
 def test_a_fingerprint_is_json_and_the_same_for_the_same_teacher():
@@ -109,7 +267,7 @@ def test_a_fingerprint_is_json_and_the_same_for_the_same_teacher():
         pytest.param({"preprocess": fitted(scale=1.001)}, id="preprocess state"),
         pytest.param({"precision": "bfloat16"}, id="bfloat16"),
         pytest.param({"precision": "float16"}, id="float16"),
-        pytest.param({"model": network().double()}, id="parameters"),
+        pytest.param({"model": nn.Sequential(Returns(torch.Tensor.double), network().double())}, id="parameters"),
     ],
 )
 def test_a_fingerprint_changes_with_whatever_changes_numbers(other):

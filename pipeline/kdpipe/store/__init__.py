@@ -9,6 +9,8 @@ commits.parquet, .sha256   one record per (view, shard); a shard without a valid
 commits/<view>-<shard>.json    records not yet compacted (work in progress only)
 """
 
+from kdpipe.store.dataset import WithTargets
+from kdpipe.store.stream import TargetStream
 from kdpipe.store.target_store import TargetStore, open_store
 
-__all__ = ["TargetStore", "open_store"]
+__all__ = ["TargetStore", "TargetStream", "WithTargets", "open_store"]

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.errors import StaleStoreError
+from kdpipe.order import Group
+from kdpipe.store.stream import TargetPools
 from kdpipe.store.target_store import TargetStore
 from kdpipe.targets import Targets
 
 
 class AlignedTargets:
-    """Targets of `rows` (numbers in `inputs`), whatever the order and growth of either side.
+    """Targets of `rows` (numbers in `inputs`) in `views`, whatever the order and growth of either side.
 
     Raises `IncompleteStoreError` when rows have no targets, `StaleStoreError` when their content differs.
     """
 
-    def __init__(self, store: TargetStore, inputs: PreparedInputs, rows: NDArray[np.int64]) -> None:
+    def __init__(
+        self, store: TargetStore, inputs: PreparedInputs, rows: NDArray[np.int64], views: Iterable[int] = (0,)
+    ) -> None:
         self.store = store
         self._store_row = np.full(len(inputs), -1, np.int64)
         self._store_row[rows] = store.rows_of(inputs.sample_ids[rows].tolist())
@@ -29,7 +36,26 @@ class AlignedTargets:
                 "saw. Run `kdpipe cache-teacher NAME`."
             )
         store.check_complete()
+        for view in views:
+            store.check_rows(self._store_row[rows], view)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as stored."""
+        return self.store.row_bytes()
 
     def read(self, rows: NDArray[np.int64], view: int = 0) -> dict[str, Targets]:
         """Targets of each output for prepared row numbers `[B]`, in the given order."""
         return self.store.read(self._store_row[rows], view)
+
+    def statistics(self, rows: NDArray[np.int64], view: int = 0) -> dict[str, NDArray[np.float32]]:
+        """The teacher's class, confidence and entropy (nats) at T = 1 for prepared row numbers `[B]`."""
+        return self.store.statistics(self._store_row[rows], view)
+
+    def read_ahead(self, groups: Iterable[tuple[int, Group]]) -> Iterator[dict[str, Targets]]:
+        """Targets of every batch of groups of (view, prepared row numbers), in their order."""
+        mapped = (
+            (view, replace(group, batches=[self._store_row[rows] for rows in group.batches])) for view, group in groups
+        )
+        for _, said in TargetPools(self.store).batches(mapped):
+            yield said

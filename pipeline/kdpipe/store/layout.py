@@ -1,7 +1,11 @@
-"""How an array lies in files: Zarr v3, sharded over rows, inner chunks of raw little-endian bytes with a CRC32C."""
+"""How an array lies in files: Zarr v3, sharded over rows, inner chunks of little-endian bytes with a CRC32C.
+
+Uncompressed chunks are the default: any row can be read on its own. Compressed ones are Blosc frames (shuffle, zstd).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +21,9 @@ CHUNK_BYTES = 2 * 2**20
 MAX_CHUNK_ROWS = 8192
 MIN_SHARDS = 16
 MIN_CHUNK_ROWS = 64
+CRC_BYTES = 4
+COMPRESSION = {"cname": "zstd", "clevel": 5, "shuffle": "shuffle", "blocksize": 512 * 2**10}
+"""Blosc's configuration but the type size; the block size is explicit, as Blosc's own choice depends on its version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +35,7 @@ class ArrayLayout:
     shape: tuple[int, ...]
     shard_rows: int
     chunk_rows: int
+    compressed: bool = False
 
     @classmethod
     def of(cls, name: str, spec: ArraySpec, shard_rows: int) -> ArrayLayout:
@@ -42,7 +50,14 @@ class ArrayLayout:
                 f"shard_rows is {shard_rows}, which cannot be divided into even chunks of about {wanted} rows; "
                 f"expected a multiple of a power of two, such as {max(1, round(shard_rows / wanted)) * wanted}"
             )
-        return cls(name=name, dtype=spec.dtype, shape=spec.shape, shard_rows=shard_rows, chunk_rows=chunk_rows)
+        return cls(
+            name=name,
+            dtype=spec.dtype,
+            shape=spec.shape,
+            shard_rows=shard_rows,
+            chunk_rows=chunk_rows,
+            compressed=spec.compressed,
+        )
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ArrayLayout:
@@ -57,6 +72,7 @@ class ArrayLayout:
             "shape": list(self.shape),
             "shard_rows": self.shard_rows,
             "chunk_rows": self.chunk_rows,
+            "compressed": self.compressed,
         }
 
     @property
@@ -65,9 +81,14 @@ class ArrayLayout:
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, uncompressed."""
+        return int(self.numpy_dtype.itemsize) * math.prod(self.shape)
+
+    @property
     def chunk_bytes(self) -> int:
-        """Bytes of an inner chunk without its checksum."""
-        return int(self.numpy_dtype.itemsize * self.chunk_rows * np.prod(self.shape, dtype=np.int64))
+        """Bytes of an inner chunk, uncompressed and without its checksum."""
+        return self.row_bytes * self.chunk_rows
 
     @property
     def num_chunks(self) -> int:
@@ -84,10 +105,10 @@ class ArrayLayout:
 
     def zarr_metadata(self, num_views: int, num_rows: int) -> dict[str, Any]:
         """The array's zarr.json (Zarr v3 core specification; sharding_indexed codec)."""
-        checksummed = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-        if np.dtype(self.dtype).itemsize == 1:
-            checksummed = [{"name": "bytes"}, {"name": "crc32c"}]
-        index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        index: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        blosc = {"name": "blosc", "configuration": {**COMPRESSION, "typesize": self.numpy_dtype.itemsize}}
+        one_byte = self.numpy_dtype.itemsize == 1
+        codecs = [{"name": "bytes"} if one_byte else index[0], *([blosc] if self.compressed else []), index[1]]
         return {
             "zarr_format": 3,
             "node_type": "array",
@@ -101,7 +122,7 @@ class ArrayLayout:
                     "name": "sharding_indexed",
                     "configuration": {
                         "chunk_shape": [1, self.chunk_rows, *self.shape],
-                        "codecs": checksummed,
+                        "codecs": codecs,
                         "index_codecs": index,
                         "index_location": "end",
                     },

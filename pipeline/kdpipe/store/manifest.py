@@ -15,10 +15,12 @@ from kdpipe.store.layout import ArrayLayout
 from kdpipe.store.shard_file import REPAIR
 from kdpipe.targets import OutputSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FREE = ("sections", "teacher", "recorded", "temperatures", "class_names")
 STATISTICS = ("top1", "confidence", "entropy")
 """Last axis of the array `statistics`: the teacher's class, its probability, entropy in nats; all at T = 1."""
+COVERED = "covered"
+"""Name of the array that says about which rows (and tokens) the teacher spoke."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Manifest:
 
     `ingredients` is what `fingerprint` digests: whatever changes numbers. `sections` are the parts of params.yaml that
     the store was made from; `recorded` are versions that may only change last bits; `teacher` describes the model.
+    `coverage`: the teacher may abstain (or tokens are masked), and the array `covered` says where it spoke.
     """
 
     ingredients: Mapping[str, Any]
@@ -36,6 +39,7 @@ class Manifest:
     num_classes: int
     class_names: Sequence[str] | None
     shard_rows: int
+    coverage: bool = False
     sections: Mapping[str, Any] = field(default_factory=dict)
     teacher: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +61,8 @@ class Manifest:
             for suffix, spec in encoding_from_json(self.encodings[output.name]).arrays(output).items()
         }
         (logits,) = [output for output in self.outputs if output.name == "logits"]
-        return {**specs, "statistics": ArraySpec(dtype="float32", shape=(*logits.shape[:-1], len(STATISTICS)))}
+        specs["statistics"] = ArraySpec(dtype="float32", shape=(*logits.shape[:-1], len(STATISTICS)))
+        return {**specs, COVERED: ArraySpec(dtype="bool", shape=logits.shape[:-1])} if self.coverage else specs
 
     def layouts(self) -> dict[str, ArrayLayout]:
         """Where each array lies."""
@@ -74,12 +79,13 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "ingredients": self.ingredients,
-            "outputs": [{"name": each.name, "shape": list(each.shape)} for each in self.outputs],
+            "outputs": [{"name": each.name, "shape": list(each.shape), "kind": each.kind} for each in self.outputs],
             "encodings": self.encodings,
             "temperatures": list(self.temperatures),
             "num_classes": self.num_classes,
             "class_names": None if self.class_names is None else list(self.class_names),
             "shard_rows": self.shard_rows,
+            "coverage": self.coverage,
             "arrays": [layout.to_json() for layout in self.layouts().values()],
             "statistics": list(STATISTICS),
             "sections": self.sections,
@@ -100,13 +106,16 @@ class Manifest:
             raise CorruptStoreError(f"{path} is damaged: {error}. {REPAIR}") from None
         if version != FORMAT_VERSION:
             raise StoreError(f"{path} has format version {version}; this kdpipe reads version {FORMAT_VERSION}")
+        stated = value.pop("digest", None)
+        if stated != digest(value):
+            raise CorruptStoreError(f"{path} differs from its own digest. {REPAIR}")
         return cls._from_value(path, value)
 
     @classmethod
     def _from_value(cls, path: Path, value: dict[str, Any]) -> Manifest:
         try:
-            outputs = [OutputSpec(name=each["name"], shape=tuple(each["shape"])) for each in value["outputs"]]
-            taken = ("ingredients", "encodings", "temperatures", "num_classes", "class_names", "shard_rows")
+            outputs = [OutputSpec(**{**each, "shape": tuple(each["shape"])}) for each in value["outputs"]]
+            taken = ("ingredients", "encodings", "temperatures", "num_classes", "class_names", "shard_rows", "coverage")
             described = ("sections", "teacher", "recorded")
             manifest = cls(outputs=outputs, **{key: value[key] for key in (*taken, *described)})
             intact = manifest.to_text() == path.read_text(encoding="utf-8")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from kdpipe import durable
 from kdpipe.errors import CorruptStoreError
@@ -27,7 +29,8 @@ class CommitRecord:
 
     `inputs`, `manifest` and `layouts` are digests: of the rows' ids and content, of the manifest, of the arrays'
     metadata. `files` maps array name -> [bytes, SHA-256 hex] (a CRC32C would be the same for every file: chunks and
-    index end in their own).
+    index end in their own). `computed` says which of the rows the teacher saw: a bit per row, the first one highest, as
+    hex; empty: all of them.
     """
 
     view: int
@@ -39,6 +42,16 @@ class CommitRecord:
     manifest: str
     layouts: str
     files: Mapping[str, tuple[int, str]]
+    computed: str = ""
+
+    @property
+    def rows_computed(self) -> NDArray[np.bool_]:
+        """Which rows of the shard the teacher saw, `[stop - start]`."""
+        num_rows = self.stop - self.start
+        if not self.computed:
+            return np.ones(num_rows, np.bool_)
+        packed = np.frombuffer(bytes.fromhex(self.computed), np.uint8)
+        return np.unpackbits(packed, count=num_rows).astype(np.bool_)
 
     @property
     def key(self) -> Key:
@@ -46,37 +59,54 @@ class CommitRecord:
         return self.view, self.shard
 
 
-class CommitLog:
-    """The records of a store: `commits.parquet` with a digest beside it, overlaid by single records in `commits/`."""
+class CommitLog(Mapping[Key, CommitRecord]):
+    """The records of a store by (view, shard): `commits.parquet` with a digest beside it, overlaid by `commits/`.
+
+    Records are made from the log's columns when they are asked for: a store of 10,000 shards opens at once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._log = folder / "commits.parquet"
         self._single = folder / "commits"
-        self.records: dict[Key, CommitRecord] = {record.key: record for record in self._read_log()}
-        for path in sorted(self._single.glob("*.json")):
-            record = _from_json(json.loads(path.read_text()))
-            self.records[record.key] = record
+        self._table = self._read_log()
+        keys = zip(self._table["view"].to_pylist(), self._table["shard"].to_pylist(), strict=True)
+        self._line: dict[Key, int] = {key: line for line, key in enumerate(keys)}
+        self._added: dict[Key, CommitRecord] = {}
+        for path in self._single.glob("*.json"):
+            record = self._read_single(path)
+            self._added[record.key] = record
+
+    def __getitem__(self, key: Key) -> CommitRecord:
+        if key in self._added:
+            return self._added[key]
+        row = self._table.slice(self._line[key], 1).to_pylist()[0]
+        return _from_json({**row, "files": json.loads(row["files"])})
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(sorted({**self._line, **self._added}))
+
+    def __len__(self) -> int:
+        return len({**self._line, **self._added})
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._added or key in self._line
 
     def add(self, record: CommitRecord) -> None:
         """Make a shard exist, durably."""
         if not self._single.is_dir():
-            self._single.mkdir()
+            self._single.mkdir(exist_ok=True)
             durable.fsync_folder(self._folder)
         durable.write_text(self._single / f"{record.view}-{record.shard}.json", canonical_json(asdict(record)) + "\n")
-        self.records[record.key] = record
+        self._added[record.key] = record
 
-    def forget(self, key: Key) -> None:
-        """Make a shard not exist, durably."""
-        del self.records[key]
-        self.compact()
-
-    def compact(self) -> None:
-        """Rewrite all records, sorted, as one Parquet file with its SHA-256 beside it; byte-deterministic."""
-        ordered = [self.records[key] for key in sorted(self.records)]
-        rows = [{**asdict(record), "files": canonical_json(record.files)} for record in ordered]
+    def keep(self, wanted: set[Key]) -> None:
+        """Rewrite the log with those records only, sorted, as one Parquet file; byte-deterministic and durable."""
+        kept = [self[key] for key in self if key in wanted]
+        rows = [{**asdict(record), "files": canonical_json(record.files)} for record in kept]
+        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd", write_page_checksum=True)
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         content = sink.getvalue().to_pybytes()
         new = hashlib.sha256(content).hexdigest() + "\n"
         # Both digests are legal while the log is replaced, so that a kill in between loses no record.
@@ -86,23 +116,30 @@ class CommitLog:
         durable.write_text(self._digest_path, new)
         shutil.rmtree(self._single, ignore_errors=True)
         durable.fsync_folder(self._folder)
+        self._table, self._added = table, {}
+        self._line = {record.key: line for line, record in enumerate(kept)}
 
     @property
     def _digest_path(self) -> Path:
         return self._log.with_name(self._log.name + ".sha256")
 
-    def _read_log(self) -> list[CommitRecord]:
+    def _read_log(self) -> pa.Table:
         if not self._log.is_file():
-            return []
+            return _SCHEMA.empty_table()
         content = self._log.read_bytes()
-        expected = self._digest_path.read_bytes().split() if self._digest_path.is_file() else []
-        if hashlib.sha256(content).hexdigest().encode() not in expected:
+        expected = self._digest_path.read_bytes() if self._digest_path.is_file() else b""
+        if (hashlib.sha256(content).hexdigest() + "\n").encode() not in expected.splitlines(keepends=True):
             raise CorruptStoreError(
                 f"{self._log} differs from {self._digest_path.name}. Fetch or compute the store again."
             )
         # From the file, not from `content`: Arrow's threads may let go of a Python buffer after Python has ended.
-        rows = pq.read_table(self._log, use_threads=False, pre_buffer=False).to_pylist()
-        return [_from_json({**row, "files": json.loads(row["files"])}) for row in rows]
+        return pq.read_table(self._log, use_threads=False, pre_buffer=False)
+
+    def _read_single(self, path: Path) -> CommitRecord:
+        try:
+            return _from_json(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptStoreError(f"{path} is damaged ({error}); remove it, its shard is computed again") from None
 
 
 _SCHEMA = pa.schema(
@@ -116,8 +153,14 @@ _SCHEMA = pa.schema(
         ("manifest", pa.string()),
         ("layouts", pa.string()),
         ("files", pa.string()),
+        ("computed", pa.string()),
     ]
 )
+
+
+def bits_of(rows: NDArray[np.bool_]) -> str:
+    """`CommitRecord.computed` of a shard's rows."""
+    return "" if rows.all() else np.packbits(rows).tobytes().hex()
 
 
 def _from_json(value: dict[str, Any]) -> CommitRecord:

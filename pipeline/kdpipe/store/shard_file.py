@@ -3,99 +3,185 @@
 from __future__ import annotations
 
 import mmap
+import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
+from numcodecs import blosc
 from numpy.typing import NDArray
 
 from kdpipe.errors import CorruptStoreError, IncompleteStoreError
-from kdpipe.store.layout import ArrayLayout
+from kdpipe.store.layout import COMPRESSION, CRC_BYTES, ArrayLayout
 
-CRC_BYTES = 4
+REPAIR = "Run `kdpipe cache-teacher NAME --repair` to compute it again, or fetch the store again."
 _ABSENT = np.uint64(2**64 - 1)
+blosc.use_threads = False
 
 
-def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> bytearray:
+def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> NDArray[np.uint8]:
     """The bytes of a shard that holds `rows [N, …]`, N at most `shard_rows`; a last partial chunk is padded with 0."""
-    num_used = -(-len(rows) // layout.chunk_rows)
-    padded = np.zeros((num_used * layout.chunk_rows, *layout.shape), layout.numpy_dtype)
-    padded[: len(rows)] = rows
-    content = bytearray()
-    index = np.full((layout.num_chunks, 2), _ABSENT, "<u8")
+    return _encode_compressed(rows, layout) if layout.compressed else _encode_plain(rows, layout)
+
+
+def _encode_plain(rows: NDArray[Any], layout: ArrayLayout) -> NDArray[np.uint8]:
+    num_used, size = -(-len(rows) // layout.chunk_rows), layout.chunk_bytes + CRC_BYTES
+    content = np.empty(num_used * size + _index_bytes(layout), np.uint8)
     for chunk in range(num_used):
-        encoded = padded[chunk * layout.chunk_rows : (chunk + 1) * layout.chunk_rows].tobytes()
-        index[chunk] = len(content), len(encoded) + CRC_BYTES
-        content += encoded + crc32c(encoded)
-    encoded_index = index.tobytes()
-    return content + encoded_index + crc32c(encoded_index)
+        encoded = content[chunk * size : chunk * size + layout.chunk_bytes]
+        part = rows[chunk * layout.chunk_rows : (chunk + 1) * layout.chunk_rows]
+        encoded[: len(part) * layout.row_bytes] = _bytes_of(part, layout)
+        encoded[len(part) * layout.row_bytes :] = 0
+        content[chunk * size + layout.chunk_bytes : (chunk + 1) * size] = crc32c(encoded)
+    sizes = np.full(num_used, size, np.uint64)
+    content[num_used * size :] = _encode_index(sizes, layout)
+    return content
 
 
-def crc32c(content: bytes) -> bytes:
-    """CRC32C (RFC 3720) of `content`, little-endian, as Zarr's crc32c codec writes it."""
-    checksum: int = google_crc32c.value(content)
-    return checksum.to_bytes(CRC_BYTES, "little")
+def _encode_compressed(rows: NDArray[Any], layout: ArrayLayout) -> NDArray[np.uint8]:
+    parts: list[NDArray[np.uint8]] = []
+    for start in range(0, len(rows), layout.chunk_rows):
+        padded = np.zeros((layout.chunk_rows, *layout.shape), layout.numpy_dtype)
+        part = rows[start : start + layout.chunk_rows]
+        padded[: len(part)] = part
+        shuffle = blosc.SHUFFLE if COMPRESSION["shuffle"] == "shuffle" else blosc.BITSHUFFLE
+        frame = blosc.compress(
+            padded, str(COMPRESSION["cname"]).encode(), COMPRESSION["clevel"], shuffle, COMPRESSION["blocksize"]
+        )
+        encoded = np.frombuffer(frame, np.uint8)
+        parts.append(np.concatenate([encoded, crc32c(encoded)]))
+    sizes = np.array([len(part) for part in parts], np.uint64)
+    return np.concatenate([*parts, _encode_index(sizes, layout)])
+
+
+def _encode_index(sizes: NDArray[np.uint64], layout: ArrayLayout) -> NDArray[np.uint8]:
+    """(offset, bytes) of chunks that lie one after the other, unused ones marked, then the CRC32C of it all."""
+    index = np.full((layout.num_chunks, 2), _ABSENT, "<u8")
+    index[: len(sizes), 0] = np.cumsum(sizes) - sizes
+    index[: len(sizes), 1] = sizes
+    encoded = index.reshape(-1).view(np.uint8)
+    return np.concatenate([encoded, crc32c(encoded)])
+
+
+def _index_bytes(layout: ArrayLayout) -> int:
+    return 16 * layout.num_chunks + CRC_BYTES
+
+
+def _bytes_of(rows: NDArray[Any], layout: ArrayLayout) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(rows, layout.numpy_dtype).reshape(-1).view(np.uint8)
+
+
+def crc32c(*parts: NDArray[Any]) -> NDArray[np.uint8]:
+    """CRC32C (RFC 3720) of `parts` one after the other, 4 bytes little-endian, as Zarr's crc32c codec writes it."""
+    checksum = 0
+    for part in parts:
+        checksum = google_crc32c.extend(checksum, part)
+    return np.frombuffer(checksum.to_bytes(CRC_BYTES, "little"), np.uint8)
 
 
 class ShardFile:
-    """A committed shard, memory-mapped; each inner chunk's checksum is verified on first touch."""
+    """A committed shard, open for reading. Each inner chunk's checksum is verified on first touch, however it is read.
+
+    Raises `IncompleteStoreError` for an absent file, `CorruptStoreError` for another size, a damaged index or chunk.
+    """
 
     def __init__(self, path: Path, layout: ArrayLayout, num_rows: int, expected_bytes: int) -> None:
-        self._path, self._layout = path, layout
+        self._path, self._layout, self._num_rows = path, layout, num_rows
         self._num_used = -(-num_rows // layout.chunk_rows)
+        self._verified = np.zeros(self._num_used, np.bool_)
         try:
             with path.open("rb") as file:
-                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._bytes = os.fstat(file.fileno()).st_size
+                if self._bytes != expected_bytes:
+                    raise CorruptStoreError(
+                        f"{path} has {self._bytes} bytes; {expected_bytes} were committed. {REPAIR}"
+                    )
+                index = os.pread(file.fileno(), _index_bytes(layout), self._bytes - _index_bytes(layout))
         except FileNotFoundError:
             raise IncompleteStoreError(f"{path} is committed but absent. {REPAIR}") from None
-        except ValueError:
-            raise CorruptStoreError(f"{path} is empty; {expected_bytes} bytes were committed. {REPAIR}") from None
-        if len(self._mapped) != expected_bytes:
-            raise CorruptStoreError(f"{path} has {len(self._mapped)} bytes; {expected_bytes} were committed. {REPAIR}")
-        self._check_index()
-        self._chunks: NDArray[Any] = np.ndarray(
-            (self._num_used, layout.chunk_rows, *layout.shape),
-            layout.numpy_dtype,
-            buffer=self._mapped,
-            strides=self._strides(),
-        )
-        self._verified = np.zeros(self._num_used, np.bool_)
+        self._offsets, self._sizes = self._read_index(np.frombuffer(index, np.uint8))
+
+    def rows_of(self, chunk: int) -> int:
+        """Rows that a chunk holds; the last one of a shard may hold fewer than `chunk_rows`."""
+        return min(self._layout.chunk_rows, self._num_rows - chunk * self._layout.chunk_rows)
+
+    def read_chunk(self, chunk: int, out: NDArray[Any], *, verify: bool = False) -> None:
+        """A whole chunk into `out [rows_of(chunk), …]` (contiguous, little-endian), by one `preadv`."""
+        if self._layout.compressed:
+            out[...] = self._decode(chunk)[: len(out)]
+            return
+        padding = np.empty(self._layout.chunk_bytes - out.nbytes, np.uint8)
+        checksum = np.empty(CRC_BYTES, np.uint8)
+        with self._path.open("rb", buffering=0) as file:
+            os.preadv(file.fileno(), [out.data, padding.data, checksum.data], int(self._offsets[chunk]))
+        if verify or not self._verified[chunk]:
+            self._compare(chunk, crc32c(out, padding), checksum)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows by their position in the shard, `[N, …]`, in the given order. Raises `CorruptStoreError`."""
+        """Rows by their position in the shard, `[N, …]`, in the given order."""
         chunks, positions = np.divmod(rows, self._layout.chunk_rows)
+        if self._layout.compressed:
+            return self._read_compressed(chunks, positions)
         if not self._verified.all():
             for chunk in np.unique(chunks[~self._verified[chunks]]):
-                self._verify(int(chunk))
-        taken: NDArray[Any] = self._chunks[chunks, positions]
+                self._verify_mapped(int(chunk))
+        taken: NDArray[Any] = self._mapped_chunks[chunks, positions]
         return taken
 
-    def verify(self) -> None:
-        """Check every chunk. Raises `CorruptStoreError`."""
-        for chunk in range(self._num_used):
-            self._verify(chunk)
+    def _read_compressed(self, chunks: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[Any]:
+        out = np.empty((len(chunks), *self._layout.shape), self._layout.numpy_dtype)
+        for chunk in np.unique(chunks):
+            here = np.flatnonzero(chunks == chunk)
+            out[here] = self._decode(int(chunk))[positions[here]]
+        return out
 
-    def _strides(self) -> tuple[int, ...]:
-        contiguous = np.empty((1, *self._layout.shape), self._layout.numpy_dtype).strides
-        return (self._layout.chunk_bytes + CRC_BYTES, contiguous[0], *contiguous[1:])
+    def _decode(self, chunk: int) -> NDArray[Any]:
+        """A compressed chunk `[chunk_rows, …]`; its checksum and Blosc's own header are always checked."""
+        size = int(self._sizes[chunk])
+        with self._path.open("rb", buffering=0) as file:
+            content = np.frombuffer(os.pread(file.fileno(), size, int(self._offsets[chunk])), np.uint8)
+        self._compare(chunk, crc32c(content[:-CRC_BYTES]), content[-CRC_BYTES:])
+        out = np.empty((self._layout.chunk_rows, *self._layout.shape), self._layout.numpy_dtype)
+        blosc.decompress(content[:-CRC_BYTES], out)
+        return out
 
-    def _verify(self, chunk: int) -> None:
-        start = chunk * (self._layout.chunk_bytes + CRC_BYTES)
-        stop = start + self._layout.chunk_bytes
-        if crc32c(self._mapped[start:stop]) != self._mapped[stop : stop + CRC_BYTES]:
+    def _verify_mapped(self, chunk: int) -> None:
+        start, stop = int(self._offsets[chunk]), int(self._offsets[chunk] + self._sizes[chunk])
+        content = np.frombuffer(self._mapped, np.uint8)[start:stop]
+        self._compare(chunk, crc32c(content[:-CRC_BYTES]), content[-CRC_BYTES:])
+
+    def _compare(self, chunk: int, found: NDArray[np.uint8], stored: NDArray[np.uint8]) -> None:
+        if not np.array_equal(found, stored):
             raise CorruptStoreError(f"{self._path}: chunk {chunk} differs from its checksum. {REPAIR}")
         self._verified[chunk] = True
 
-    def _check_index(self) -> None:
-        stop = len(self._mapped) - CRC_BYTES
-        start = stop - 16 * self._layout.num_chunks
-        size = self._layout.chunk_bytes + CRC_BYTES
-        expected = np.full((self._layout.num_chunks, 2), _ABSENT, "<u8")
-        expected[: self._num_used] = [(chunk * size, size) for chunk in range(self._num_used)]
-        content = self._mapped[max(start, 0) : stop]
-        if content != expected.tobytes() or crc32c(content) != self._mapped[stop:]:
+    @cached_property
+    def _mapped(self) -> mmap.mmap:
+        with self._path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def _mapped_chunks(self) -> NDArray[Any]:
+        """Uncompressed chunks as one array `[num_used, chunk_rows, …]`, each followed by its checksum."""
+        layout = self._layout
+        contiguous = np.empty((1, *layout.shape), layout.numpy_dtype).strides
+        return np.ndarray(
+            (self._num_used, layout.chunk_rows, *layout.shape),
+            layout.numpy_dtype,
+            buffer=self._mapped,
+            strides=(layout.chunk_bytes + CRC_BYTES, contiguous[0], *contiguous[1:]),
+        )
+
+    def _read_index(self, content: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        sizes = content[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: self._num_used, 1]
+        intact = (
+            len(content) == _index_bytes(self._layout)
+            and np.array_equal(_encode_index(sizes, self._layout), content)
+            and int(sizes.sum()) + len(content) == self._bytes
+            and (self._layout.compressed or bool((sizes == self._layout.chunk_bytes + CRC_BYTES).all()))
+        )
+        if not intact:
             raise CorruptStoreError(f"{self._path}: the shard index is damaged. {REPAIR}")
-
-
-REPAIR = "Run `kdpipe cache-teacher NAME --repair` to compute it again, or fetch the store again."
+        return (np.cumsum(sizes) - sizes).astype(np.int64), sizes.astype(np.int64)

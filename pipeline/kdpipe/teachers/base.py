@@ -1,4 +1,7 @@
-"""The `Teacher` protocol."""
+"""The `Teacher` protocol.
+
+Shapes: B rows, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,20 @@ from torch import Tensor
 from kdpipe.data.columns import Columns
 from kdpipe.targets import OutputSpec
 
+COVERED = "covered"
+"""Key of `predict`'s answer where a teacher abstains: bool `[B]` or `[B, T]`, like the logits without their classes."""
+
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Any model that says something about rows."""
+    """Any model that says something about rows.
+
+    One that abstains from some of them has an attribute `abstains`, true, and `predict` gives `covered` as well.
+    """
 
     @property
     def outputs(self) -> Sequence[OutputSpec]:
-        """What it emits."""
+        """What it emits; `logits` are among it."""
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -25,3 +34,8 @@ class Teacher(Protocol):
 
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         """Every output `[B, …]` for a batch of prepared rows; the same for the same batch."""
+
+
+def abstains(teacher: Teacher) -> bool:
+    """Whether a teacher speaks about some rows only."""
+    return bool(getattr(teacher, "abstains", False))

@@ -1,19 +1,28 @@
-"""A `torch.nn.Module` as a teacher."""
+"""A `torch.nn.Module` as a teacher.
+
+Shapes: B rows, T tokens, C classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdpipe.data.columns import Columns
-from kdpipe.errors import TeacherError
+from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
+from kdpipe.teachers.base import COVERED
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOGITS = "logits"
+_STORED_ANYWAY = (COVERED, "statistics")
+_NAMES_SHOWN = 20
 
 
 def device() -> str:
@@ -22,9 +31,13 @@ def device() -> str:
 
 
 class TorchTeacher:
-    """A module with its own preprocess; its forward returns logits `[B, C]`.
+    """A module with its own preprocess; its forward returns logits `[B, C]` or `[B, T, C]`, or a dict with `logits`.
 
-    `identity` (JSON) says which module with which weights this is; preprocess state and numeric mode are added to it.
+    Each further name in `outputs` is a key of that dict, or the dotted path of a submodule, whose output is taken. A
+    dict with bool `covered` (`[B]`, or `[B, T]`) makes a teacher that abstains from the other rows. `probe`, one
+    prepared row, is run once to learn the shapes. `identity` (JSON) says which module with which weights this is;
+    preprocess state and numeric mode are added to it. Raises `ConfigError` for an output that does not exist,
+    `TeacherError` where forward fails or gives no logits of `num_classes`.
     """
 
     def __init__(
@@ -33,13 +46,27 @@ class TorchTeacher:
         preprocess: Preprocess,
         num_classes: int,
         identity: Mapping[str, Any],
+        probe: Columns,
+        outputs: Sequence[str] = (LOGITS,),
         precision: str = "float32",
     ) -> None:
         self._device = torch.device(device())
-        self._model = model.eval().to(self._device)
-        self._preprocess = preprocess
+        features = [name for name in dict.fromkeys(outputs) if name != LOGITS]
+        self._forward = _Forward(model.eval().to(self._device), features)
+        self._preprocess, self._num_classes = preprocess, num_classes
         self._autocast = PRECISIONS[precision]
-        self.outputs = (OutputSpec(name="logits", shape=(num_classes,)),)
+        with torch.no_grad():
+            said, _ = self._say(probe)
+        logits = said.get(LOGITS)
+        if not (
+            isinstance(logits, Tensor) and logits.ndim > 1 and logits.shape[:1] + logits.shape[-1:] == (1, num_classes)
+        ):
+            raise self._misfit(said, LOGITS, 1, f"[1, …, {num_classes}]")
+        self.abstains = COVERED in said
+        self.outputs = (
+            OutputSpec(name=LOGITS, shape=tuple(logits.shape[1:]), kind="logits"),
+            *(OutputSpec(name=name, shape=self._forward.shape(name, said), kind="features") for name in features),
+        )
         self.fingerprint = {
             **identity,
             "preprocess_state": dict(preprocess.state()),
@@ -52,21 +79,91 @@ class TorchTeacher:
 
     @torch.inference_mode()
     def predict(self, columns: Columns) -> dict[str, Tensor]:
-        """`logits [B, C]` in float32. Raises `TeacherError` for another shape."""
+        """Every output `[B, …]` as float32, and `covered` where it abstains. Raises `TeacherError` for other shapes."""
+        said, num_rows = self._say(columns)
+        answer = {}
+        for spec in self.outputs:
+            value, expected = said.get(spec.name), [num_rows, *spec.shape]
+            if not isinstance(value, Tensor) or list(value.shape) != expected:
+                raise self._misfit(said, spec.name, num_rows, str(expected))
+            answer[spec.name] = value.float()
+        if self.abstains or COVERED in said:
+            answer[COVERED] = self._covered(said.get(COVERED), answer[LOGITS].shape[:-1])
+        return answer
+
+    def _say(self, columns: Columns) -> tuple[dict[str, Any], int]:
+        """What forward returns and its submodules give, as it comes, and the number of rows."""
         inputs = self._preprocess(columns).to(self._device)
         try:
             with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-                logits = self._model(inputs)
+                return self._forward(inputs), len(inputs)
         except Exception as error:
             raise TeacherError(
                 f"the teacher's forward failed on an input of shape {list(inputs.shape)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        expected = (len(inputs), *self.outputs[0].shape)
-        if not isinstance(logits, Tensor) or logits.shape != expected:
-            found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise TeacherError(
-                f"the teacher's forward returned {found} for {len(inputs)} rows; expected logits of shape "
-                f"{list(expected)} (task.num_classes is {expected[-1]})"
+
+    def _covered(self, covered: Any, expected: torch.Size) -> Tensor:
+        if not self.abstains:
+            raise TeacherError("the teacher's forward gives `covered` for some batches; expected all of them, or none")
+        of_rows_or_tokens = isinstance(covered, Tensor) and covered.shape in (expected, expected[:1])
+        if not isinstance(covered, Tensor) or covered.dtype != torch.bool or not of_rows_or_tokens:
+            raise TeacherError(f"the teacher's `covered` is {_kind(covered)}; expected bool, of shape {list(expected)}")
+        return covered.reshape(*covered.shape, *[1] * (len(expected) - covered.ndim)).expand(expected)
+
+    def _misfit(self, said: Mapping[str, Any], name: str, num_rows: int, expected: str) -> TeacherError:
+        found = _kind(said[name]) if name in said else f"a dict of {', '.join(said) or 'nothing'}"
+        number = f" (task.num_classes is {self._num_classes})" if name == LOGITS else ""
+        return TeacherError(
+            f"the teacher's forward returned {found} for {num_rows} rows; expected {name} of shape {expected}{number}"
+        )
+
+
+class _Forward:
+    """A module's forward as a dict by name, with the outputs of submodules that are asked for."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self._model = model
+        self._submodules = {name: each for name, each in model.named_modules() if name}
+        self._heard: dict[str, Any] = {}
+        for name in set(names) & set(self._submodules):
+            self._submodules[name].register_forward_hook(partial(self._hear, name))
+
+    def __call__(self, inputs: Tensor) -> dict[str, Any]:
+        self._heard = {}
+        returned = self._model(inputs)
+        return self._heard | (dict(returned) if isinstance(returned, Mapping) else {LOGITS: returned})
+
+    def shape(self, name: str, said: Mapping[str, Any]) -> tuple[int, ...]:
+        """Shape per row of an output, from what was said about one row. Raises `ConfigError` with what exists."""
+        where = f"the output {name!r} of the teacher"
+        if name in _STORED_ANYWAY:
+            raise ConfigError(
+                f"{where} needs not be asked for: {', '.join(_STORED_ANYWAY)} are stored where they exist"
             )
-        return {"logits": logits.float()}
+        if name not in said:
+            raise ConfigError(f"{where} does not exist: {self._choices(name, said)}")
+        value = said[name]
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != 1:
+            raise ConfigError(
+                f"{where} is {_kind(value)} for one row; expected a tensor of shape [1, …]. Take another one, or give "
+                "the part that you mean a key of its own in the dict that forward returns."
+            )
+        return tuple(value.shape[1:])
+
+    def _hear(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        # A copy, as the next module may work in place (ReLU(inplace=True), say).
+        self._heard[name] = output.clone() if isinstance(output, Tensor) else output
+
+    def _choices(self, name: str, said: Mapping[str, Any]) -> str:
+        existing = [*dict.fromkeys([*said, *self._submodules])]
+        nearest = difflib.get_close_matches(name, existing, n=_NAMES_SHOWN, cutoff=0)
+        shown = existing if len(existing) <= _NAMES_SHOWN else [*nearest, f"… ({len(existing)} in all)"]
+        return f"forward gives {', '.join(said)}; all names, with those of submodules: {', '.join(shown)}"
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for a message: a tensor's shape (and dtype, unless floating), or its type."""
+    if not isinstance(value, Tensor):
+        return "nothing" if value is None else type(value).__name__
+    return f"{list(value.shape)}" + ("" if value.is_floating_point() else f" {str(value.dtype).removeprefix('torch.')}")

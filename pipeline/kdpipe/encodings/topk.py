@@ -1,0 +1,158 @@
+"""The k most probable classes, and the mass of all others at every temperature that is asked for.
+
+Shapes: B batch, C classes, K kept places, N temperatures; `...` stands for further axes (tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.encodings.base import ArraySpec, as_json, check_kind, narrowed, widened
+from kdpipe.encodings.class_ids import (
+    check_num_classes,
+    ids_array,
+    largest_classes,
+    narrowest,
+    places_of,
+    restored_ids,
+    stored_ids,
+)
+from kdpipe.encodings.int8 import quantised
+from kdpipe.errors import ConfigError
+from kdpipe.targets import OutputSpec, SparseTargets
+
+UNUSED = 255
+"""The int8 code of a place without a class; 0 to 254 are log-probs."""
+_MAX_K = 2**16 - 1
+_VALUES = ("float16", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """k classes: sorted ids, log-probs at T = 1, and the unnormalised tail log-mass `log R_T` at each temperature.
+
+    With ids of i bytes (1, 2 or 4, as the classes need) and N temperatures, T = 1 always among them, in bytes per row:
+    `float16` values (i + 2) k + 4N with |error| <= |log-prob| * 2^-11 + 2^-25; `int8` values (i + 1) k + 4N + 4 with
+    |error| <= scale, scale = the kept log-probs' range / 254, after the head is rescaled to its exact mass `1 - R_1`.
+
+    `top_p` keeps the fewest classes whose mass reaches it, at least `min_k` and at most k; `.num_kept` says how many.
+    `compact` stores the ids' steps, compressed.
+    """
+
+    name: ClassVar[str] = "topk"
+    k: int
+    values: str = "float16"
+    temperatures: Sequence[float] = (1.0,)
+    top_p: float | None = None
+    min_k: int = 1
+    compact: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse parameters that mean nothing; temperatures are sorted and T = 1 is added."""
+        if not 1 <= self.min_k <= self.k <= _MAX_K:
+            raise ConfigError(f"k is {self.k} and min_k {self.min_k}; expected 1 <= min_k <= k <= {_MAX_K}")
+        if self.values not in _VALUES:
+            raise ConfigError(f"values {self.values!r} is unknown; the choices are {', '.join(_VALUES)}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; expected a probability above 0, up to 1")
+        if not all(0 < each < float("inf") for each in self.temperatures):
+            raise ConfigError(f"temperatures are {list(self.temperatures)}; expected numbers above 0")
+        object.__setattr__(self, "temperatures", tuple(sorted({1.0, *map(float, self.temperatures)})))
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and parameters."""
+        return as_json(self)
+
+    def check(self, output: OutputSpec) -> None:
+        """Refuse features, fewer classes than k, and more than ids can name."""
+        check_kind(self.name, output, "logits")
+        check_num_classes(self.name, output.shape[-1])
+        if self.k > output.shape[-1]:
+            raise ConfigError(f"k is {self.k}, but the output {output.name!r} has {output.shape[-1]} classes")
+
+    def arrays(self, output: OutputSpec) -> dict[str, ArraySpec]:
+        """Ids, log-probs (or codes and `.scale`), `.tails [..., N]` and, for `top_p`, `.num_kept [...]`."""
+        tokens, places = output.shape[:-1], (*output.shape[:-1], self.k)
+        specs = {".tails": ("float32", (*tokens, len(self.temperatures)))}
+        if self.values == "int8":
+            specs |= {".codes": ("uint8", places), ".scale": ("float32", tokens)}
+        else:
+            specs |= {".log_probs": ("float16", places)}
+        if self.top_p is not None:
+            specs |= {".num_kept": (narrowest(self.k), tokens)}
+        others = {
+            suffix: ArraySpec(dtype=dtype, shape=shape, compressed=self.compact)
+            for suffix, (dtype, shape) in specs.items()
+        }
+        return {**ids_array(output.shape[-1], places, self.compact), **others}
+
+    def encode(self, values: Tensor, keys: NDArray[np.uint64] | None = None) -> dict[str, NDArray[Any]]:
+        """Arrays of logits `[B, ..., C]`; of equal classes at the last place the lower id is kept."""
+        log_probs = torch.log_softmax(widened(values), dim=-1)
+        keep = largest_classes(log_probs, self._num_kept(log_probs), self.k)
+        ids, used = places_of(keep, self.k)
+        head = log_probs.gather(-1, ids).masked_fill(~used, -torch.inf)
+        tails = tail_log_masses(log_probs, keep, self.temperatures)
+        arrays = {**stored_ids(ids, values.shape[-1], self.compact), ".tails": tails.float().cpu().numpy()}
+        if self.values == "int8":
+            arrays |= _codes_of(head)
+        else:
+            arrays[".log_probs"] = narrowed("float16", head).cpu().numpy()
+        if self.top_p is not None:
+            arrays[".num_kept"] = used.sum(dim=-1).cpu().numpy().astype(narrowest(self.k))
+        return arrays
+
+    def decode(self, arrays: Mapping[str, NDArray[Any]], output: OutputSpec) -> SparseTargets:
+        """Targets of stored rows, head and tails in float32."""
+        tails = torch.from_numpy(arrays[".tails"])
+        if self.values == "int8":
+            head = _head_of(arrays[".codes"], arrays[".scale"], tails[..., self.temperatures.index(1.0)])
+        else:
+            head = torch.from_numpy(arrays[".log_probs"]).float()
+        return SparseTargets(
+            ids=restored_ids(arrays[".id_steps" if self.compact else ".ids"], self.compact),
+            head=head,
+            tails=tails,
+            temperatures=tuple(self.temperatures),
+            num_classes=output.shape[-1],
+        )
+
+    def _num_kept(self, log_probs: Tensor) -> Tensor:
+        """How many classes each row keeps `[B, ...]`."""
+        if self.top_p is None:
+            return torch.full(log_probs.shape[:-1], self.k, device=log_probs.device)
+        mass = log_probs.topk(self.k, dim=-1).values.exp().cumsum(dim=-1)
+        return ((mass < self.top_p).sum(dim=-1) + 1).clamp(self.min_k, self.k)
+
+
+def tail_log_masses(log_probs: Tensor, keep: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """`log R_T [..., N]`: logsumexp of log-prob / T over the classes outside `keep [..., C]`; -inf where none is."""
+    tail = log_probs.masked_fill(keep, -torch.inf)
+    return torch.stack([torch.logsumexp(tail / temperature, dim=-1) for temperature in temperatures], dim=-1)
+
+
+def _codes_of(head: Tensor) -> dict[str, NDArray[Any]]:
+    """Codes uint8 `[..., K]` below the row's largest log-prob, and `.scale [...]`."""
+    below = head.amax(dim=-1, keepdim=True) - head
+    unused = torch.isposinf(below)
+    codes, scale = quantised(below.masked_fill(unused, 0.0), num_steps=UNUSED - 1)
+    return {".codes": codes.masked_fill(unused, UNUSED).cpu().numpy(), ".scale": scale.cpu().numpy()}
+
+
+def _head_of(codes: NDArray[np.uint8], scale: NDArray[np.float32], tail: Tensor) -> Tensor:
+    """Log-probs `[..., K]` whose mass is exactly `1 - R_1`, which is why the row's largest need not be stored."""
+    unused = torch.from_numpy(codes == UNUSED)
+    shape = (torch.from_numpy(codes) * -torch.from_numpy(scale).unsqueeze(-1)).masked_fill(unused, -torch.inf)
+    mass = torch.log(-torch.expm1(tail.double().clamp(max=_LARGEST_TAIL)))
+    return (shape - torch.logsumexp(shape, dim=-1, keepdim=True) + mass.unsqueeze(-1)).float()
+
+
+_LARGEST_TAIL = -1e-12
+"""log R_1 of a head that holds next to nothing, and of a row that the teacher did not answer."""

@@ -1,0 +1,82 @@
+"""A store in an object store: files are fetched whole, on first touch, into a folder on this machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdpipe import durable
+from kdpipe.errors import ConfigError, StoreNotFoundError
+from kdpipe.fingerprint import digest
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+CACHE = "KDPIPE_CACHE"
+"""Environment variable: where fetched files are kept (default ~/.cache/kdpipe)."""
+
+
+class RemoteFolder:
+    """`url` (s3://, gs://, …, whatever fsspec has a package for), mirrored file by file at `path`.
+
+    The mirror is named after the url and the content of `versions`: a store published anew gets another mirror. Fetched
+    files stay; what is read from them is verified as in any store.
+    """
+
+    def __init__(self, url: str, versions: Sequence[str], cache: Path | None = None) -> None:
+        """Raises `ConfigError` when the package for the url is absent, `StoreNotFoundError` when nothing is there."""
+        self.url = url.rstrip("/")
+        self._files, self._root = _open(self.url)
+        contents = []
+        for name in versions:
+            try:
+                contents.append(self._files.cat_file(f"{self._root}/{name}"))
+            except FileNotFoundError:
+                raise StoreNotFoundError(f"there is no target store at {url}: it has no {name}") from None
+        base = cache or Path(os.environ.get(CACHE) or Path.home() / ".cache" / "kdpipe")
+        self.path = base / digest([self.url, *(each.hex() for each in contents)])
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        try:
+            found: int = self._files.size(f"{self._root}/{name}")
+        except FileNotFoundError:
+            return None
+        return found
+
+    def fetch(self, name: str) -> None:
+        """Have a file at `path / name`, where the url has it; several processes may do so at once."""
+        target = self.path / name
+        if target.is_file():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(suffix=durable.TEMPORARY_SUFFIX, dir=target.parent)
+        os.close(descriptor)
+        try:
+            self._files.get_file(f"{self._root}/{name}", temporary)
+            Path(temporary).replace(target)
+        except FileNotFoundError:
+            pass
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def is_url(path: Path | str) -> bool:
+    """Whether a path names an object store."""
+    return "://" in str(path)
+
+
+def _open(url: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        from fsspec.core import url_to_fs
+
+        files, root = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"{url} cannot be opened: {error}. Install the package for it, such as kdpipe[s3], or give a local path."
+        ) from None
+    return files, root

@@ -1,0 +1,164 @@
+"""Shuffled batches of a store's targets, read ahead in pools of whole chunks, within a memory budget.
+
+Shapes: B batch, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset, get_worker_info
+
+from kdpipe.distributed import rank, world_size
+from kdpipe.errors import ConfigError
+from kdpipe.order import BatchOrder, Group, Shuffle
+from kdpipe.store.reading import RowPool
+from kdpipe.store.target_store import TargetStore
+from kdpipe.targets import Targets
+from kdpipe.views import ViewSpec
+
+RAM_BUDGET_BYTES = 512 * 2**20
+_CLEAN = ViewSpec()
+_SLOTS = 2
+"""One pool is read while the other is learnt from."""
+
+RowNumbers = NDArray[np.int64]
+StreamedBatch = tuple[RowNumbers, dict[str, Targets]]
+
+
+class TargetPools:
+    """Targets of groups of batches: one group is read by a thread while the one before it is served.
+
+    `kept`: store rows that are read once and kept, when they fit in memory and have one view. `verify_always` checks a
+    chunk's checksum at every reading, not at the first only.
+    """
+
+    def __init__(
+        self,
+        store: TargetStore,
+        outputs: Sequence[str] | None = None,
+        kept: RowNumbers | None = None,
+        *,
+        verify_always: bool = False,
+    ) -> None:
+        self._store, self._outputs, self._verify_always = store, outputs, verify_always
+        self._layouts = [store.layouts[name] for name in store.array_names(outputs)]
+        self._kept = None if kept is None else np.sort(kept)
+        self._memory: RowPool | None = None
+
+    def batches(self, groups: Iterable[tuple[int, Group]]) -> Iterator[StreamedBatch]:
+        """(row numbers, targets by output) of every batch of `groups` of (view, store rows), in their order."""
+        if self._kept is not None:
+            yield from self._from_memory(groups, self._kept)
+            return
+        pools = [self._pool() for _ in range(_SLOTS)]
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdpipe-read-ahead") as thread:
+            read: tuple[RowPool, Group] | None = None
+            for number, (view, group) in enumerate(groups):
+                pool = pools[number % _SLOTS]
+                reading = thread.submit(pool.load, view, group.rows)
+                if read is not None:
+                    yield from self._serve(*read)
+                reading.result()
+                read = (pool, group)
+            if read is not None:
+                yield from self._serve(*read)
+
+    def _serve(self, pool: RowPool, group: Group) -> Iterator[StreamedBatch]:
+        start = 0
+        for rows in group.batches:
+            arrays = pool.take(slice(start, start + len(rows)))
+            yield rows, self._store.decode(arrays, self._outputs)
+            start += len(rows)
+
+    def _from_memory(self, groups: Iterable[tuple[int, Group]], kept: RowNumbers) -> Iterator[StreamedBatch]:
+        for view, group in groups:
+            if self._memory is None:
+                self._memory = self._pool()
+                self._memory.load(view, kept)
+            for rows in group.batches:
+                arrays = self._memory.take(np.searchsorted(kept, rows))
+                yield rows, self._store.decode(arrays, self._outputs)
+
+    def _pool(self) -> RowPool:
+        return RowPool(self._store.reader, self._layouts, verify_always=self._verify_always)
+
+
+class TargetStream(IterableDataset[StreamedBatch]):
+    """Batches `(row numbers [B], targets by output)` of a store, one epoch per iteration, every row exactly once.
+
+    The order depends on `(seed, epoch)` and the rows only: not on ranks, workers or memory. Under torchrun rank r of n
+    takes every n-th row of each batch; loader worker w of n takes every n-th batch. Rows that fit `ram_budget_bytes`
+    in a single view are kept in memory, otherwise two pools of rows are. `state_dict` says where the stream stands, in
+    mid-epoch too, and `load_state_dict` goes on from there; both are about the process that iterates (a thread reads
+    ahead, so that loader workers are not needed for speed).
+
+        for rows, targets in TargetStream(open_store("data/targets/big"), batch_size=256): ...
+    """
+
+    def __init__(
+        self,
+        store: TargetStore,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rows: RowNumbers | None = None,
+        outputs: Sequence[str] | None = None,
+        views: ViewSpec = _CLEAN,
+        ram_budget_bytes: int = RAM_BUDGET_BYTES,
+        verify_always: bool = False,
+    ) -> None:
+        """`rows [N]`: the store's rows to meet (None: all). Raises `ConfigError` when the budget is below two pools."""
+        wanted = np.arange(store.num_rows) if rows is None else np.asarray(rows, np.int64)
+        for view in range(1, views.num_views) if views.count else (0,):
+            store.check_rows(wanted, view)
+        width = store.row_bytes(outputs)
+        shuffle = Shuffle.for_row_bytes(width)
+        kept = views.count == 0 and len(wanted) * width <= ram_budget_bytes
+        if not kept:
+            _check_budget(max(shuffle.pool_rows, batch_size), width, ram_budget_bytes)
+        self._views = views
+        self._pools = TargetPools(store, outputs, wanted if kept else None, verify_always=verify_always)
+        self._order = BatchOrder(
+            rows=wanted, batch_size=batch_size, seed=seed, shuffle=shuffle, rank=rank(), world_size=world_size()
+        )
+        self._step = 0
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return self._order.steps_per_epoch
+
+    def __iter__(self) -> Iterator[StreamedBatch]:
+        """The rest of the current epoch."""
+        first, steps = self._step, self._order.steps_per_epoch
+        if not steps:
+            return
+        groups = self._order.groups(first, (first // steps + 1) * steps)
+        worker = get_worker_info()
+        views = ((self._views.view_of_epoch(group.epoch), group) for group in groups)
+        for number, batch in enumerate(self._pools.batches(views)):
+            self._step = first + number + 1
+            if worker is None or number % worker.num_workers == worker.id:
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: batches given since the start of epoch 0."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch at which `state_dict` was called."""
+        self._step = int(state["step"])
+
+
+def _check_budget(pool_rows: int, row_bytes: int, ram_budget_bytes: int) -> None:
+    """Refuse a budget that two pools do not fit in; a chunk that is half wanted takes twice its rows' room."""
+    needed = 2 * _SLOTS * pool_rows * row_bytes
+    if needed > ram_budget_bytes:
+        raise ConfigError(
+            f"the RAM budget is {ram_budget_bytes:,} bytes; reading rows of {row_bytes:,} bytes ahead needs up to "
+            f"{needed:,}. Raise it."
+        )

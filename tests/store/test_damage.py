@@ -1,0 +1,304 @@
+"""Damage anywhere in a finished store: each reader refuses it or gives the original values, and `verify` names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from kdpipe.caching import teacher_statistics
+from kdpipe.encodings import Dense, Features, FeaturesInt8, Int8, Sampled, TopK
+from kdpipe.errors import CorruptStoreError, IncompleteStoreError, StoreError, StoreNotFoundError
+from kdpipe.store import TargetStore, TargetStream, open_store
+from kdpipe.store.manifest import Manifest
+from kdpipe.targets import OutputSpec
+from kdpipe.views import ViewSpec, row_keys
+
+NUM_ROWS, NUM_VIEWS, SHARD_ROWS = 20, 2, 8
+NUM_CLASSES, WIDTH = 7, 5
+ENCODINGS = {
+    "logits": TopK(k=3, top_p=0.9, temperatures=(1, 4), compact=True),
+    "coarse": TopK(k=3, values="int8"),
+    "dense": Dense(),
+    "bytes": Int8(masked_classes=True),
+    "drawn": Sampled(draws=4, head=2, seed=3),
+    "hidden": Features(compact=True),
+    "small": FeaturesInt8(),
+}
+KINDS = {"hidden": "features", "small": "features"}
+SHAPES = {"hidden": (WIDTH,), "small": (WIDTH,)}
+OUTPUTS = [
+    OutputSpec(name=name, shape=SHAPES.get(name, (NUM_CLASSES,)), kind=KINDS.get(name, "logits")) for name in ENCODINGS
+]
+FLIPS = {"manifest": 200, "metadata": 200, "log": 200, "data": 400}
+FOOTER_BYTES = 8
+
+
+def ids():
+    return np.array([f"row-{index}" for index in range(NUM_ROWS)])
+
+
+def said(output, view):
+    """What the teacher says about every row."""
+    seed = 100 * view + list(ENCODINGS).index(output.name)
+    return 3 * torch.randn(NUM_ROWS, *output.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_store(path):
+    """A finished store with several encodings, two views and a teacher that abstained from every fifth row."""
+    encodings = {name: encoding.to_json() for name, encoding in ENCODINGS.items()}
+    manifest = Manifest(
+        ingredients={"teacher": {"name": "Lehrkörper", "weights": "0" * 64}, "encodings": encodings},
+        outputs=OUTPUTS,
+        encodings=encodings,
+        temperatures=[1.0, 4.0],
+        num_classes=NUM_CLASSES,
+        class_names=[f"class {each}" for each in range(NUM_CLASSES)],
+        shard_rows=SHARD_ROWS,
+        coverage=True,
+        sections={"targets": {"encoding": "several"}},
+        teacher={"name": "big", "parameters": 12, "size_bytes": 48},
+        recorded={"torch": "2"},
+    )
+    digests = np.random.default_rng(0).integers(0, 256, (NUM_ROWS, 16), dtype=np.uint8)
+    store = TargetStore.create(path, manifest, ids(), digests, num_views=NUM_VIEWS)
+    for view, shard in store.missing():
+        rows = slice(shard.start, shard.stop)
+        arrays = {"statistics": teacher_statistics(said(OUTPUTS[0], view)[rows])}
+        arrays["covered"] = np.arange(NUM_ROWS)[rows] % 5 != 0
+        for output in OUTPUTS:
+            encoded = ENCODINGS[output.name].encode(said(output, view)[rows], row_keys(ids()[rows], view))
+            arrays |= {output.name + suffix: values for suffix, values in encoded.items()}
+        store.write(view, shard, arrays, batch_size=4)
+    store.finish()
+
+
+def tensors(targets):
+    """Every tensor of targets by output, by name."""
+    return {
+        f"{output}.{field.name}": value
+        for output, each in targets.items()
+        for field in fields(each)
+        if isinstance(value := getattr(each, field.name), torch.Tensor)
+    }
+
+
+def by_random_access(path):
+    """View -> every tensor `[NUM_ROWS, …]`, asked for by sample id."""
+    store = open_store(path)
+    wanted = ids().tolist()
+    return {view: tensors({name: store.targets(wanted, view, name) for name in ENCODINGS}) for view in range(NUM_VIEWS)}
+
+
+def by_streaming(path):
+    """View -> every tensor, in row order: the clean view as it is kept in memory, the other in pools."""
+    store = open_store(path)
+    streams = {
+        0: TargetStream(store, batch_size=6),
+        1: TargetStream(store, batch_size=6, views=ViewSpec(count=NUM_VIEWS - 1)),
+    }
+    return {view: _in_row_order(list(stream)) for view, stream in streams.items()}
+
+
+def _in_row_order(batches):
+    order = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in batches])))
+    parts = [tensors(targets) for _, targets in batches]
+    return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        found[view].keys() == expected[view].keys()
+        and all(torch.equal(found[view][name], values) for name, values in expected[view].items())
+        for view in expected
+    )
+
+
+READERS = {"random access": by_random_access, "streaming": by_streaming}
+
+
+def outcome(read, path, expected):
+    """`refused`, `original`, or `WRONG`; any other error than the store's own is let through."""
+    try:
+        return "original" if same(read(path), expected) else "WRONG"
+    except StoreError:
+        return "refused"
+
+
+def verify_finds(path):
+    try:
+        return TargetStore.open(path).verify() != []
+    except StoreError:
+        return True
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """The undamaged store and what it says."""
+    path = tmp_path_factory.mktemp("original") / "store"
+    make_store(path)
+    expected = by_random_access(path)
+    assert same(by_streaming(path), expected)
+    assert TargetStore.open(path).verify() == []
+    return path, expected
+
+
+@pytest.fixture
+def store(original, tmp_path):
+    """A copy to damage."""
+    shutil.copytree(original[0], tmp_path / "store")
+    return tmp_path / "store"
+
+
+def files_by_kind(path):
+    """Every file of a store, by what damage to it touches."""
+    kinds = {kind: [] for kind in FLIPS}
+    names = {"manifest.json": "manifest", "zarr.json": "metadata", "extent.json": "metadata"}
+    names |= {"commits.parquet": "log", "commits.parquet.sha256": "log"}
+    for file in sorted(each for each in path.rglob("*") if each.is_file()):
+        kinds[names.get(file.name, "data")].append(file)
+    return kinds
+
+
+def flips(path, generator):
+    """(file, byte, bit) of 1,000 single-bit flips; of the log every bit of the last 8 bytes, which no page covers."""
+    for kind, files in files_by_kind(path).items():
+        count = FLIPS[kind]
+        if kind == "log":
+            footer = path / "commits.parquet"
+            size = footer.stat().st_size
+            every = [(footer, size - 1 - byte, bit) for byte in range(FOOTER_BYTES) for bit in range(8)]
+            yield from every
+            count -= len(every)
+        for number in range(count):
+            file = files[number % len(files)]
+            yield file, int(generator.integers(file.stat().st_size)), int(generator.integers(8))
+
+
+def flip(file, byte, bit):
+    with file.open("r+b") as content:
+        content.seek(byte)
+        value = content.read(1)[0]
+        content.seek(byte)
+        content.write(bytes([value ^ (1 << bit)]))
+
+
+def test_1000_flipped_bits_are_found_by_every_reader_or_harmless(store, original):
+    """Seeded flips over all files: manifest, array metadata, commit log with its footer, shards and row ids."""
+    expected = original[1]
+    seen = {name: {"refused": 0, "original": 0} for name in READERS}
+    done = 0
+    for file, byte, bit in flips(store, np.random.default_rng(20)):
+        where = f"{file.relative_to(store)}: byte {byte}, bit {bit}"
+        flip(file, byte, bit)
+        for name, read in READERS.items():
+            found = outcome(read, store, expected)
+            assert found != "WRONG", f"{where}: {name}"
+            seen[name][found] += 1
+        assert verify_finds(store), f"{where}: verify"
+        flip(file, byte, bit)
+        done += 1
+    assert done == 1000
+    assert TargetStore.open(store).verify() == []
+    # The test would be empty if damage were refused nowhere, or if nothing could be read at all.
+    assert all(counts["refused"] > 500 and counts["original"] > 0 for counts in seen.values()), seen
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_truncated_files_are_found(store, original, share):
+    for files in files_by_kind(store).values():
+        for file in files[:6]:
+            content = file.read_bytes()
+            file.write_bytes(content[: int(share * len(content))])
+            for name, read in READERS.items():
+                assert outcome(read, store, original[1]) != "WRONG", f"{file}: {name}"
+            assert verify_finds(store), file
+            file.write_bytes(content)
+
+
+def test_holes_of_zeros_are_found(store, original):
+    """What a file system leaves after a crash when a file's size was on disk and its content was not."""
+    for files in files_by_kind(store).values():
+        for file in files[:6]:
+            content = file.read_bytes()
+            for start, stop in ((0, len(content)), (len(content) // 3, 2 * len(content) // 3)):
+                if any(content[start:stop]):
+                    file.write_bytes(content[:start] + bytes(stop - start) + content[stop:])
+                    for name, read in READERS.items():
+                        assert outcome(read, store, original[1]) != "WRONG", f"{file}: {name}"
+                    assert verify_finds(store), file
+            file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("manifest.json", StoreNotFoundError),
+        ("extent.json", CorruptStoreError),
+        ("commits.parquet", IncompleteStoreError),
+        ("commits.parquet.sha256", CorruptStoreError),
+        ("dense/c.0.1.0", IncompleteStoreError),
+        ("logits.id_steps/c.1.2.0", IncompleteStoreError),
+        ("covered/c.1.0", IncompleteStoreError),
+    ],
+)
+def test_deleted_files_are_errors_of_their_kind(store, name, error):
+    (store / name).unlink()
+    for read in READERS.values():
+        with pytest.raises(error):
+            read(store)
+    assert verify_finds(store)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "zarr.json", "dense/zarr.json", "statistics/c.0.2.0"])
+def test_deleted_files_that_streaming_needs_not(store, original, name):
+    """Row ids and Zarr's metadata are read by others, statistics on their own; `verify` misses each."""
+    (store / name).unlink()
+    assert same(by_streaming(store), original[1]) == (name != "statistics/c.0.2.0")
+    assert any(name.rpartition("/")[2] in each.what for each in TargetStore.open(store).verify())
+
+
+def test_lost_row_ids_cost_no_targets(store, original):
+    """`verify` lists what is wrong, so that a repair computes no shard again for it."""
+    (store / "rows.parquet").unlink()
+    damaged = TargetStore.open(store)
+    assert damaged.repair() == 0
+    digests = np.random.default_rng(0).integers(0, 256, (NUM_ROWS, 16), dtype=np.uint8)
+    mended = TargetStore.create(store, damaged.manifest, ids(), digests, num_views=NUM_VIEWS)
+    assert mended.missing() == []
+    assert same(by_random_access(store), original[1])
+    assert TargetStore.open(store).verify() == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("dense/c.0.0.0", "dense/c.0.1.0"), ("dense/c.0.0.0", "dense/c.1.0.0"), ("bytes.scale/c.0.0", "small.zero/c.0.0")],
+    ids=["of two shards", "of two views", "of two arrays"],
+)
+def test_swapped_shard_files_are_named_by_verify(store, first, second):
+    os.rename(store / first, store / "aside")
+    os.rename(store / second, store / first)
+    os.rename(store / "aside", store / second)
+    problems = [each.what for each in TargetStore.open(store).verify()]
+    for name in (first, second):
+        array, _, file = name.partition("/")
+        assert f"{file} of {array} differs from its checksum" in problems
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_rows", 16), ("num_rows", 24), ("num_rows", 0), ("num_views", 1), ("num_views", 3)]
+)
+def test_an_extent_that_was_changed_is_refused(store, field, value):
+    """Fewer rows would otherwise be streamed without a word."""
+    path = store / "extent.json"
+    path.write_text(
+        path.read_text().replace(f'"{field}":{len(ids()) if field == "num_rows" else 2}', f'"{field}":{value}')
+    )
+    assert json.loads(path.read_text())[field] == value
+    with pytest.raises(CorruptStoreError, match=r"extent\.json"):
+        open_store(store)

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
+
+from kdpipe.encodings import Dense
+from kdpipe.errors import ConfigError, CorruptStoreError, IncompleteStoreError
+from kdpipe.store import TargetStore, TargetStream, WithTargets
+from kdpipe.store.manifest import Manifest
+from kdpipe.targets import OutputSpec
+from kdpipe.views import ViewSpec
+
+C = 700
+NUM_ROWS = 2603
+NUM_VIEWS = 3
+SMALL = 100 * 2**20
+"""A budget that two pools fit in."""
+
+
+def values_of(rows, view):
+    """What the teacher says: a function of row and view, exact in float16."""
+    return -((rows[:, None] + np.arange(C) + 5 * view) % 61).astype(np.float32)
+
+
+def store_of(folder, *, compact=False, num_rows=NUM_ROWS, num_views=NUM_VIEWS, shard_rows=512):
+    encoding, output = Dense(compact=compact), OutputSpec(name="logits", shape=(C,))
+    manifest = Manifest(
+        ingredients={"compact": compact},
+        outputs=[output],
+        encodings={"logits": encoding.to_json()},
+        temperatures=[1.0],
+        num_classes=C,
+        class_names=None,
+        shard_rows=shard_rows,
+    )
+    ids = np.array([f"row-{row}" for row in range(num_rows)])
+    store = TargetStore.create(folder, manifest, ids, np.zeros((num_rows, 16), np.uint8), num_views)
+    for view, shard in store.missing():
+        rows = np.arange(shard.start, shard.stop)
+        arrays = encoding.encode(torch.from_numpy(values_of(rows, view)))
+        named = {f"logits{suffix}": each for suffix, each in arrays.items()}
+        store.write(view, shard, {**named, "statistics": np.zeros((len(rows), 3), np.float32)}, 64)
+    store.finish()
+    return TargetStore.open(folder)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["fast", "compact"])
+def store(request, tmp_path_factory):
+    return store_of(tmp_path_factory.mktemp("store"), compact=request.param)
+
+
+@pytest.fixture(params=["kept", "pools"])
+def held(request, monkeypatch):
+    """All rows in memory, or small pools that are read ahead."""
+    if request.param == "kept":
+        return {"ram_budget_bytes": 2**30}
+    from kdpipe import order
+
+    monkeypatch.setattr(order, "BLOCK_BYTES", 40 * (2 * C + 4))
+    return {"ram_budget_bytes": 2 * 2 * 512 * (2 * C + 4)}
+
+
+def check(rows, targets, view=0):
+    expected = values_of(rows, view)
+    assert torch.equal(targets["logits"].logits(), torch.from_numpy(expected))
+
+
+def test_every_epoch_meets_every_row_once_with_its_own_targets(store, held):
+    stream = TargetStream(store, batch_size=50, seed=3, **held)
+    orders = []
+    for _ in range(3):
+        met = []
+        for rows, targets in stream:
+            check(rows, targets)
+            met.append(rows)
+        assert [len(rows) for rows in met] == [50] * (NUM_ROWS // 50) + [NUM_ROWS % 50]
+        assert len(met) == len(stream)
+        orders.append(np.concatenate(met))
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(NUM_ROWS))
+    assert not np.array_equal(orders[0], orders[1])
+
+
+def test_memory_changes_nothing(store):
+    small = TargetStream(store, batch_size=50, seed=3, ram_budget_bytes=SMALL, views=ViewSpec(count=1))
+    kept = TargetStream(store, batch_size=50, seed=3)
+    for (rows, targets), (others, _) in zip(small, kept, strict=True):
+        assert np.array_equal(rows, others)
+        check(rows, targets, view=1)
+
+
+def test_each_epoch_meets_its_view(store, held):
+    if held["ram_budget_bytes"] == 2**30:
+        held = {}
+    stream = TargetStream(store, batch_size=500, views=ViewSpec(count=2), **held)
+    for epoch in range(4):
+        for rows, targets in stream:
+            check(rows, targets, view=1 + epoch % 2)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_some_rows_in_any_order(store, held, share):
+    wanted = np.random.default_rng(0).permutation(NUM_ROWS)[: int(share * NUM_ROWS)]
+    met = []
+    for rows, targets in TargetStream(store, batch_size=64, rows=wanted, **held):
+        check(rows, targets)
+        met += rows.tolist()
+    assert sorted(met) == sorted(wanted.tolist())
+
+
+@settings(max_examples=15)
+@given(stop=st.integers(0, 100), batch_size=st.integers(20, 300))
+def test_a_stream_goes_on_in_mid_epoch(tmp_path_factory, stop, batch_size):
+    folder = tmp_path_factory.getbasetemp() / "resumed"
+    store = TargetStore.open(folder) if folder.exists() else store_of(folder, num_rows=700, num_views=1)
+    stream = TargetStream(store, batch_size=batch_size, seed=1)
+    whole = [rows for rows, _ in itertools.chain(stream, stream)]
+    begun = TargetStream(store, batch_size=batch_size, seed=1)
+    first = [rows for rows, _ in itertools.islice(itertools.chain(begun, begun), stop)]
+    state = json.loads(json.dumps(begun.state_dict()))
+    resumed = TargetStream(store, batch_size=batch_size, seed=1)
+    resumed.load_state_dict(state)
+    rest = []
+    while len(first) + len(rest) < len(whole):
+        for rows, targets in resumed:
+            check(rows, targets)
+            rest.append(rows)
+    assert np.array_equal(np.concatenate([*first, *rest]), np.concatenate(whole))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_and_workers_meet_each_row_once(store, held, world_size, num_workers, monkeypatch):
+    whole = [rows for rows, _ in TargetStream(store, batch_size=100, seed=2, **held)]
+    parts = []
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        stream = TargetStream(store, batch_size=100, seed=2, **held)
+        met = []
+        for rows, targets in DataLoader(stream, batch_size=None, num_workers=num_workers):
+            check(np.asarray(rows), targets)
+            met.append(np.asarray(rows))
+        parts.append(met)
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(np.concatenate(shares).tolist()) == sorted(batch.tolist())
+
+
+def test_a_budget_below_two_pools_is_refused(store):
+    with pytest.raises(ConfigError, match="RAM budget is 1,000 bytes"):
+        TargetStream(store, batch_size=8, ram_budget_bytes=1000)
+
+
+def test_rows_and_views_that_the_store_lacks(store):
+    with pytest.raises(IncompleteStoreError, match="row 9999 was asked"):
+        TargetStream(store, batch_size=8, rows=np.array([3, 9999]))
+    with pytest.raises(IncompleteStoreError, match="view 3 was asked"):
+        TargetStream(store, batch_size=8, views=ViewSpec(count=5))
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_damaged_chunk_is_found_when_it_is_streamed(tmp_path, compact):
+    store_of(tmp_path, compact=compact, num_views=1)
+    path = tmp_path / "logits" / "c.0.2.0"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    for budget in (SMALL, 2**30):
+        with pytest.raises(CorruptStoreError, match=r"c\.0\.2\.0"):
+            for _ in TargetStream(TargetStore.open(tmp_path), batch_size=64, ram_budget_bytes=budget):
+                pass
+
+
+def test_leaving_a_stream_early_leaves_no_thread(store):
+    import threading
+
+    stream = TargetStream(store, batch_size=10, ram_budget_bytes=SMALL, views=ViewSpec(count=1))
+    for _ in range(3):
+        iterator = iter(stream)
+        next(iterator)
+        iterator.close()
+    assert not [thread for thread in threading.enumerate() if "read-ahead" in thread.name]
+
+
+class Squares(Dataset):
+    def __init__(self, keys):
+        self.keys = keys
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, index):
+        return {"key": self.keys[index], "square": float(self.keys[index] ** 2)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataset_of_ones_own_gets_the_targets_of_its_samples(store, num_workers):
+    keys = np.random.default_rng(1).permutation(NUM_ROWS)[:300].tolist()
+    data = WithTargets(Squares(keys), store, [f"row-{key}" for key in keys])
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(
+        data, batch_size=32, shuffle=True, collate_fn=data.collate, num_workers=num_workers, generator=generator
+    )
+    for view in (0, 2):
+        data.view = view
+        met = []
+        for batch, targets in loader:
+            check(batch["key"].numpy(), {"logits": targets}, view)
+            assert torch.equal(batch["square"], batch["key"].double() ** 2)
+            met += batch["key"].tolist()
+        assert sorted(met) == sorted(keys)
+    example, targets = data[7]
+    assert example["key"] == keys[7]
+    check(np.array([keys[7]]), {"logits": targets}, data.view)
+
+
+def test_a_dataset_of_another_length_is_refused(store):
+    with pytest.raises(ConfigError, match="has 3 examples, but 2 sample ids"):
+        WithTargets(Squares([1, 2, 3]), store, ["row-1", "row-2"])
+    with pytest.raises(IncompleteStoreError, match="no targets for 1 of 2"):
+        WithTargets(Squares([1, 2]), store, ["row-1", "row-no"])

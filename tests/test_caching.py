@@ -1,0 +1,479 @@
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdpipe import caching
+from kdpipe.caching import LOAD_AHEAD, WHOLE, Captured, Share, capture, row_keys, teacher_statistics
+from kdpipe.distributed import Shard
+from kdpipe.encodings import Dense
+from kdpipe.errors import ConfigError, DataError, TeacherError
+from kdpipe.store import TargetStore
+from kdpipe.targets import OutputSpec
+from projects import tree
+from toy_capture import LOGITS, NUM_CLASSES, MemoryRows, ToyTeacher, store_for
+
+NUM_ROWS, SHARD_ROWS, BATCH_SIZE = 150, 16, 5
+
+
+def captured(folder, teacher=None, num_rows=NUM_ROWS, shard_rows=SHARD_ROWS, batch_size=BATCH_SIZE, **options):
+    """A finished store."""
+    teacher, rows = teacher or ToyTeacher(), MemoryRows(num_rows)
+    store = store_for(folder, teacher, rows, shard_rows)
+    capture(store, teacher, rows, batch_size, **options)
+    store.finish()
+    return TargetStore.open(folder)
+
+
+def one_after_the_other(folder, num_rows, shard_rows, batch_size, num_views=1):
+    """The same store without a thread: the reference."""
+    teacher, rows = ToyTeacher(), MemoryRows(num_rows)
+    store = store_for(folder, teacher, rows, shard_rows, num_views)
+    for view, shard in store.missing():
+        parts = []
+        for start in range(shard.start, shard.stop, batch_size):
+            logits = teacher.predict(rows.read(np.arange(start, min(start + batch_size, shard.stop))))["logits"]
+            encoded = {f"logits{suffix}": values for suffix, values in Dense().encode(logits).items()}
+            parts.append({**encoded, "statistics": teacher_statistics(logits)})
+        store.write(
+            view, shard, {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}, batch_size
+        )
+    store.finish()
+
+
+def committed(folder):
+    """Rows of view 0 that have a record."""
+    store = TargetStore.open(folder)
+    missing = {index for _, shard in store.missing() for index in range(shard.start, shard.stop)}
+    return set(range(store.num_rows)) - missing
+
+
+def no_thread_is_left():
+    return not [each.name for each in threading.enumerate() if each.name.startswith(("loader", "writer"))]
+
+
+# What is stored
+
+
+@settings(max_examples=25)
+@given(
+    num_rows=st.integers(1, 60), shard_rows=st.integers(1, 40), batch_size=st.integers(1, 50), views=st.integers(1, 2)
+)
+def test_the_bytes_are_those_of_one_thing_after_the_other(num_rows, shard_rows, batch_size, views):
+    with tempfile.TemporaryDirectory() as name:
+        folder, rows, teacher = Path(name), MemoryRows(num_rows), ToyTeacher()
+        one_after_the_other(folder / "expected", num_rows, shard_rows, batch_size, views)
+        store = store_for(folder / "store", teacher, rows, shard_rows, views)
+        done = capture(store, teacher, rows, batch_size)
+        store.finish()
+        assert tree(folder / "store") == tree(folder / "expected")
+    assert teacher.shown == list(range(num_rows)) * views
+    assert (done.num_rows, done.num_shards) == (num_rows * views, -(-num_rows // shard_rows) * views)
+    assert 0 < done.teacher_seconds <= done.seconds
+
+
+def test_a_batch_never_crosses_a_shard(tmp_path):
+    sizes = []
+    captured(tmp_path, ToyTeacher(lambda said, rows: sizes.append(len(rows)) or said), num_rows=40)
+    assert sizes == [5, 5, 5, 1, 5, 5, 5, 1, 5, 3]
+
+
+def test_a_complete_store_shows_the_teacher_nothing(tmp_path):
+    captured(tmp_path)
+    before = tree(tmp_path)
+    teacher = ToyTeacher()
+    captured(tmp_path, teacher)
+    assert teacher.shown == []
+    assert tree(tmp_path) == before
+
+
+def test_only_what_is_missing_is_shown(tmp_path):
+    expected = tree(captured(tmp_path / "expected").path)
+    captured(tmp_path / "store", num_rows=100)
+    teacher = ToyTeacher()
+    captured(tmp_path / "store", teacher)
+    assert teacher.shown == list(range(96, NUM_ROWS))
+    assert tree(tmp_path / "store") == expected
+
+
+def test_progress_counts_rows_that_the_teacher_saw(tmp_path):
+    seen = []
+    captured(tmp_path, num_rows=40, on_progress=seen.append)
+    assert [each.rows_done for each in seen] == [5, 10, 15, 16, 21, 26, 31, 32, 37, 40]
+    assert {each.rows_total for each in seen} == {40}
+    assert all(each.rows_per_s > 0 for each in seen)
+
+
+# Who does what
+
+
+def test_the_teacher_runs_in_the_callers_thread_and_the_rest_beside_it(tmp_path, monkeypatch):
+    threads = {}
+
+    def noting(key, function):
+        def noted(*arguments):
+            threads.setdefault(key, set()).add((threading.current_thread().name, torch.get_num_threads()))
+            return function(*arguments)
+
+        return noted
+
+    teacher, rows = ToyTeacher(), MemoryRows(40)
+    store = store_for(tmp_path, teacher, rows)
+    monkeypatch.setattr(teacher, "predict", noting("predict", teacher.predict))
+    monkeypatch.setattr(caching, "content_digests", noting("check", caching.content_digests))
+    monkeypatch.setattr(caching, "teacher_statistics", noting("encode", caching.teacher_statistics))
+    monkeypatch.setattr(store, "write", noting("write", store.write))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        capture(store, teacher, rows, BATCH_SIZE)
+    finally:
+        torch.set_num_threads(before)
+    assert threads["predict"] == {(threading.current_thread().name, 3)}
+    assert threads["encode"] == threads["write"] == {("writer_0", 3)}
+    assert {name for name, _ in threads["check"]} == {"loader_0"}
+    assert no_thread_is_left()
+
+
+def test_rows_are_read_a_few_batches_ahead(tmp_path):
+    rows, reads = MemoryRows(NUM_ROWS), []
+    read = rows.read
+    rows.read = lambda wanted: reads.append(wanted) or read(wanted)
+    ahead = []
+
+    def note(said, _):
+        time.sleep(0.002)
+        ahead.append(len(reads) - len(ahead) - 1)
+        return said
+
+    teacher = ToyTeacher(note)
+    capture(store_for(tmp_path, teacher, rows), teacher, rows, BATCH_SIZE)
+    assert max(ahead) == LOAD_AHEAD
+
+
+def test_at_most_two_shards_are_in_work(tmp_path, monkeypatch):
+    """While a shard is committed the next one is computed, and no third is begun."""
+    rows, writes, behind = MemoryRows(NUM_ROWS), [], []
+
+    def note(said, numbers):
+        behind.append(int(numbers[0]) // SHARD_ROWS - len(writes))
+        return said
+
+    teacher = ToyTeacher(note)
+    store = store_for(tmp_path, teacher, rows)
+    write = store.write
+
+    def write_slowly(*arguments):
+        time.sleep(0.02)
+        write(*arguments)
+        writes.append(arguments)
+
+    monkeypatch.setattr(store, "write", write_slowly)
+    capture(store, teacher, rows, BATCH_SIZE)
+    assert max(behind) == 1
+
+
+def test_what_waits_to_be_encoded_is_bounded(tmp_path, monkeypatch):
+    batch_bytes = BATCH_SIZE * NUM_CLASSES * 4
+    monkeypatch.setattr(caching, "MAX_WAITING_BYTES", 2 * batch_bytes)
+    rows, said_to, encoded, waiting = MemoryRows(64), [], [], []
+
+    def note(said, numbers):
+        said_to.append(numbers)
+        waiting.append(len(said_to) - len(encoded))
+        return said
+
+    def encode_slowly(logits):
+        time.sleep(0.005)
+        encoded.append(logits)
+        return teacher_statistics(logits)
+
+    monkeypatch.setattr(caching, "teacher_statistics", encode_slowly)
+    teacher = ToyTeacher(note)
+    capture(store_for(tmp_path, teacher, rows, shard_rows=64), teacher, rows, BATCH_SIZE)
+    assert max(waiting) == 3  # two wait, one is being said
+
+
+def test_a_batch_larger_than_the_bound_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "MAX_WAITING_BYTES", 1)
+    assert captured(tmp_path / "store").path
+    monkeypatch.undo()
+    assert tree(tmp_path / "store") == tree(captured(tmp_path / "expected").path)
+
+
+# What goes wrong
+
+
+class Wrong(Exception):
+    """Something that is not kdpipe's."""
+
+
+def fails_at(row, error):
+    def change(said, rows):
+        if row in rows:
+            raise error
+        return said
+
+    return ToyTeacher(change)
+
+
+def check_what_is_left(folder, shards):
+    """Threads are gone, the first shards are there, and going on gives the bytes of an uninterrupted capture."""
+    assert no_thread_is_left()
+    there = committed(folder / "store")
+    assert there == set(range(shards * SHARD_ROWS))
+    teacher = ToyTeacher()
+    captured(folder / "store", teacher)
+    assert teacher.shown == sorted(set(range(NUM_ROWS)) - there)
+    assert tree(folder / "store") == tree(captured(folder / "expected").path)
+
+
+@pytest.mark.parametrize("error", [Wrong, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("row", [0, 50, 63, 64, 149])
+def test_a_failing_teacher_leaves_the_shards_before_it(tmp_path, error, row):
+    with pytest.raises(error):
+        captured(tmp_path / "store", fails_at(row, error))
+    check_what_is_left(tmp_path, row // SHARD_ROWS)
+
+
+def test_ctrl_c_between_two_batches_leaves_the_shards_before(tmp_path):
+    def interrupt(now):
+        if now.rows_done > 80:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        captured(tmp_path / "store", on_progress=interrupt)
+    check_what_is_left(tmp_path, 5)
+
+
+@pytest.mark.parametrize("row", [0, 47, 48, 149])
+def test_rows_that_differ_from_their_digest_are_never_shown(tmp_path, row):
+    rows, teacher = MemoryRows(NUM_ROWS), ToyTeacher()
+    rows.columns["features"][row, 1] += 1
+    with pytest.raises(DataError, match=rf"prepared content of {row:06d} differs from its digest \(1 such"):
+        capture(store_for(tmp_path / "store", teacher, rows), teacher, rows, BATCH_SIZE)
+    assert row not in teacher.shown
+    check_what_is_left(tmp_path, row // SHARD_ROWS)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("row", [0, 47, 48, 149])
+def test_nan_and_infinity_are_refused_and_their_shard_is_never_committed(tmp_path, bad, row):
+    """Batches after it may be on their way to the writer already."""
+
+    def spoil(said, rows):
+        logits = said["logits"]
+        logits[rows == row, 2] = bad
+        return {"logits": logits}
+
+    with pytest.raises(TeacherError, match=rf"logits are NaN or infinite for 1 of \d samples .* such as {row:06d}\."):
+        captured(tmp_path / "store", ToyTeacher(spoil))
+    check_what_is_left(tmp_path, row // SHARD_ROWS)
+
+
+@pytest.mark.parametrize("shard", [0, 3, 9])
+def test_a_full_disk_leaves_the_shards_before(tmp_path, monkeypatch, shard):
+    rows, teacher = MemoryRows(NUM_ROWS), ToyTeacher()
+    store = store_for(tmp_path / "store", teacher, rows)
+    write = store.write
+
+    def fill(view, written, arrays, batch_size):
+        if written.index >= shard:
+            raise OSError(28, "No space left on device")
+        write(view, written, arrays, batch_size)
+
+    monkeypatch.setattr(store, "write", fill)
+    with pytest.raises(OSError, match="No space left"):
+        capture(store, teacher, rows, BATCH_SIZE)
+    assert max(teacher.shown) < (shard + 3) * SHARD_ROWS
+    check_what_is_left(tmp_path, shard)
+
+
+def answers(**said):
+    """A teacher that says something else; values are made from the batch's row numbers."""
+    return lambda logits, rows: {name: value(logits["logits"], rows) for name, value in said.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (answers(scores=lambda logits, _: logits), "gave no output 'logits'; it gave scores"),
+        (answers(logits=lambda logits, _: logits[:, :1]), r"logits have shape \[5, 1\]; expected \[5, 5\]"),
+        (answers(logits=lambda logits, _: logits[:1]), r"logits have shape \[1, 5\]; expected \[5, 5\]"),
+        (answers(logits=lambda logits, _: logits.fill_(-torch.inf)), "NaN or infinite for 5 of 5"),
+    ],
+)
+def test_what_is_not_what_the_teacher_promised_is_refused(tmp_path, change, message):
+    with pytest.raises(TeacherError, match=message):
+        captured(tmp_path, ToyTeacher(change))
+    assert committed(tmp_path) == set()
+
+
+def test_a_masked_class_is_no_error(tmp_path):
+    def mask(said, rows):
+        said["logits"][rows % 2 == 0, 3] = -torch.inf
+        return said
+
+    logits = captured(tmp_path, ToyTeacher(mask)).read(np.arange(NUM_ROWS))["logits"].logits()
+    assert torch.isneginf(logits[::2, 3]).all()
+    assert torch.isfinite(logits[1::2]).all()
+
+
+# Features, tokens, abstention
+
+
+HIDDEN = OutputSpec(name="hidden", shape=(2, 3), kind="features")
+
+
+def hidden_of(rows):
+    return torch.arange(6.0).reshape(2, 3) + rows[:, None, None]
+
+
+def test_features_are_stored_beside_the_logits(tmp_path):
+    change = answers(logits=lambda logits, _: logits, hidden=lambda _, rows: hidden_of(rows))
+    store = captured(tmp_path, ToyTeacher(change, outputs=(LOGITS, HIDDEN)))
+    rows = torch.arange(NUM_ROWS)
+    assert torch.equal(torch.from_numpy(store.read_arrays(rows.numpy())["hidden"]).float(), hidden_of(rows))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_features_are_finite(tmp_path, bad):
+    def spoilt(_, rows):
+        return torch.where(rows[:, None, None] == 70, bad, hidden_of(rows))
+
+    change = answers(logits=lambda logits, _: logits, hidden=spoilt)
+    with pytest.raises(TeacherError, match=r"hidden are NaN or infinite for 1 of 5 .* such as 000070\."):
+        captured(tmp_path, ToyTeacher(change, outputs=(LOGITS, HIDDEN)))
+
+
+def test_where_the_teacher_abstains_nothing_is_looked_at_and_zeros_are_stored(tmp_path):
+    def some(said, rows):
+        covered = rows % 3 != 0
+        said["logits"][~covered] = torch.nan
+        return said | {"covered": covered, "hidden": torch.where(covered[:, None, None], hidden_of(rows), torch.inf)}
+
+    store = captured(tmp_path, ToyTeacher(some, outputs=(LOGITS, HIDDEN), abstains=True))
+    rows = np.arange(NUM_ROWS)
+    arrays, covered = store.read_arrays(rows), rows % 3 != 0
+    assert np.array_equal(arrays["covered"], covered)
+    for name, values in arrays.items():
+        assert np.isfinite(values).all()
+        assert not values[~covered].any(), f"{name} of rows without an answer"
+    full = captured(tmp_path / "full").read_arrays(rows)
+    for name, values in full.items():
+        assert np.array_equal(arrays[name][covered], values[covered])
+    assert not store.verify()
+
+
+def test_a_teacher_may_abstain_from_tokens(tmp_path):
+    tokens = OutputSpec(name="logits", shape=(3, NUM_CLASSES))
+
+    def some(said, rows):
+        logits = said["logits"].unsqueeze(1).repeat(1, 3, 1)
+        covered = torch.stack([rows % 2 == 0, rows % 3 == 0, rows < 0], dim=1)
+        logits[~covered] = torch.nan
+        hidden = torch.where((covered.any(dim=1))[:, None, None], hidden_of(rows), torch.nan)
+        return {"logits": logits, "covered": covered, "hidden": hidden}
+
+    store = captured(tmp_path, ToyTeacher(some, outputs=(tokens, HIDDEN), abstains=True))
+    rows = np.arange(NUM_ROWS)
+    arrays = store.read_arrays(rows)
+    covered = np.stack([rows % 2 == 0, rows % 3 == 0, rows < 0], axis=1)
+    assert np.array_equal(arrays["covered"], covered)
+    assert arrays["statistics"].shape == (NUM_ROWS, 3, 3)
+    assert not arrays["logits"][~covered].any()
+    assert not arrays["statistics"][~covered].any()
+    assert (arrays["statistics"][covered][:, 1] > 1 / NUM_CLASSES).all()
+    assert not arrays["hidden"][~covered.any(axis=1)].any()
+    assert arrays["hidden"][covered.any(axis=1)].any(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize(
+    ("covered", "found"),
+    [
+        ({}, "found none"),
+        ({"covered": lambda _, rows: rows}, "torch.int64 of shape"),
+        ({"covered": lambda _, rows: (rows > 0)[:, None]}, r"of shape \[5, 1\]"),
+    ],
+)
+def test_a_teacher_that_abstains_must_say_where(tmp_path, covered, found):
+    teacher = ToyTeacher(answers(logits=lambda logits, _: logits, **covered), abstains=True)
+    with pytest.raises(TeacherError, match=rf"must give `covered`, bool \[5\]; .*{found}"):
+        captured(tmp_path, teacher)
+
+
+# Statistics and keys
+
+
+def test_statistics_of_known_logits():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [5.0, 1.0, 1.0], [-1e4, 1e4, 0.0]])
+    found = teacher_statistics(logits)
+    assert found.dtype == np.float32
+    rest = 2 / (np.exp(4) + 2)
+    expected = [
+        [0, 0.5, np.log(2)],
+        [0, 1 - rest, -(1 - rest) * np.log(1 - rest) - rest * np.log(rest / 2)],
+        [1, 1, 0],
+    ]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_rows_key_depends_on_its_id_and_view_only():
+    ids = MemoryRows(50).sample_ids
+    keys = row_keys(ids, 0)
+    assert keys.dtype == np.uint64
+    assert len(set(keys.tolist()) | set(row_keys(ids, 1).tolist())) == 100
+    assert np.array_equal(row_keys(ids[[7, 3]], 0), keys[[7, 3]])
+    expected = hashlib.blake2b(b"000007\x000", digest_size=8).digest()
+    assert keys[7] == int.from_bytes(expected, "little")
+
+
+# Shares
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 20])
+def test_every_shard_belongs_to_one_share(count):
+    shares = [Share(index=index, count=count) for index in range(count)]
+    for index in range(50):
+        assert sum(each.has(Shard(index=index, start=0, stop=1)) for each in shares) == 1
+
+
+def test_shares_together_make_the_same_store(tmp_path):
+    teachers = [ToyTeacher() for _ in range(3)]
+    rows = MemoryRows(NUM_ROWS)
+    for index in (2, 0, 1):
+        store = store_for(tmp_path / "store", teachers[index], rows)
+        done = capture(store, teachers[index], rows, BATCH_SIZE, share=Share(index=index, count=3))
+        assert done.num_rows == len(teachers[index].shown)
+    assert sorted(row for each in teachers for row in each.shown) == list(range(NUM_ROWS))
+    TargetStore.open(store.path).finish()
+    assert tree(tmp_path / "store") == tree(captured(tmp_path / "expected").path)
+
+
+def test_a_share_is_written_as_index_and_count():
+    assert Share.parse("0/1") == WHOLE
+    assert Share.parse("3/16") == Share(index=3, count=16)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "/", "1/", "/2", "2/2", "3/2", "-1/2", "0/0", "a/b", "1/2/3", "0.5/2", " 0/2"]
+)
+def test_what_is_no_share_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--shards is .*expected i/n with 0 <= i < n"):
+        Share.parse(text)
+
+
+def test_captured_says_what_was_done(tmp_path):
+    rows, teacher = MemoryRows(40), ToyTeacher(lambda said, _: time.sleep(0.01) or said)
+    done = capture(store_for(tmp_path, teacher, rows), teacher, rows, BATCH_SIZE)
+    assert isinstance(done, Captured)
+    assert done.teacher_seconds >= 10 * 0.01
