@@ -17,7 +17,9 @@ from projects import project_in
 
 # A server that has imported everything and never ran a kernel: each child is a real process, ready in milliseconds.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["kdpipe_stages.cache_teacher", "kdpipe_stages.train_student", "torch._dynamo"])
+processes.set_forkserver_preload(
+    ["kdpipe_stages.cache_teacher", "kdpipe_stages.train_student", "torch._dynamo", "pyarrow.dataset"]
+)
 
 
 def cache_in(folder: Path) -> None:
@@ -28,10 +30,15 @@ def cache_in(folder: Path) -> None:
 
 
 def start(target: Callable[..., object], *arguments: Any) -> BaseProcess:
-    """A process at work."""
-    child = processes.Process(target=target, args=arguments)
+    """A process at work, in today's environment (the server that forks it has that of its own beginning)."""
+    child = processes.Process(target=_work, args=(dict(os.environ), target, arguments))
     child.start()
     return child
+
+
+def _work(environment: dict[str, str], target: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    target(*arguments)
 
 
 def run(target: Callable[..., object], *arguments: Any) -> int | None:

@@ -6,7 +6,6 @@ and commits the shards behind it. Shapes: B rows, T tokens, C classes.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from kdpipe.errors import ConfigError, DataError, TeacherError
 from kdpipe.store import TargetStore
 from kdpipe.targets import OutputSpec
 from kdpipe.teachers.base import COVERED, Teacher
+from kdpipe.views import CLEAN, ViewSpec, row_keys
 
 LOAD_AHEAD = 2
 """Batches that are read before the teacher wants them."""
@@ -91,8 +91,11 @@ def capture(
     batch_size: int,
     on_progress: Callable[[CacheProgress], None] = lambda _: None,
     share: Share = WHOLE,
+    views: ViewSpec = CLEAN,
 ) -> Captured:
     """Compute and commit every missing shard of a store, or those of one share.
+
+    In an augmented view the teacher sees the rows that the store wants there, as `views` shows them.
 
     A batch never crosses a shard, so that a resumed capture gives the bytes of an uninterrupted one. Raises
     `TeacherError` naming samples when the teacher says NaN or +inf, `DataError` when a row's content is not the one
@@ -100,13 +103,14 @@ def capture(
     committed.
     """
     missing = [(view, shard) for view, shard in store.missing() if share.has(shard)]
-    total = sum(shard.num_rows for _, shard in missing)
+    batches = _batches(store, missing, batch_size)
+    total = sum(int(store.wanted(view, shard).sum()) for view, shard in missing)
     started, teacher_seconds, done = time.perf_counter(), 0.0, 0
     with ThreadPoolExecutor(1, "loader") as loading, _torch_thread("writer") as writing:
         writer = _Writer(store, inputs.sample_ids, batch_size, writing)
-        for batch, columns in _ahead(_batches(missing, batch_size), partial(_load, inputs), loading):
+        for batch, columns in _ahead(batches, partial(_load, inputs, views), loading):
             before = time.perf_counter()
-            said = teacher.predict(columns)
+            said = teacher.predict(columns) if len(batch.rows) else {}
             teacher_seconds += time.perf_counter() - before
             writer.put(batch, said)
             done += len(batch.rows)
@@ -119,36 +123,42 @@ def capture(
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Consecutive rows of one shard, for one view."""
+    """Rows of one shard, ascending, for one view; none at all where a view wants none of the shard."""
 
     view: int
     shard: Shard
     rows: NDArray[np.int64]
+    is_first: bool
+    is_last: bool
 
     @property
-    def place(self) -> slice:
+    def place(self) -> NDArray[np.int64]:
         """Where its rows lie in the shard."""
-        start = int(self.rows[0]) - self.shard.start
-        return slice(start, start + len(self.rows))
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the shard ends with it."""
-        return int(self.rows[-1]) + 1 == self.shard.stop
+        return self.rows - self.shard.start
 
     def is_beside(self, other: _Batch) -> bool:
         """Whether both are of the same shard and view."""
         return (self.view, self.shard.index) == (other.view, other.shard.index)
 
 
-def _batches(missing: Sequence[tuple[int, Shard]], batch_size: int) -> Iterator[_Batch]:
+def _batches(store: TargetStore, missing: Sequence[tuple[int, Shard]], batch_size: int) -> Iterator[_Batch]:
     for view, shard in missing:
-        for start in range(shard.start, shard.stop, batch_size):
-            yield _Batch(view=view, shard=shard, rows=np.arange(start, min(start + batch_size, shard.stop)))
+        wanted = shard.start + np.flatnonzero(store.wanted(view, shard))
+        for start in range(0, max(1, len(wanted)), batch_size):
+            stop = start + batch_size
+            yield _Batch(
+                view=view,
+                shard=shard,
+                rows=wanted[start:stop],
+                is_first=start == 0,
+                is_last=stop >= len(wanted),
+            )
 
 
-def _load(inputs: PreparedInputs, batch: _Batch) -> Columns:
+def _load(inputs: PreparedInputs, views: ViewSpec, batch: _Batch) -> Columns:
     """A batch's rows. Targets are committed under their digests, so the teacher must see exactly that content."""
+    if not len(batch.rows):
+        return {}
     columns = inputs.read(batch.rows)
     found = np.frombuffer(b"".join(content_digests(columns)), np.uint8).reshape(len(batch.rows), -1)
     wrong = np.flatnonzero((found != inputs.digests[batch.rows]).any(axis=1))
@@ -157,7 +167,7 @@ def _load(inputs: PreparedInputs, batch: _Batch) -> Columns:
             f"the prepared content of {inputs.sample_ids[batch.rows[int(wrong[0])]]} differs from its digest "
             f"({len(wrong)} such rows in a batch). {ANEW}"
         )
-    return columns
+    return views.of(columns, inputs.sample_ids[batch.rows].tolist(), batch.view)
 
 
 def _ahead(
@@ -225,8 +235,12 @@ class _Writer:
         if self._failed:
             return
         self._failed = True  # unless all of this succeeds: after an error nothing is committed
-        for name, values in self._encode(batch, said).items():
-            self._arrays[name][batch.place] = values
+        if batch.is_first and not self._store.wanted(batch.view, batch.shard).all():
+            for array in self._arrays.values():
+                array[:] = 0
+        if len(batch.rows):
+            for name, values in self._encode(batch, said).items():
+                self._arrays[name][batch.place] = values
         if batch.is_last:
             arrays = {name: values[: batch.shard.num_rows] for name, values in self._arrays.items()}
             self._store.write(batch.view, batch.shard, arrays, self._batch_size)
@@ -239,7 +253,7 @@ class _Writer:
         for output in self._store.manifest.outputs:
             values = _where_covered(_checked(said, output, len(ids)), covered)
             _refuse_nonfinite(values, output, ids)
-            encoded = self._encodings[output.name].encode(values, row_keys(ids, batch.view))
+            encoded = self._encodings[output.name].encode(values, row_keys(ids.tolist(), batch.view))
             arrays |= {output.name + suffix: each for suffix, each in encoded.items()}
             if output.name == "logits":
                 arrays["statistics"] = teacher_statistics(values)
@@ -258,12 +272,6 @@ class _Writer:
             found = "none" if covered is None else f"{covered.dtype} of shape {list(covered.shape)}"
             raise TeacherError(f"the teacher abstains, so it must give `covered`, bool {list(expected)}; found {found}")
         return covered
-
-
-def row_keys(sample_ids: NDArray[np.str_], view: int) -> NDArray[np.uint64]:
-    """One number per row `[B]`, whatever its order and batch: BLAKE2b-8 of sample id and view."""
-    hashed = [hashlib.blake2b(f"{each}\0{view}".encode(), digest_size=8).digest() for each in sample_ids.tolist()]
-    return np.frombuffer(b"".join(hashed), "<u8")
 
 
 def teacher_statistics(logits: Tensor) -> NDArray[np.float32]:

@@ -214,3 +214,12 @@ def _checked(target: Callable[..., Any], name: str, value: Any, where: str) -> A
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise ConfigError(f"{where}.{name}: {problem['msg']} (found {value!r})") from None
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a callable can be called with `count` positional arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    return True

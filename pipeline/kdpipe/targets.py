@@ -160,7 +160,7 @@ class SparseTargets:
         return nodes, torch.cat([num_tail.to(self.tails.dtype).log(), self.tails[..., order]], dim=-1)
 
 
-_NUM_NODES = 4
+_NUM_NODES = 5
 
 
 def _line(nodes: list[float], values: Tensor, first: int, second: int, beta: float) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,14 +44,18 @@ class ViewSpec:
         """The view that a student meets in `epoch` (from 0): 1 + epoch mod count, or the clean row."""
         return 1 + epoch % self.count if self.count else 0
 
-    def of(self, columns: Columns, sample_ids: Sequence[str], view: int) -> Columns:
+    def of(self, columns: Columns, sample_ids: Iterable[str], view: int) -> Columns:
         """What a view shows of prepared rows; teacher and student see the same."""
         if view == 0 or self.transform is None:
             return columns
         return self.transform(columns, row_keys(sample_ids, view), self.seed)
 
 
-def row_keys(sample_ids: Sequence[str], view: int) -> NDArray[np.uint64]:
+CLEAN = ViewSpec()
+"""No augmented views."""
+
+
+def row_keys(sample_ids: Iterable[str], view: int) -> NDArray[np.uint64]:
     """One number per row `[B]`, whatever its order and batch: BLAKE2b-8 of sample id and view."""
     hashed = [hashlib.blake2b(f"{each}\0{view}".encode(), digest_size=8).digest() for each in sample_ids]
     return np.frombuffer(b"".join(hashed), "<u8")

@@ -32,7 +32,7 @@ from kdpipe.store.manifest import Manifest
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher, device
 from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, encodings_of, teacher_fingerprint
-from kdpipe_stages.params import store_sections
+from kdpipe_stages.params import store_sections, views_identity
 from kdpipe_stages.project import Project
 
 
@@ -78,13 +78,13 @@ def run(
             store = workplace.begin(inputs, repair)
         targets = project.targets(name)
         with cpu_threads(targets.threads):
-            captured = capture(store, teacher, inputs, targets.batch_size, on_progress, share)
+            captured = capture(store, teacher, inputs, targets.batch_size, on_progress, share, project.views())
         if captured.num_rows:
             note = name if share == WHOLE else f"{name}.{share.index}-of-{share.count}"
             project.write_timings("cache_teacher", note, asdict(captured))
         with workplace.door():
             if share != WHOLE:
-                store = TargetStore.open(store.path)  # with what others committed meanwhile
+                store = workplace.open(inputs)  # with what others committed meanwhile
             owed = len(store.missing()) if share != WHOLE else 0
             if not owed:
                 workplace.finish(store, repair)
@@ -118,6 +118,7 @@ class _Workplace:
         """
         if len(self.workers.held()) > 1:
             return self._join(inputs)
+        views = self._project.views()
         manifest = self._manifest
         if not (self._work / "manifest.json").is_file():
             self._adopt()
@@ -127,10 +128,21 @@ class _Workplace:
             # A store that grows keeps the shard size that it was started with.
             manifest = replace(manifest, shard_rows=Manifest.load(self._work).shard_rows)
         durable.make_folder(self._work)
-        return TargetStore.create(self._work, manifest, inputs.sample_ids, inputs.digests)
+        TargetStore.create(self._work, manifest, inputs.sample_ids, inputs.digests, views.num_views)
+        return self.open(inputs)
+
+    def open(self, inputs: PreparedInputs) -> TargetStore:
+        """The store as it stands, told which rows augmented views are about."""
+        store = TargetStore.open(self._work)
+        section = self._project.params.views
+        if section.count and section.splits is not None:
+            wanted = np.zeros(len(inputs), np.bool_)
+            wanted[self._project.prepared_data().rows_of(section.splits)] = True
+            store.want_in_views(wanted)
+        return store
 
     def _join(self, inputs: PreparedInputs) -> TargetStore:
-        store = TargetStore.open(self._work)
+        store = self.open(inputs)
         same_ids = np.array_equal(store.sample_ids, inputs.sample_ids)
         if not same_ids or not np.array_equal(store.digests, inputs.digests):
             raise LockedError(
@@ -199,7 +211,9 @@ def _manifest(project: Project, name: str, teacher: Teacher, description: dict[s
     encodings = encodings_of(targets, teacher.outputs)
     specs = [spec for output in teacher.outputs for spec in encodings[output.name].arrays(output).values()]
     encodings_json = {output: encoding.to_json() for output, encoding in encodings.items()}
-    views = {"seed": project.params.views.seed, "transform": None} if project.params.views.count else None
+    views = views_identity(project.params.views)
+    if views and project.params.views.transform:
+        views["sources"] = project.sources(project.params.views.transform, "views.transform")
     return Manifest(
         ingredients={
             "teacher": dict(teacher.fingerprint),

@@ -302,10 +302,13 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
     targets = to_json(params.targets.get(teacher, TargetsSection()))
     for free in ("batch_size", "threads", *(() if targets["encoding"] == "topk" else ("temperatures",))):
         targets.pop(free)
-    views = (
-        {"seed": params.views.seed, "transform": to_json(params.views.transform)} if params.views.transform else None
-    )
-    return {"teacher": section, "targets": targets, "task": to_json(params.task), "views": views}
+    sections = {"teacher": section, "targets": targets, "task": to_json(params.task)}
+    return {**sections, "views": views_identity(params.views)}
+
+
+def views_identity(section: ViewsSection) -> dict[str, Any] | None:
+    """What changes the augmented views: not their number, so that there may be more of them tomorrow."""
+    return None if section.transform is None else {"seed": section.seed, "transform": to_json(section.transform)}
 
 
 def prepared_sections(params: Params) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe import durable
-from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve
+from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve, takes
 from kdpipe.data.prepared import PreparedData
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.fingerprint import canonical_json, source_digests
 from kdpipe.preprocess import Preprocess
 from kdpipe.tasks.base import Task
-from kdpipe.views import Transform, ViewSpec
+from kdpipe.views import ViewSpec
 from kdpipe_stages.params import (
     Params,
     TargetsSection,
@@ -142,9 +142,10 @@ class Project:
         transform = None
         if section.transform is not None:
             transform = self.bind(section.transform, "views.transform").make()
-            if not isinstance(transform, Transform):
+            if not callable(transform) or not takes(transform, 3):
                 raise ConfigError(
-                    f"views.transform: {section.transform.path} is no Transform (see kdpipe.views.Transform)"
+                    f"views.transform: {section.transform.path} is no Transform: it must take (columns, keys, seed), see "
+                    "kdpipe.views.Transform"
                 )
         return ViewSpec(count=section.count, seed=section.seed, transform=transform)
 

@@ -106,7 +106,7 @@ class TopK:
         else:
             arrays[".log_probs"] = narrowed("float16", head).cpu().numpy()
         if self.top_p is not None:
-            arrays[".num_kept"] = used.sum(dim=-1).cpu().numpy().astype(narrowest(self.k))
+            arrays[".num_kept"] = (~torch.isneginf(head)).sum(dim=-1).cpu().numpy().astype(narrowest(self.k))
         return arrays
 
     def decode(self, arrays: Mapping[str, NDArray[Any]], output: OutputSpec) -> SparseTargets:

@@ -19,10 +19,9 @@ from kdpipe.order import BatchOrder, Group, Shuffle
 from kdpipe.store.reading import RowPool
 from kdpipe.store.target_store import TargetStore
 from kdpipe.targets import Targets
-from kdpipe.views import ViewSpec
+from kdpipe.views import CLEAN, ViewSpec
 
 RAM_BUDGET_BYTES = 512 * 2**20
-_CLEAN = ViewSpec()
 _SLOTS = 2
 """One pool is read while the other is learnt from."""
 
@@ -108,7 +107,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
         seed: int = 0,
         rows: RowNumbers | None = None,
         outputs: Sequence[str] | None = None,
-        views: ViewSpec = _CLEAN,
+        views: ViewSpec = CLEAN,
         ram_budget_bytes: int = RAM_BUDGET_BYTES,
         verify_always: bool = False,
     ) -> None:

@@ -1,0 +1,376 @@
+"""What each encoding costs and loses, measured on a sample of a teacher's logits, and which one to take.
+
+Shapes: P positions (rows, or tokens of rows), C classes, K kept. T is the temperature; MB is 10^6 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe import durable
+from kdpipe.encodings import ArraySpec, Dense, Int8, Sampled, TargetEncoding, TopK, encoding_from_json
+from kdpipe.losses import ForwardKL, bucket_log_probs
+from kdpipe.store.layout import ArrayLayout, choose_shard_rows
+from kdpipe.store.manifest import STATISTICS
+from kdpipe.store.shard_file import encode_shard
+from kdpipe.targets import OutputSpec, SampledTargets, SparseTargets, Targets
+
+GRADIENT_ERROR = 0.05
+"""The largest gradient error of an encoding that is recommended."""
+DENSE_CLASSES = 4000
+"""Up to so many classes every one of them is kept, where that fits."""
+DRAWS = 8
+"""How often a sampled encoding is drawn for its expected error."""
+PROBE_BYTES = 32 * 2**20
+"""What the disk is measured with: as much as a large shard."""
+_PROBES, _PROBE_S = (3, 8), 4.0
+_LADDER = (2, 5, 10, 20, 50, 100, 200, 500)
+_RUNGS = 4
+_WHOLE_TOPK = 100
+
+
+def candidates(num_classes: int, temperatures: Sequence[float], masked: bool) -> list[TargetEncoding]:
+    """What could be stored of C classes. `masked`: the teacher says -inf."""
+    sizes = [k for k in _LADDER if k < num_classes][-_RUNGS:]
+    if num_classes <= _WHOLE_TOPK:
+        sizes.append(num_classes)
+    topk = [TopK(k=k, values=values, temperatures=temperatures) for k in sizes for values in ("float16", "int8")]
+    head = min(16, num_classes // 4)
+    sampled = [Sampled(draws=min(50, num_classes)), *([Sampled(draws=head, head=head)] if head else [])]
+    return [Dense(dtype="float16"), Dense(dtype="float32"), Int8(masked_classes=masked), *topk, *sampled]
+
+
+def title_of(encoding: TargetEncoding) -> str:
+    """A short name with the parameters that count."""
+    value = encoding.to_json()
+    match value:
+        case {"name": "dense", "dtype": dtype}:
+            return f"dense {dtype}"
+        case {"name": "topk", "k": k, "values": values, "top_p": top_p}:
+            return f"topk {k} {values}" + ("" if top_p is None else f" p {top_p:g}")
+        case {"name": "sampled", "draws": draws, "head": head}:
+            return (f"head {head}, " if head else "sampled, ") + f"{draws} draws"
+    return str(value["name"])
+
+
+def profiled(encoding: TargetEncoding, profile: str) -> TargetEncoding:
+    """The same encoding in the `fast` or the `compact` profile."""
+    return encoding_from_json({**encoding.to_json(), "compact": profile == "compact"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """What a temperature keeps of the teacher; None where these targets cannot serve it.
+
+    `kl` is KL(teacher || targets) in nats, for topk over k + 1 buckets; `head_mass` the teacher's mass on the kept
+    classes; `gradient_error` is `|g' - g| / |g|` over the whole sample, for sampled the root mean square of one draw.
+    """
+
+    temperature: float
+    kl: float | None
+    head_mass: float | None
+    gradient_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One encoding on the sample: bytes per position by profile (without statistics), top-1 agreement, fidelity."""
+
+    encoding: TargetEncoding
+    bytes_each: Mapping[str, float]
+    top1_agreement: float
+    at: Sequence[Fidelity]
+
+    def gradient_error(self, temperatures: Sequence[float]) -> float | None:
+        """The largest one at the given temperatures; None where it does not serve all of them."""
+        known = {each.temperature: each.gradient_error for each in self.at}
+        errors = [known.get(each) for each in temperatures]
+        return None if None in errors else max((each for each in errors if each is not None), default=0.0)
+
+
+class Sample:
+    """A teacher's finite or masked (-inf) logits `[P, C]` on the CPU, a key per position, and a student's gradients."""
+
+    def __init__(self, logits: Tensor, keys: NDArray[np.uint64], temperatures: Sequence[float]) -> None:
+        self.logits, self.keys, self.temperatures = logits.float(), keys, temperatures
+        self.output = OutputSpec(name="logits", shape=tuple(logits.shape[1:]))
+        self.student = made_up_student(self.logits)
+        self.exact = {
+            each: torch.softmax(self.student / each, dim=-1) - torch.softmax(self.logits.double() / each, dim=-1)
+            for each in temperatures
+        }
+
+    def through(self, encoding: TargetEncoding, draw: int = 0) -> Targets:
+        """What a store would give back; for a sampled encoding one of many draws."""
+        return encoding.decode(encoding.encode(self.logits, self.keys + np.uint64(draw)), self.output)
+
+    def squared_error(self, targets: Targets, temperature: float) -> float:
+        """`|g' - g|^2 / |g|^2`: what forward KL tells the student through these targets, and what it should tell."""
+        student = self.student.clone().requires_grad_()
+        loss = ForwardKL(temperature=temperature)(student, _widened(targets)).sum()
+        (gradient,) = torch.autograd.grad(loss, student)
+        exact = self.exact[temperature]
+        return float((gradient / temperature - exact).square().sum() / exact.square().sum())
+
+
+def measure(encoding: TargetEncoding, sample: Sample, shard_rows: int) -> Measured:
+    """Encode and decode a sample as a store of such shards would. Raises `ConfigError` where it cannot."""
+    encoding.check(sample.output)
+    draws = [sample.through(encoding)]
+    if isinstance(draws[0], SampledTargets):
+        draws += [sample.through(encoding, draw) for draw in range(1, DRAWS)]
+    return Measured(
+        encoding=encoding,
+        bytes_each={each: stored_bytes(profiled(encoding, each), sample, shard_rows) for each in ("fast", "compact")},
+        top1_agreement=float((_top1(draws[0]) == sample.logits.argmax(dim=-1)).double().mean()),
+        at=[_fidelity(sample, draws, temperature) for temperature in sample.temperatures],
+    )
+
+
+def shard_rows_of(encoding: TargetEncoding, output: OutputSpec, num_rows: int) -> int:
+    """Rows per shard that a store of `num_rows` rows would choose for one output and its statistics."""
+    statistics = ArraySpec(dtype="float32", shape=(*output.shape[:-1], len(STATISTICS)))
+    return choose_shard_rows([*encoding.arrays(output).values(), statistics], num_rows)
+
+
+def stored_bytes(encoding: TargetEncoding, sample: Sample, shard_rows: int) -> float:
+    """Bytes per position in shards of `shard_rows`, of one chunk each, checksums and index included.
+
+    Whole shards where the sample has as many positions, else one shard of a power of two of them.
+    """
+    rows = min(shard_rows, 2 ** (len(sample.logits).bit_length() - 1))
+    counted = len(sample.logits) // rows * rows
+    arrays = encoding.encode(sample.logits[:counted], sample.keys[:counted])
+    total = 0.0
+    for suffix, spec in encoding.arrays(sample.output).items():
+        layout = ArrayLayout(name=suffix, **vars(spec), shard_rows=rows, chunk_rows=rows)
+        shards = (arrays[suffix][start : start + rows] for start in range(0, counted, rows))
+        total += sum(len(encode_shard(shard, layout)) for shard in shards)
+    return total / counted
+
+
+def kl_to_targets(logits: Tensor, targets: Targets, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || targets) in nats: a teacher's full logits `[..., C]` -> `[...]`, in float64.
+
+    Sparse targets: over their k + 1 buckets. Infinite where the targets rule out a class that the teacher does not.
+    """
+    log_q = _widened(targets).log_probs(temperature)  # type: ignore[union-attr]
+    log_p = teacher_log_probs(logits, targets, temperature)
+    difference = torch.where(torch.isneginf(log_p), 0.0, log_p - log_q)
+    return (log_p.exp() * difference).sum(dim=-1)
+
+
+def teacher_log_probs(logits: Tensor, targets: Targets, temperature: float = 1.0) -> Tensor:
+    """The teacher's log-probabilities in float64, of what the targets tell apart: `[..., C]` or k + 1 buckets."""
+    wide = logits.double()
+    if isinstance(targets, SparseTargets):
+        return bucket_log_probs(wide, targets.ids, ~torch.isneginf(targets.head), temperature)
+    return torch.log_softmax(wide / temperature, dim=-1)
+
+
+def made_up_student(logits: Tensor) -> Tensor:
+    """Logits of a student in the middle of its training: 0.8 times the teacher's, and noise N(0, 1) of a fixed seed.
+
+    Where the teacher masks a class, the student says what its teacher says about the least probable other one.
+    """
+    wide = logits.double()
+    lowest = torch.where(torch.isneginf(wide), torch.inf, wide).amin(dim=-1, keepdim=True)
+    noise = torch.randn(wide.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return 0.8 * wide.maximum(lowest) + noise
+
+
+def _fidelity(sample: Sample, draws: Sequence[Targets], temperature: float) -> Fidelity:
+    targets, kl, mass, error = draws[0], None, None, None
+    if _serves(targets, temperature):
+        squares = [sample.squared_error(each, temperature) for each in draws]
+        error = math.sqrt(sum(squares) / len(squares))
+        if not isinstance(targets, SampledTargets):
+            kl = max(0.0, float(kl_to_targets(sample.logits, targets, temperature).mean()))
+        if isinstance(targets, SparseTargets):
+            kept = teacher_log_probs(sample.logits, targets, temperature)[..., :-1]
+            mass = float(kept.exp().sum(dim=-1).mean())
+    return Fidelity(temperature=temperature, kl=kl, head_mass=mass, gradient_error=error)
+
+
+def _serves(targets: Targets, temperature: float) -> bool:
+    """Whether forward KL at T can be computed from targets, exactly or without bias."""
+    match targets:
+        case SampledTargets():
+            return temperature == 1
+        case SparseTargets():
+            return temperature in targets.temperatures
+    return True
+
+
+def _widened(targets: Targets) -> Targets:
+    """The same targets in float64, so that what is measured is the encoding's error alone."""
+    floats: dict[str, Any] = {
+        each.name: value.double()
+        for each in fields(targets)
+        if isinstance(value := getattr(targets, each.name), Tensor) and value.is_floating_point()
+    }
+    return replace(targets, **floats)
+
+
+def _top1(targets: Targets) -> Tensor:
+    match targets:
+        case SparseTargets():
+            place = targets.head.argmax(dim=-1, keepdim=True)
+        case SampledTargets():
+            place = targets.weights.argmax(dim=-1, keepdim=True)
+        case _:
+            return targets.values.argmax(dim=-1)
+    return targets.ids.gather(-1, place).squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskSpeed:
+    """How fast a disk takes shards, in bytes per second, and how much room it has."""
+
+    median: float
+    lowest: float
+    highest: float
+    free_bytes: int
+
+
+def measure_disk(folder: Path) -> DiskSpeed:
+    """Write files as a store commits shards (fsync, rename), several times; they and new folders are removed again.
+
+    Raises `OSError` when the disk is full or read-only.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.is_dir()]
+    content = os.urandom(PROBE_BYTES)
+    probe = folder / f"disk-probe-{os.getpid()}"
+    rates: list[float] = []
+    started = time.perf_counter()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while len(rates) < _PROBES[0] or (len(rates) < _PROBES[1] and time.perf_counter() - started < _PROBE_S):
+            before = time.perf_counter()
+            durable.write_bytes(probe, content)
+            rates.append(PROBE_BYTES / (time.perf_counter() - before))
+            probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(error.filename or probe)) from error
+    finally:
+        probe.unlink(missing_ok=True)
+        for each in made:
+            if each.is_dir():
+                each.rmdir()
+    return DiskSpeed(median=float(np.median(rates)), lowest=min(rates), highest=max(rates), free_bytes=free)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A measured encoding with its bytes per row in each profile; `refused` says which loss it cannot serve."""
+
+    measured: Measured
+    row_bytes: Mapping[str, float]
+    refused: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an encoding must do: hold C classes of rows (times views), and serve the losses' temperatures."""
+
+    num_classes: int
+    rows: int
+    rows_per_s: float
+    temperatures: Sequence[float]
+    disk: DiskSpeed
+
+    def profile(self, offer: Offer) -> str | None:
+        """The profile that fits the free space, `fast` before `compact`."""
+        fitting = (each for each in ("fast", "compact") if offer.row_bytes[each] * self.rows <= self.disk.free_bytes)
+        return next(fitting, None)
+
+    def error(self, offer: Offer) -> float:
+        """The largest gradient error at the losses' temperatures; infinite where it cannot serve them."""
+        error = offer.measured.gradient_error(self.temperatures)
+        return math.inf if error is None or offer.refused else error
+
+    def size(self, offer: Offer) -> float:
+        """Bytes of all rows, in the profile that fits, else in the smaller one."""
+        profile = self.profile(offer)
+        return self.rows * (offer.row_bytes[profile] if profile else min(offer.row_bytes.values()))
+
+    def write_rate(self, offer: Offer) -> float:
+        """Bytes per second that the teacher would have written, in that profile."""
+        return self.size(offer) / self.rows * self.rows_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """The encoding and profile to take (None: there is none), and why."""
+
+    encoding: TargetEncoding | None
+    reason: str
+
+
+def recommend(offers: Sequence[Offer], needs: Needs) -> Recommendation:
+    """Which encoding to take, by this rule.
+
+    1. Out is what cannot serve every loss of the student, and what does not fit the free space even when compact.
+    2. Up to 4,000 classes: dense, else int8, if its gradient error is within 5 % and the disk keeps up.
+    3. Otherwise the smallest whose gradient error is within 5 %; of those the disk keeps up with, if there are any.
+    4. If none is within 5 %: the one with the smallest gradient error.
+    """
+    serving = [each for each in offers if math.isfinite(needs.error(each))]
+    if not serving:
+        return Recommendation(encoding=None, reason="no encoding can serve the losses of student.losses")
+    fitting = [each for each in serving if needs.profile(each)]
+    if not fitting:
+        return Recommendation(encoding=None, reason=_too_large(min(serving, key=needs.size), needs))
+    exact = [each for each in fitting if needs.error(each) <= GRADIENT_ERROR]
+    if not exact:
+        why = f"no encoding that fits has a gradient error within {GRADIENT_ERROR:.0%}; this one has the smallest"
+        return _taken(min(fitting, key=needs.error), needs, why)
+    keeping_up = [each for each in exact if needs.write_rate(each) <= needs.disk.median]
+    for name in ("dense", "int8") if needs.num_classes <= DENSE_CLASSES else ():
+        for each in keeping_up:
+            if each.measured.encoding.to_json()["name"] == name:
+                return _taken(each, needs, f"{needs.num_classes:,} classes are few enough to keep every one")
+    why = f"the smallest with a gradient error within {GRADIENT_ERROR:.0%}"
+    if not keeping_up:
+        why += ", though the disk is slower than the teacher"
+    return _taken(min(keeping_up or exact, key=needs.size), needs, why)
+
+
+def _taken(offer: Offer, needs: Needs, why: str) -> Recommendation:
+    temperatures = ", ".join(f"{each:g}" for each in needs.temperatures)
+    measured = (
+        f"gradient error {100 * needs.error(offer):.2g} % at T = {temperatures}; {in_bytes(needs.size(offer))} of "
+        f"{in_bytes(needs.disk.free_bytes)} free; {in_bytes(needs.write_rate(offer))}/s to write of "
+        f"{in_bytes(needs.disk.median)}/s"
+    )
+    encoding = profiled(offer.measured.encoding, needs.profile(offer) or "fast")
+    return Recommendation(encoding=encoding, reason=f"{why} ({measured})")
+
+
+def _too_large(smallest: Offer, needs: Needs) -> str:
+    return (
+        f"nothing that serves the losses of student.losses fits: the smallest, "
+        f"{title_of(smallest.measured.encoding)}, needs {in_bytes(needs.size(smallest))} and "
+        f"{in_bytes(needs.disk.free_bytes)} are free. Free some space, or cache fewer rows or views"
+    )
+
+
+def in_bytes(size: float) -> str:
+    """Bytes for a person, three digits: 43.1 kB, 2.40 MB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.{2 - min(2, len(str(int(size / scale))) - 1)}f} {unit}"
+    return f"{size:.0f} B"

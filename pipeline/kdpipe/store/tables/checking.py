@@ -1,0 +1,199 @@
+"""A batch of a table's rows, each number checked where the teacher spoke.
+
+Shapes: B rows of a batch, C classes, K places, N temperatures; `...` stands for further axes (tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from scipy.special import entr, logsumexp
+from torch import Tensor
+
+from kdpipe.encodings import TopK
+from kdpipe.errors import DataError
+from kdpipe.store.manifest import COVERED
+from kdpipe.store.tables.columns import depth_of, numbers
+from kdpipe.store.tables.files import Table
+from kdpipe.targets import OutputSpec
+
+SLACK = 1e-3
+"""How far a log-probability may lie above 0 and a sum of probabilities above 1: rounding of whoever wrote them."""
+MASS_SLACK = 1e-2
+"""How far head and tail together may lie from 1: float16 log-probabilities are off by up to 2^-11 of their size."""
+
+
+class Columns(Protocol):
+    """What a batch belongs to."""
+
+    table: Table
+    num_classes: int
+    temperatures: tuple[float, ...]
+    outputs: list[OutputSpec]
+
+    def padded(
+        self, batch: pa.RecordBatch, name: str, shape: Sequence[int | None]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Values and lengths of a column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Sorted `ids [B, ..., K]`, their log-probs (-inf: an unused place) and `tails [B, ..., N]` at `temperatures`."""
+
+    ids: NDArray[np.int64]
+    log_probs: NDArray[np.float64]
+    tails: NDArray[np.float64]
+    temperatures: Sequence[float]
+
+    def statistics(self) -> NDArray[np.float32]:
+        """Class, confidence and entropy (nats) at T = 1, `[B, ..., 3]`; the entropy is that of K + 1 buckets.
+
+        That is a lower bound: what the tail's classes add among themselves is not known.
+        """
+        best = self.log_probs.argmax(axis=-1)[..., np.newaxis]
+        top1, confidence = (np.take_along_axis(each, best, -1)[..., 0] for each in (self.ids, np.exp(self.log_probs)))
+        tail = self.tails[..., list(self.temperatures).index(1.0)]
+        entropy = entr(np.exp(self.log_probs)).sum(axis=-1) + entr(np.exp(tail))
+        return np.stack([top1, confidence, entropy], axis=-1).astype(np.float32)
+
+
+class CheckedRows:
+    """Rows of one batch. Raises `DataError` naming samples whose numbers mean nothing."""
+
+    def __init__(self, columns: Columns, batch: pa.RecordBatch, sample_ids: NDArray[np.str_]) -> None:
+        self._columns, self._batch, self._ids = columns, batch, sample_ids
+        self._tokens = columns.outputs[0].shape[:-1]
+        self.covered = self._coverage()
+
+    def logits(self) -> Tensor:
+        """Logits `[B, ..., C]`, zeros where the teacher did not speak."""
+        num_classes = self._columns.num_classes
+        values, lengths = self._columns.padded(self._batch, "logits", (*self._tokens, num_classes))
+        self._refuse(lengths != num_classes, f"have other than {num_classes} logits")
+        worst = values.max(axis=-1)  # of NaN and others, the maximum is NaN
+        self._refuse(~np.isfinite(worst), "have logits that are NaN, +inf or all -inf")
+        return torch.from_numpy(np.where(self.covered[..., np.newaxis], values, values.dtype.type(0)))
+
+    def features(self, output: OutputSpec) -> Tensor:
+        """Numbers `[B, ..., D]`, zeros where the teacher did not speak about a row at all."""
+        values, lengths = self._columns.padded(self._batch, output.name, output.shape)
+        wrong = (lengths != output.shape[-1]) | ~np.isfinite(values).all(axis=-1)
+        silent = ~self.covered.reshape(len(values), -1).any(axis=1)
+        wrong = wrong.reshape(len(values), -1).any(axis=1) & ~silent
+        expected = f"have {output.name} that are NaN, infinite or of another shape than {list(output.shape)}"
+        self._refuse(wrong.reshape(-1, *[1] * (self.covered.ndim - 1)), expected)
+        values = values.copy()
+        values[silent] = 0
+        return torch.from_numpy(values)
+
+    def head(self, encoding: TopK) -> Head:
+        """The k most probable of the classes that each row names; what the others have joins the tail, exactly."""
+        k, temperatures = encoding.k, list(encoding.temperatures)
+        ids, log_probs = self._classes(k)
+        tails = self._tails(temperatures, log_probs)
+        if ids.shape[-1] > k:
+            order = np.argsort(-log_probs, axis=-1, kind="stable")  # ids ascend: of equals the lower one is kept
+            dropped = np.take_along_axis(log_probs, order[..., k:], axis=-1)
+            joined = np.stack([logsumexp(dropped / each, axis=-1) for each in temperatures], axis=-1)
+            tails, kept = np.logaddexp(tails, joined), np.sort(order[..., :k], axis=-1)
+            ids, log_probs = (np.take_along_axis(each, kept, axis=-1) for each in (ids, log_probs))
+        # An unused place comes last, and repeats the last id.
+        ids = np.maximum.accumulate(np.where(log_probs > -np.inf, ids, 0), axis=-1)
+        return Head(ids=ids, log_probs=log_probs, tails=tails, temperatures=temperatures)
+
+    def _classes(self, least: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Ids in order and log-probs `[B, ..., K]`, unused places last; K is `least` or more.
+
+        Where the teacher did not speak: the lowest ids, all classes equally probable.
+        """
+        num_classes, shape = self._columns.num_classes, (*self._tokens, None)
+        ids, num_ids = self._columns.padded(self._batch, "class_ids", shape)
+        log_probs, num_log_probs = self._columns.padded(self._batch, "log_probs", shape)
+        self._refuse(num_ids != num_log_probs, "have more class_ids than log_probs, or fewer")
+        if ids.size and ids.dtype.kind not in "iu":
+            raise DataError(f"{self._columns.table.path}: class_ids hold null or other things than integers")
+        width = max(least, ids.shape[-1], log_probs.shape[-1])
+        ids, log_probs = _widened(ids.astype(np.int64), width, 0), _widened(log_probs.astype(np.float64), width, -np.inf)
+        silent = ~self.covered
+        ids[silent], log_probs[silent] = np.arange(width), -np.inf
+        log_probs[silent, :least] = -np.log(num_classes)
+        used = log_probs != -np.inf
+        self._refuse((np.isnan(log_probs) | (log_probs > SLACK)).any(axis=-1), "have log_probs that are NaN or above 0")
+        self._refuse(~used.any(axis=-1), "name no class of a probability above 0")
+        outside = used & ((ids < 0) | (ids >= num_classes))
+        self._refuse(outside.any(axis=-1), f"name classes outside 0..{num_classes - 1}")
+        above = np.exp(log_probs).sum(axis=-1) > 1 + SLACK
+        self._refuse(above, "have probabilities that sum to more than 1 (are log_probs logits?)")
+        order = np.argsort(np.where(used, ids, num_classes), axis=-1, kind="stable")
+        ids, log_probs = (np.take_along_axis(each, order, axis=-1) for each in (ids, log_probs))
+        twice = (ids[..., 1:] == ids[..., :-1]) & (log_probs[..., 1:] != -np.inf)
+        self._refuse(twice.any(axis=-1), "name a class twice")
+        return ids, np.minimum(log_probs, 0.0)
+
+    def _tails(self, temperatures: Sequence[float], log_probs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`log R_T [B, ..., N]` of all classes that the rows do not name; at T = 1 from the others' mass if not given."""
+        tails = np.empty((*log_probs.shape[:-1], len(temperatures)))
+        given = self._columns.temperatures
+        if given:
+            values, lengths = self._columns.padded(self._batch, "tail_log_mass", (*self._tokens, len(given)))
+            self._refuse(lengths != len(given), f"have other than {len(given)} values of tail_log_mass")
+            wrong = np.isnan(values) | np.isposinf(values)
+            self._refuse(wrong.any(axis=-1), "have a tail_log_mass that is NaN or +inf")
+        for number, temperature in enumerate(temperatures):
+            if temperature in given:
+                tails[..., number] = values[..., given.index(temperature)]
+            else:
+                tails[..., number] = self._remaining(log_probs)
+            if temperature == 1:
+                mass = np.exp(log_probs).sum(axis=-1) + np.exp(tails[..., number])
+                far = abs(mass - 1) > MASS_SLACK
+                self._refuse(far, "have class_ids and tail_log_mass whose probabilities do not sum to 1")
+        others = self._columns.num_classes - (log_probs > -np.inf).sum(axis=-1, keepdims=True)
+        with np.errstate(divide="ignore"):
+            blank = np.log(others) - np.log(self._columns.num_classes) / np.array(temperatures)
+        return np.where(self.covered[..., np.newaxis], tails, blank)
+
+    def _remaining(self, log_probs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`log(1 - sum p) [B, ...]`, -inf where no class is left."""
+        rest = 1 - np.exp(log_probs).sum(axis=-1)
+        is_whole = (log_probs > -np.inf).sum(axis=-1) == self._columns.num_classes
+        with np.errstate(divide="ignore"):
+            return np.log(np.where(is_whole, 0.0, np.maximum(rest, 0.0)))
+
+    def _coverage(self) -> NDArray[np.bool_]:
+        """Where the teacher spoke, bool `[B, ...]`."""
+        covered = np.ones((self._batch.num_rows, *self._tokens), np.bool_)
+        if COVERED not in self._batch.schema.names:
+            return covered
+        column, path = self._batch[COVERED], self._columns.table.path
+        if depth_of(column.type):
+            values, lengths = self._columns.padded(self._batch, COVERED, self._tokens or (None,))
+            if (lengths != values.shape[-1]).any():
+                raise DataError(f"{path}: column covered: lists of different lengths")
+        else:
+            values = numbers(column)
+            values = values.reshape(-1, *[1] * len(self._tokens))
+        if values.dtype != np.bool_:
+            raise DataError(f"{path}: column covered holds {column.type} or null; expected true and false")
+        return covered & values
+
+    def _refuse(self, wrong: NDArray[np.bool_], what: str) -> None:
+        """Raise `DataError` if anything `wrong [B, ...]` is covered."""
+        rows = np.flatnonzero((wrong & self.covered).reshape(len(wrong), -1).any(axis=1))
+        if len(rows):
+            examples = ", ".join(self._ids[rows[:5]].tolist())
+            raise DataError(f"{self._columns.table.path}: {len(rows)} rows of a batch {what}, such as {examples}")
+
+
+def _widened(values: NDArray[Any], width: int, fill: float) -> NDArray[Any]:
+    """Values `[..., K]` with more places, or a copy."""
+    result = np.full((*values.shape[:-1], width), fill, values.dtype)
+    result[..., : values.shape[-1]] = values
+    return result

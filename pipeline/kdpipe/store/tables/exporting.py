@@ -1,0 +1,168 @@
+"""A store's targets as the rows of a table, in bounded memory.
+
+Shapes: B rows of a batch, C classes, K places, N temperatures, D width; `...` stands for further axes (tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.encodings import Dense, Int8, Sampled, TargetEncoding, TopK
+from kdpipe.errors import StoreError
+from kdpipe.store.manifest import COVERED, STATISTICS
+from kdpipe.store.tables.files import Field, Rows, Values, batch_rows, write_table
+from kdpipe.store.target_store import TargetStore
+from kdpipe.targets import DenseTargets, FeatureTargets, OutputSpec, SampledTargets, Targets
+
+FORMAT_VERSION = 1
+_USED = "\0used"
+"""End of a mask's name beside the columns; no column can be named so."""
+
+
+def export_table(
+    store: TargetStore,
+    path: Path,
+    *,
+    views: Sequence[int] | None = None,
+    outputs: Sequence[str] | None = None,
+    replace: bool = False,
+) -> int:
+    """Write views (None: all) and outputs (None: all) of a complete store as a table; returns the number of rows.
+
+    Raises `DataError` when the file exists, unless `replace`; `StoreError` for an output or view that is not there.
+    """
+    store.check_complete()
+    names = list(outputs or store.outputs)
+    store.array_names(names)  # refuses unknown ones
+    views = range(store.num_views) if views is None else views
+    for view in views:
+        store.check_rows(np.empty(0, np.int64), view)
+    columns = _columns(store, names)
+    fields = [field for group in columns.values() for field in group]
+    rows = Rows(num_rows=store.num_rows * len(views), batches=partial(_batches, store, views, columns))
+    write_table(path, fields, _about(store, names), rows, replace=replace)
+    return rows.num_rows
+
+
+def prefix_of(output: str) -> str:
+    """What the columns of an output's classes begin with."""
+    return "" if output == "logits" else f"{output}."
+
+
+def _about(store: TargetStore, outputs: Sequence[str]) -> dict[str, Any]:
+    manifest, encodings = store.manifest, [store.encodings[name] for name in outputs]
+    sparse = [each.temperatures for each in encodings if isinstance(each, TopK)]
+    return {
+        "format": "kdpipe-table",
+        "format_version": FORMAT_VERSION,
+        "fingerprint": manifest.fingerprint,
+        "encodings": {name: dict(manifest.encodings[name]) for name in outputs},
+        "num_classes": manifest.num_classes,
+        "temperatures": list(sparse[0] if sparse else manifest.temperatures),
+        "class_names": None if manifest.class_names is None else list(manifest.class_names),
+    }
+
+
+def _columns(store: TargetStore, outputs: Sequence[str]) -> dict[str, list[Field]]:
+    """Columns by where they come from: "" (every store has them), an output, or its statistics."""
+    tokens = store.outputs["logits"].shape[:-1]
+    general = [
+        Field(name="sample_id", dtype=store.sample_ids.dtype.newbyteorder("<").str),
+        Field(name="view", dtype="<i4"),
+        *([Field(name=COVERED, dtype="|b1", shape=tokens)] if store.manifest.coverage else []),
+    ]
+    columns = {"": general} | {name: _fields_of(store.outputs[name], store.encodings[name]) for name in outputs}
+    if "logits" in outputs:
+        types = {"top1": "<i4", "confidence": "<f4", "entropy": "<f4"}
+        columns["statistics"] = [Field(name=name, dtype=types[name], shape=tokens) for name in STATISTICS]
+    return columns
+
+
+def _fields_of(output: OutputSpec, encoding: TargetEncoding) -> list[Field]:
+    if output.kind == "features" or isinstance(encoding, Dense | Int8):
+        return [Field(name=output.name, dtype="<f4", shape=output.shape)]
+    tokens, prefix = output.shape[:-1], prefix_of(output.name)
+    if isinstance(encoding, TopK):
+        places, numbers = encoding.k, "log_probs"
+    elif isinstance(encoding, Sampled):
+        places, numbers = encoding.head + encoding.draws, "weights"
+    else:
+        raise StoreError(f"the output {output.name!r} is stored as {type(encoding).__name__}, which no table holds")
+    used = prefix + _USED
+    fields = [
+        Field(name=f"{prefix}class_ids", dtype="<i4", shape=(*tokens, places), used=used),
+        Field(name=prefix + numbers, dtype="<f4", shape=(*tokens, places), used=used),
+    ]
+    if isinstance(encoding, TopK):
+        shape = (*tokens, len(encoding.temperatures))
+        fields.append(Field(name=f"{prefix}tail_log_mass", dtype="<f4", shape=shape))
+    return fields
+
+
+def _batches(
+    store: TargetStore, views: Sequence[int], columns: dict[str, list[Field]], names: Sequence[str]
+) -> Iterator[Values]:
+    every = [field for group in columns.values() for field in group]
+    num_rows = batch_rows(sum(field.row_bytes for field in every))
+    sources = [source for source, group in columns.items() if any(field.name in names for field in group)]
+    for view in views:
+        for start in range(0, store.num_rows, num_rows):
+            rows = np.arange(start, min(start + num_rows, store.num_rows))
+            yield {name: value for each in sources for name, value in _read(store, each, view, rows).items()}
+
+
+def _read(store: TargetStore, source: str, view: int, rows: NDArray[np.int64]) -> Values:
+    """The columns of one source; where the teacher did not speak, floats are NaN, integers -1, and no place is used."""
+    covered = store.read_arrays(rows, view, [COVERED])[COVERED] if store.manifest.coverage else None
+    values: dict[str, NDArray[Any]]
+    if source == "":
+        values = {"sample_id": store.sample_ids[rows], "view": np.full(len(rows), view, np.int32)}
+        return values if covered is None else {**values, COVERED: covered}
+    if source == "statistics":
+        values = dict(store.statistics(rows, view))
+        values["top1"] = values["top1"].astype(np.int32)
+    else:
+        values = _values(source, store.read(rows, view, [source])[source])
+    if covered is None:
+        return values
+    return {name: np.where(_like(covered, each), each, _SILENT[each.dtype.kind]) for name, each in values.items()}
+
+
+_SILENT = {"b": np.False_, "f": np.float32("nan"), "i": np.int32(-1)}
+"""What stands where the teacher did not speak, by kind of dtype."""
+
+
+def _like(covered: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Coverage `[B, …]` as an array that broadcasts with values; those without tokens are silent if every token is."""
+    if values.shape[: covered.ndim] != covered.shape:
+        covered = covered.reshape(len(covered), -1).any(axis=1)
+    return covered.reshape(*covered.shape, *[1] * (values.ndim - covered.ndim))
+
+
+def _values(output: str, targets: Targets) -> dict[str, NDArray[Any]]:
+    if isinstance(targets, DenseTargets):
+        return {output: _floats(targets.logits())}
+    if isinstance(targets, FeatureTargets):
+        return {output: _floats(targets.values)}
+    prefix = prefix_of(output)
+    ids = {f"{prefix}class_ids": targets.ids.numpy().astype(np.int32)}
+    if isinstance(targets, SampledTargets):
+        return {**ids, f"{prefix}weights": _floats(targets.weights), prefix + _USED: (targets.weights > 0).numpy()}
+    return {
+        **ids,
+        f"{prefix}log_probs": _floats(targets.head),
+        f"{prefix}tail_log_mass": _floats(targets.tails),
+        prefix + _USED: (targets.head > -torch.inf).numpy(),
+    }
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    return values.float().numpy()
