@@ -6,20 +6,16 @@ Shapes: P positions (rows, or tokens of rows), C classes, K kept. T is the tempe
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.filesize import decimal
 from torch import Tensor
 
-from kdpipe import durable
 from kdpipe.encodings import ArraySpec, Dense, Int8, Sampled, TargetEncoding, TopK, encoding_from_json
 from kdpipe.losses import ForwardKL, bucket_log_probs
 from kdpipe.store.layout import ArrayLayout, choose_shard_rows
@@ -33,9 +29,6 @@ DENSE_CLASSES = 4000
 """Up to so many classes every one of them is kept, where that fits."""
 DRAWS = 8
 """How often a sampled encoding is drawn for its expected error."""
-PROBE_BYTES = 32 * 2**20
-"""What the disk is measured with: as much as a large shard."""
-_PROBES, _PROBE_S = (3, 8), 4.0
 _LADDER = (2, 5, 10, 20, 50, 100, 200, 500)
 _RUNGS = 4
 _WHOLE_TOPK = 100
@@ -150,7 +143,7 @@ def stored_bytes(encoding: TargetEncoding, sample: Sample, shard_rows: int) -> f
 
     Whole shards where the sample has as many positions, else one shard of a power of two of them.
     """
-    rows = min(shard_rows, 2 ** (len(sample.logits).bit_length() - 1))
+    rows = min(shard_rows, 1 << (len(sample.logits).bit_length() - 1))
     counted = len(sample.logits) // rows * rows
     arrays = encoding.encode(sample.logits[:counted], sample.keys[:counted])
     total = 0.0
@@ -236,44 +229,6 @@ def _top1(targets: Targets) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiskSpeed:
-    """How fast a disk takes shards, in bytes per second, and how much room it has."""
-
-    median: float
-    lowest: float
-    highest: float
-    free_bytes: int
-
-
-def measure_disk(folder: Path) -> DiskSpeed:
-    """Write files as a store commits shards (fsync, rename), several times; they and new folders are removed again.
-
-    Raises `OSError` when the disk is full or read-only.
-    """
-    made = [each for each in (folder, *folder.parents) if not each.is_dir()]
-    content = os.urandom(PROBE_BYTES)
-    probe = folder / f"disk-probe-{os.getpid()}"
-    rates: list[float] = []
-    started = time.perf_counter()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        while len(rates) < _PROBES[0] or (len(rates) < _PROBES[1] and time.perf_counter() - started < _PROBE_S):
-            before = time.perf_counter()
-            durable.write_bytes(probe, content)
-            rates.append(PROBE_BYTES / (time.perf_counter() - before))
-            probe.unlink()
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(error.filename or probe)) from error
-    finally:
-        probe.unlink(missing_ok=True)
-        for each in made:
-            if each.is_dir():
-                each.rmdir()
-    return DiskSpeed(median=float(np.median(rates)), lowest=min(rates), highest=max(rates), free_bytes=free)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Offer:
     """A measured encoding with its bytes per row in each profile; `refused` says which loss it cannot serve."""
 
@@ -284,17 +239,21 @@ class Offer:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What an encoding must do: hold C classes of rows (times views), and serve the losses' temperatures."""
+    """What an encoding must do: hold C classes of all rows (times views) that the teacher says so fast, on this disk.
+
+    `temperatures` are those of the student's losses.
+    """
 
     num_classes: int
     rows: int
     rows_per_s: float
     temperatures: Sequence[float]
-    disk: DiskSpeed
+    free_bytes: int
+    write_bytes_per_s: float
 
     def profile(self, offer: Offer) -> str | None:
         """The profile that fits the free space, `fast` before `compact`."""
-        fitting = (each for each in ("fast", "compact") if offer.row_bytes[each] * self.rows <= self.disk.free_bytes)
+        fitting = (each for each in ("fast", "compact") if offer.row_bytes[each] * self.rows <= self.free_bytes)
         return next(fitting, None)
 
     def error(self, offer: Offer) -> float:
@@ -338,7 +297,7 @@ def recommend(offers: Sequence[Offer], needs: Needs) -> Recommendation:
     if not exact:
         why = f"no encoding that fits has a gradient error within {GRADIENT_ERROR:.0%}; this one has the smallest"
         return _taken(min(fitting, key=needs.error), needs, why)
-    keeping_up = [each for each in exact if needs.write_rate(each) <= needs.disk.median]
+    keeping_up = [each for each in exact if needs.write_rate(each) <= needs.write_bytes_per_s]
     for name in ("dense", "int8") if needs.num_classes <= DENSE_CLASSES else ():
         for each in keeping_up:
             if each.measured.encoding.to_json()["name"] == name:
@@ -352,9 +311,9 @@ def recommend(offers: Sequence[Offer], needs: Needs) -> Recommendation:
 def _taken(offer: Offer, needs: Needs, why: str) -> Recommendation:
     temperatures = ", ".join(f"{each:g}" for each in needs.temperatures)
     measured = (
-        f"gradient error {100 * needs.error(offer):.2g} % at T = {temperatures}; {in_bytes(needs.size(offer))} of "
-        f"{in_bytes(needs.disk.free_bytes)} free; {in_bytes(needs.write_rate(offer))}/s to write of "
-        f"{in_bytes(needs.disk.median)}/s"
+        f"gradient error {100 * needs.error(offer):.2g} % at T = {temperatures}; {decimal(round(needs.size(offer)))} of "
+        f"{decimal(needs.free_bytes)} free; {decimal(round(needs.write_rate(offer)))}/s to write of "
+        f"{decimal(round(needs.write_bytes_per_s))}/s"
     )
     encoding = profiled(offer.measured.encoding, needs.profile(offer) or "fast")
     return Recommendation(encoding=encoding, reason=f"{why} ({measured})")
@@ -363,14 +322,6 @@ def _taken(offer: Offer, needs: Needs, why: str) -> Recommendation:
 def _too_large(smallest: Offer, needs: Needs) -> str:
     return (
         f"nothing that serves the losses of student.losses fits: the smallest, "
-        f"{title_of(smallest.measured.encoding)}, needs {in_bytes(needs.size(smallest))} and "
-        f"{in_bytes(needs.disk.free_bytes)} are free. Free some space, or cache fewer rows or views"
+        f"{title_of(smallest.measured.encoding)}, needs {decimal(round(needs.size(smallest)))} and "
+        f"{decimal(needs.free_bytes)} are free. Free some space, or cache fewer rows or views"
     )
-
-
-def in_bytes(size: float) -> str:
-    """Bytes for a person, three digits: 43.1 kB, 2.40 MB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.{2 - min(2, len(str(int(size / scale))) - 1)}f} {unit}"
-    return f"{size:.0f} B"

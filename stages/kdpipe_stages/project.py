@@ -144,8 +144,8 @@ class Project:
             transform = self.bind(section.transform, "views.transform").make()
             if not callable(transform) or not takes(transform, 3):
                 raise ConfigError(
-                    f"views.transform: {section.transform.path} is no Transform: it must take (columns, keys, seed), see "
-                    "kdpipe.views.Transform"
+                    f"views.transform: {section.transform.path} is no Transform: it must take (columns, keys, seed), "
+                    "see kdpipe.views.Transform"
                 )
         return ViewSpec(count=section.count, seed=section.seed, transform=transform)
 

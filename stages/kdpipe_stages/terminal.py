@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -152,3 +153,72 @@ def gain_lines(gains: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
         lines.append(f"student over {what}: {100 * gain['mean']:+.2f} points{interval}: {gain['verdict']}")
     return lines
+
+
+def estimate_table(estimate: Mapping[str, Any]) -> Table:
+    """`kdpipe estimate` for a person: an encoding per line, three columns per temperature."""
+    title = (
+        f"{estimate['teacher']}: {estimate['rows']:,} rows, {estimate['views']} views, "
+        f"{estimate['num_classes']:,} classes; measured on {estimate['sample']['rows']:,} rows"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    headers = ["B/row", "compact", "total", "MB/s", "top-1 %"]
+    for each in estimate["temperatures"]:
+        headers += [f"T = {each:g}\nKL", "\nhead %", "\ngrad. %"]
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for each in estimate["encodings"]:
+        mark = ">" if each["name"] == estimate["recommended"]["name"] else "*" if each["in_params"] else " "
+        cells = [
+            f"{each['bytes_per_row']:,.0f}",
+            f"{each['bytes_per_row_compact']:,.0f}",
+            decimal(round(each["bytes"])),
+            f"{each['needed_mb_per_s']:,.3g}",
+            f"{100 * each['top1_agreement']:.1f}",
+        ]
+        for at in each["at"]:
+            cells += [
+                _or_dash(at["kl"], ".1e"),
+                _or_dash(at["head_mass"], ".1%"),
+                _or_dash(at["gradient_error"], ".2%"),
+            ]
+        table.add_row(f"{mark} {each['name']}", *cells)
+    return table
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form).rstrip("%")
+
+
+def estimate_lines(estimate: Mapping[str, Any]) -> list[str]:
+    """What stands below the table: the marks, seconds, break-even, the disk, and the recommendation."""
+    hours, pays, disk = estimate["teacher_hours"], estimate["break_even"], estimate["disk"]
+    speed, recommended = disk["write_mb_per_s"], estimate["recommended"]
+    settings = ", ".join(f"{key}: {value}" for key, value in (recommended["settings"] or {}).items())
+    refusals: dict[str, list[str]] = {}
+    for each in estimate["encodings"]:
+        refusals.setdefault(each["refused"], []).append(each["name"])
+    return [
+        "> recommended, * in params.yaml, - not served at that temperature. KL(teacher || targets) in nats; for topk over "
+        "k + 1 buckets, so head % (the teacher's mass on the kept classes) belongs to it. grad. %: error of a student's "
+        "gradient; for sampled that of one draw, which averages out over draws.",
+        f"beside each: {estimate['other_bytes_per_row']} bytes per row (statistics, coverage, features)",
+        f"teacher: {estimate['teacher_rows_per_s']:,.0f} rows/s, {_in_time(hours)} for {estimate['rows_to_show']:,} "
+        f"targets. Without a cache each student needs {_in_time(pays['teacher_hours_per_student'])} of it "
+        f"({pays['epochs']} epochs x {pays['rows']:,} rows): caching has paid after {pays['students']:,} "
+        f"student{'s' * (pays['students'] > 1)}; `train-student` trains {pays['students_per_run']}",
+        f"disk of data/: {speed['median']:,.0f} MB/s ({speed['lowest']:,.0f} to {speed['highest']:,.0f} in "
+        f"{disk['writes']} writes of {decimal(disk['bytes_per_write'])}), {decimal(disk['free_bytes'])} free",
+        *(f"cannot serve the student: {', '.join(names)}: {why}" for why, names in refusals.items() if why),
+        *(f"cannot store this teacher: {name}: {why}" for name, why in estimate["excluded"].items()),
+        f"recommended: {recommended['name'] or 'nothing'}: {recommended['reason']}",
+        *([f"targets: {{{estimate['teacher']}: {{{settings}}}}}"] if settings else []),
+    ]
+
+
+def _in_time(hours: float) -> str:
+    """Hours as a person says them."""
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{60 * hours:.1f} min" if hours * 60 >= 1 else f"{3600 * hours:.3g} s"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -180,8 +182,6 @@ def test_views_of_some_splits_only(folder):
     store = open_store(project.store("big"))
     store_path = store.path
     # From nothing: the clean row of all, views of train only.
-    import shutil
-
     shutil.rmtree(store_path)
     shutil.rmtree(project.work(store.fingerprint))
     cache(folder)
@@ -193,7 +193,7 @@ def test_views_of_some_splits_only(folder):
     store = open_store(store_path)
     with pytest.raises(IncompleteStoreError, match="view 1 holds no targets for"):
         store.targets(data.inputs.sample_ids[test].tolist(), view=1)
-    with pytest.raises(IncompleteStoreError, match="views.splits"):
+    with pytest.raises(IncompleteStoreError, match=r"views\.splits"):
         AlignedTargets(store, data.inputs, np.arange(len(data.inputs)), views=[0, 1])
     assert store.verify() == []
     # Rows that join the split cost the views of their shards; rows that leave it cost nothing.

@@ -98,11 +98,11 @@ def test_workers_that_begin_together_make_the_store_of_one(folder, count, repeti
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_killed_worker_goes_on_and_nobody_elses_rows_are_shown_again(folder, seed, monkeypatch):
-    monkeypatch.setenv("TEACHER_SECONDS", "0.005")
+    monkeypatch.setenv("TEACHER_SECONDS", "0.02")
     generator = np.random.default_rng(seed)
     workers = [start(work_at, folder, Share(index=index, count=3)) for index in range(3)]
     wait_for(workers[0], (folder / "calls.log").exists)
-    time.sleep(generator.uniform(0, 0.04))
+    time.sleep(generator.uniform(0, 0.1))
     stop(workers[0])
     for each in workers[1:]:
         each.join()
@@ -113,6 +113,7 @@ def test_a_killed_worker_goes_on_and_nobody_elses_rows_are_shown_again(folder, s
     assert not (folder / "data" / "targets").exists()
     assert rows_shown(folder) <= committed + 2 * SHARD_ROWS
     forget_rows_shown(folder)
+    monkeypatch.setenv("TEACHER_SECONDS", "0")
     assert run(work_at, folder, Share(index=0, count=3)) == 0
     assert rows_shown(folder) == NUM_ROWS - committed
     assert is_whole(folder)
@@ -174,7 +175,7 @@ def test_who_would_get_in_the_way_is_refused(slow, monkeypatch, first, second, m
 
 
 def test_of_two_that_begin_at_once_one_works(folder, monkeypatch):
-    monkeypatch.setenv("TEACHER_SECONDS", "0.01")
+    monkeypatch.setenv("TEACHER_SECONDS", "0.05")
     together = processes.Barrier(2)
     children = [start(work_at, folder, Share(), together) for _ in range(2)]
     for each in children:

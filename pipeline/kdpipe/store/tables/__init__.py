@@ -18,8 +18,9 @@ column, `temperatures`, and that JSON as the text `kdpipe`; its lists are padded
 """
 
 from kdpipe.store.tables.exporting import export_table
-from kdpipe.store.tables.files import FORMATS, Table, open_table
+from kdpipe.store.tables.files import FORMATS, open_table
+from kdpipe.store.tables.filling import fill
 from kdpipe.store.tables.importing import TableTargets
-from kdpipe.store.tables.filling import fill, places_of_whole_table
+from kdpipe.store.tables.matching import own_rows, prepared_rows
 
-__all__ = ["FORMATS", "Table", "TableTargets", "export_table", "fill", "open_table", "places_of_whole_table"]
+__all__ = ["FORMATS", "TableTargets", "export_table", "fill", "open_table", "own_rows", "prepared_rows"]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,7 @@ from torch import Tensor
 from kdpipe.encodings import TopK
 from kdpipe.errors import DataError
 from kdpipe.store.manifest import COVERED
-from kdpipe.store.tables.columns import depth_of, numbers
-from kdpipe.store.tables.files import Table
+from kdpipe.store.tables.columns import depth_of, numbers, padded
 from kdpipe.targets import OutputSpec
 
 SLACK = 1e-3
@@ -29,18 +29,24 @@ MASS_SLACK = 1e-2
 """How far head and tail together may lie from 1: float16 log-probabilities are off by up to 2^-11 of their size."""
 
 
-class Columns(Protocol):
-    """What a batch belongs to."""
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """What a table's columns are about: `tokens` is `()` or `(T,)`, `temperatures` are those of `tail_log_mass`."""
 
-    table: Table
+    path: Path
+    tokens: tuple[int, ...]
     num_classes: int
     temperatures: tuple[float, ...]
-    outputs: list[OutputSpec]
 
-    def padded(
-        self, batch: pa.RecordBatch, name: str, shape: Sequence[int | None]
-    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Values and lengths of a column."""
+
+def read_lists(
+    path: Path, batch: pa.RecordBatch, name: str, shape: Sequence[int | None]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """See `columns.padded`. Raises `DataError`."""
+    try:
+        return padded(batch[name], shape, as_integers=name == "class_ids")
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{path}: column {name}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +73,15 @@ class Head:
 class CheckedRows:
     """Rows of one batch. Raises `DataError` naming samples whose numbers mean nothing."""
 
-    def __init__(self, columns: Columns, batch: pa.RecordBatch, sample_ids: NDArray[np.str_]) -> None:
-        self._columns, self._batch, self._ids = columns, batch, sample_ids
-        self._tokens = columns.outputs[0].shape[:-1]
+    def __init__(self, meaning: Meaning, batch: pa.RecordBatch, sample_ids: NDArray[np.str_]) -> None:
+        self._path, self._tokens, self._num_classes = meaning.path, meaning.tokens, meaning.num_classes
+        self._given, self._batch, self._ids = meaning.temperatures, batch, sample_ids
         self.covered = self._coverage()
 
     def logits(self) -> Tensor:
         """Logits `[B, ..., C]`, zeros where the teacher did not speak."""
-        num_classes = self._columns.num_classes
-        values, lengths = self._columns.padded(self._batch, "logits", (*self._tokens, num_classes))
+        num_classes = self._num_classes
+        values, lengths = self._read("logits", (*self._tokens, num_classes))
         self._refuse(lengths != num_classes, f"have other than {num_classes} logits")
         worst = values.max(axis=-1)  # of NaN and others, the maximum is NaN
         self._refuse(~np.isfinite(worst), "have logits that are NaN, +inf or all -inf")
@@ -83,7 +89,7 @@ class CheckedRows:
 
     def features(self, output: OutputSpec) -> Tensor:
         """Numbers `[B, ..., D]`, zeros where the teacher did not speak about a row at all."""
-        values, lengths = self._columns.padded(self._batch, output.name, output.shape)
+        values, lengths = self._read(output.name, output.shape)
         wrong = (lengths != output.shape[-1]) | ~np.isfinite(values).all(axis=-1)
         silent = ~self.covered.reshape(len(values), -1).any(axis=1)
         wrong = wrong.reshape(len(values), -1).any(axis=1) & ~silent
@@ -103,7 +109,7 @@ class CheckedRows:
             dropped = np.take_along_axis(log_probs, order[..., k:], axis=-1)
             joined = np.stack([logsumexp(dropped / each, axis=-1) for each in temperatures], axis=-1)
             tails, kept = np.logaddexp(tails, joined), np.sort(order[..., :k], axis=-1)
-            ids, log_probs = (np.take_along_axis(each, kept, axis=-1) for each in (ids, log_probs))
+            ids, log_probs = np.take_along_axis(ids, kept, axis=-1), np.take_along_axis(log_probs, kept, axis=-1)
         # An unused place comes last, and repeats the last id.
         ids = np.maximum.accumulate(np.where(log_probs > -np.inf, ids, 0), axis=-1)
         return Head(ids=ids, log_probs=log_probs, tails=tails, temperatures=temperatures)
@@ -113,14 +119,17 @@ class CheckedRows:
 
         Where the teacher did not speak: the lowest ids, all classes equally probable.
         """
-        num_classes, shape = self._columns.num_classes, (*self._tokens, None)
-        ids, num_ids = self._columns.padded(self._batch, "class_ids", shape)
-        log_probs, num_log_probs = self._columns.padded(self._batch, "log_probs", shape)
+        num_classes, shape = self._num_classes, (*self._tokens, None)
+        ids, num_ids = self._read("class_ids", shape)
+        log_probs, num_log_probs = self._read("log_probs", shape)
         self._refuse(num_ids != num_log_probs, "have more class_ids than log_probs, or fewer")
         if ids.size and ids.dtype.kind not in "iu":
-            raise DataError(f"{self._columns.table.path}: class_ids hold null or other things than integers")
+            raise DataError(f"{self._path}: class_ids hold null or other things than integers")
         width = max(least, ids.shape[-1], log_probs.shape[-1])
-        ids, log_probs = _widened(ids.astype(np.int64), width, 0), _widened(log_probs.astype(np.float64), width, -np.inf)
+        ids, log_probs = (
+            _widened(ids.astype(np.int64), width, 0),
+            _widened(log_probs.astype(np.float64), width, -np.inf),
+        )
         silent = ~self.covered
         ids[silent], log_probs[silent] = np.arange(width), -np.inf
         log_probs[silent, :least] = -np.log(num_classes)
@@ -132,17 +141,17 @@ class CheckedRows:
         above = np.exp(log_probs).sum(axis=-1) > 1 + SLACK
         self._refuse(above, "have probabilities that sum to more than 1 (are log_probs logits?)")
         order = np.argsort(np.where(used, ids, num_classes), axis=-1, kind="stable")
-        ids, log_probs = (np.take_along_axis(each, order, axis=-1) for each in (ids, log_probs))
+        ids, log_probs = np.take_along_axis(ids, order, axis=-1), np.take_along_axis(log_probs, order, axis=-1)
         twice = (ids[..., 1:] == ids[..., :-1]) & (log_probs[..., 1:] != -np.inf)
         self._refuse(twice.any(axis=-1), "name a class twice")
         return ids, np.minimum(log_probs, 0.0)
 
     def _tails(self, temperatures: Sequence[float], log_probs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """`log R_T [B, ..., N]` of all classes that the rows do not name; at T = 1 from the others' mass if not given."""
+        """`log R_T [B, ..., N]` of the classes that rows do not name; at T = 1 what is left, if not given."""
         tails = np.empty((*log_probs.shape[:-1], len(temperatures)))
-        given = self._columns.temperatures
+        given = self._given
         if given:
-            values, lengths = self._columns.padded(self._batch, "tail_log_mass", (*self._tokens, len(given)))
+            values, lengths = self._read("tail_log_mass", (*self._tokens, len(given)))
             self._refuse(lengths != len(given), f"have other than {len(given)} values of tail_log_mass")
             wrong = np.isnan(values) | np.isposinf(values)
             self._refuse(wrong.any(axis=-1), "have a tail_log_mass that is NaN or +inf")
@@ -155,15 +164,15 @@ class CheckedRows:
                 mass = np.exp(log_probs).sum(axis=-1) + np.exp(tails[..., number])
                 far = abs(mass - 1) > MASS_SLACK
                 self._refuse(far, "have class_ids and tail_log_mass whose probabilities do not sum to 1")
-        others = self._columns.num_classes - (log_probs > -np.inf).sum(axis=-1, keepdims=True)
+        others = self._num_classes - (log_probs > -np.inf).sum(axis=-1, keepdims=True)
         with np.errstate(divide="ignore"):
-            blank = np.log(others) - np.log(self._columns.num_classes) / np.array(temperatures)
+            blank = np.log(others) - np.log(self._num_classes) / np.array(temperatures)
         return np.where(self.covered[..., np.newaxis], tails, blank)
 
     def _remaining(self, log_probs: NDArray[np.float64]) -> NDArray[np.float64]:
         """`log(1 - sum p) [B, ...]`, -inf where no class is left."""
         rest = 1 - np.exp(log_probs).sum(axis=-1)
-        is_whole = (log_probs > -np.inf).sum(axis=-1) == self._columns.num_classes
+        is_whole = (log_probs > -np.inf).sum(axis=-1) == self._num_classes
         with np.errstate(divide="ignore"):
             return np.log(np.where(is_whole, 0.0, np.maximum(rest, 0.0)))
 
@@ -172,9 +181,9 @@ class CheckedRows:
         covered = np.ones((self._batch.num_rows, *self._tokens), np.bool_)
         if COVERED not in self._batch.schema.names:
             return covered
-        column, path = self._batch[COVERED], self._columns.table.path
+        column, path = self._batch[COVERED], self._path
         if depth_of(column.type):
-            values, lengths = self._columns.padded(self._batch, COVERED, self._tokens or (None,))
+            values, lengths = self._read(COVERED, self._tokens or (None,))
             if (lengths != values.shape[-1]).any():
                 raise DataError(f"{path}: column covered: lists of different lengths")
         else:
@@ -182,14 +191,18 @@ class CheckedRows:
             values = values.reshape(-1, *[1] * len(self._tokens))
         if values.dtype != np.bool_:
             raise DataError(f"{path}: column covered holds {column.type} or null; expected true and false")
-        return covered & values
+        covered &= values
+        return covered
+
+    def _read(self, name: str, shape: Sequence[int | None]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return read_lists(self._path, self._batch, name, shape)
 
     def _refuse(self, wrong: NDArray[np.bool_], what: str) -> None:
         """Raise `DataError` if anything `wrong [B, ...]` is covered."""
         rows = np.flatnonzero((wrong & self.covered).reshape(len(wrong), -1).any(axis=1))
         if len(rows):
             examples = ", ".join(self._ids[rows[:5]].tolist())
-            raise DataError(f"{self._columns.table.path}: {len(rows)} rows of a batch {what}, such as {examples}")
+            raise DataError(f"{self._path}: {len(rows)} rows of a batch {what}, such as {examples}")
 
 
 def _widened(values: NDArray[Any], width: int, fill: float) -> NDArray[Any]:

@@ -20,7 +20,7 @@ def padded(
     """Values `[B, ...]` of lists, and how many each innermost list has `[B, ...]`; 0 for an absent (null) one.
 
     `shape` has one entry per list level; None: as wide as the longest. Shorter lists are padded: floats by -inf,
-    integers by 0. Numbers become floats unless `as_integers`. Raises `ValueError` for longer lists, other nesting, and
+    others by 0. Integers become floats unless `as_integers`. Raises `ValueError` for longer lists, other nesting, and
     what holds no numbers.
     """
     if depth_of(column.type) != len(shape):
@@ -37,7 +37,7 @@ def padded(
     used = np.arange(width) < lengths[:, np.newaxis]
     if len(shape) == 1:
         values = numbers(column.flatten())
-        values = values if as_integers or values.dtype.kind == "f" else values.astype(np.float64)
+        values = values.astype(np.float64) if values.dtype.kind in "iu" and not as_integers else values
         return _spread(values, used), lengths
     inner, inner_lengths = padded(column.flatten(), shape[1:], as_integers=as_integers)
     return _spread(inner, used), _spread(inner_lengths, used)

@@ -140,7 +140,7 @@ _SILENT = {"b": np.False_, "f": np.float32("nan"), "i": np.int32(-1)}
 """What stands where the teacher did not speak, by kind of dtype."""
 
 
-def _like(covered: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[np.bool_]:
+def _like(covered: Any, values: NDArray[Any]) -> Any:
     """Coverage `[B, …]` as an array that broadcasts with values; those without tokens are silent if every token is."""
     if values.shape[: covered.ndim] != covered.shape:
         covered = covered.reshape(len(covered), -1).any(axis=1)

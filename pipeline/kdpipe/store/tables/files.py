@@ -81,16 +81,14 @@ def open_table(path: Path) -> Table:
         raise DataError(f"there is no table at {path}")
     with path.open("rb") as file:
         start = file.read(6)
-    for magic, opener in _OPENERS.items():
-        if start.startswith(magic):
-            break
-    else:
-        if path.suffix not in (".jsonl", ".ndjson"):
-            raise DataError(
-                f"{path} is no table that can be read; expected Parquet, Arrow IPC or npz, or JSON Lines in a file "
-                "named *.jsonl"
-            )
+    opener = next((each for magic, each in _OPENERS.items() if start.startswith(magic)), None)
+    if opener is None and path.suffix in (".jsonl", ".ndjson"):
         opener = _open_json_lines
+    if opener is None:
+        raise DataError(
+            f"{path} is no table that can be read; expected Parquet, Arrow IPC or npz, or JSON Lines in a file named "
+            "*.jsonl"
+        )
     try:
         return opener(path)
     except _UNREADABLE as error:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from kdpipe.encodings import Dense, Int8, TargetEncoding, TopK
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.store.manifest import COVERED
-from kdpipe.store.tables.checking import CheckedRows
-from kdpipe.store.tables.columns import depth_of, numbers, padded
+from kdpipe.store.tables.checking import CheckedRows, Meaning, read_lists
+from kdpipe.store.tables.columns import depth_of, numbers
 from kdpipe.store.tables.files import TEMPERATURES, Table
 from kdpipe.targets import OutputSpec
 
@@ -46,9 +46,14 @@ class TableTargets:
         self._shapes = self._look()
         self.num_classes = self._checked_classes(num_classes)
         self.temperatures = self._checked_temperatures(temperatures)
-        tokens = self._shapes[self._columns[0]][:-1]
+        self._meaning = Meaning(
+            path=table.path,
+            tokens=self._shapes[self._columns[0]][:-1],
+            num_classes=self.num_classes,
+            temperatures=self.temperatures,
+        )
         self.outputs = [
-            OutputSpec(name="logits", shape=(*tokens, self.num_classes)),
+            OutputSpec(name="logits", shape=(*self._meaning.tokens, self.num_classes)),
             *(OutputSpec(name=name, shape=self._shapes[name], kind="features") for name in features),
         ]
 
@@ -88,9 +93,9 @@ class TableTargets:
 
     def widest(self) -> int:
         """The most classes that a row names."""
-        shape = (*self.outputs[0].shape[:-1], None)
+        shape = (*self._meaning.tokens, None)
         batches = self.table.batches(["class_ids"])
-        return max(self.padded(batch, "class_ids", shape)[0].shape[-1] for batch in batches)
+        return max(int(read_lists(self.table.path, each, "class_ids", shape)[1].max()) for each in batches)
 
     def encoded(
         self, encodings: Mapping[str, TargetEncoding], wanted: NDArray[np.bool_]
@@ -104,19 +109,13 @@ class TableTargets:
             here = np.flatnonzero(wanted[start : start + batch.num_rows])
             if len(here):
                 rows = batch if len(here) == batch.num_rows else batch.take(here)
-                yield batch.num_rows, self._encode(CheckedRows(self, rows, sample_ids[start + here]), encodings)
+                yield (
+                    batch.num_rows,
+                    self._encode(CheckedRows(self._meaning, rows, sample_ids[start + here]), encodings),
+                )
             else:
                 yield batch.num_rows, {}
             start += batch.num_rows
-
-    def padded(
-        self, batch: pa.RecordBatch, name: str, shape: Sequence[int | None]
-    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See `columns.padded`. Raises `DataError`."""
-        try:
-            return padded(batch[name], shape, as_integers=name == "class_ids")
-        except (pa.ArrowException, ValueError) as error:
-            raise DataError(f"{self.table.path}: column {name}: {error}") from None
 
     def _encode(self, rows: CheckedRows, encodings: Mapping[str, TargetEncoding]) -> dict[str, NDArray[Any]]:
         encoding = encodings["logits"]
@@ -158,7 +157,7 @@ class TableTargets:
         names = [each for each in self._columns if each != COVERED]
         for batch in self.table.batches(names):
             for name in names:
-                values, _ = self.padded(batch, name, [None] * max(1, depth_of(batch[name].type)))
+                values, _ = read_lists(self.table.path, batch, name, [None] * max(1, depth_of(batch[name].type)))
                 shapes[name] = values.shape[1:]
             if all(all(shape) for shape in shapes.values()):
                 break
@@ -178,7 +177,8 @@ class TableTargets:
             raise ConfigError(f"{self.table.path} does not say how many classes there are; give --num-classes")
         if wanted is not None and told is not None and wanted != told:
             raise ConfigError(f"{self.table.path} is about {told} classes; {wanted} are expected")
-        return int(told if wanted is None else wanted)
+        found: int = told if wanted is None else wanted
+        return found
 
     def _checked_temperatures(self, wanted: Sequence[float] | None) -> tuple[float, ...]:
         """Those of `tail_log_mass`; none without it."""
