@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdpipe.batches import RAM_BUDGET_BYTES, Batch, BatchStream, Rows
+from kdpipe.errors import ConfigError
 from kdpipe.order import Shuffle
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe.views import ViewSpec
@@ -120,10 +121,11 @@ def test_memory_and_streaming_give_equal_batches(taught):
 
 def test_memory_is_used_up_to_the_budget_only(taught):
     num_bytes = 80 * (4 * 4 + 8 + 2 * (5 * 2 + 4))
+    small = Shuffle(block_rows=4, pool_blocks=2)
     calls = []
     for budget in (num_bytes, num_bytes - 1):
         rows = replace(taught, preprocess=Features())
-        list(stream_of(rows, 10, 4, ram_budget_bytes=budget).from_step(0, 16))
+        list(stream_of(rows, 10, 4, shuffle=small, ram_budget_bytes=budget).from_step(0, 16))
         calls.append(rows.preprocess.calls)
     assert calls == [2, 17]
 
@@ -186,3 +188,18 @@ def test_views_of_epochs(count):
     assert spec.num_views == count + 1
     assert met == [[0] * 7, [1] * 7, [1] * 7, [1, 2, 3, 1, 2, 3, 1]][count]
     assert max(met) < spec.num_views
+
+
+def test_rows_are_kept_on_the_device_where_asked_for(taught):
+    expected = list(stream_of(taught, 10, 4).from_step(0, 16))
+    assert_equal(list(stream_of(taught, 10, 4, device=torch.device("cpu")).from_step(0, 16)), expected)
+    kept = stream_of(taught, 10, 4, device=torch.device("meta")).from_step(0, 1)
+    assert {each.device.type for each in tensors_of(next(kept))[1:]} == {"meta"}
+    for held in ({"ram_budget_bytes": 100}, {"ram_budget_bytes": 0}):
+        with pytest.raises(ConfigError, match="keeping 80 rows on the device was asked"):
+            stream_of(taught, 10, device=torch.device("cpu"), **held).from_step(0, 1)
+
+
+def test_a_budget_that_reading_ahead_does_not_fit_in_is_refused(taught):
+    with pytest.raises(ConfigError, match="RAM budget is 2,000 bytes"):
+        list(stream_of(taught, 10, ram_budget_bytes=2000).from_step(0, 1))

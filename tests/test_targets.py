@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from kdpipe.targets import DenseTargets
+from kdpipe.errors import ConfigError
+from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, SparseTargets
 
 LOGITS_BTC = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
 
@@ -62,3 +67,155 @@ def test_num_classes_and_device():
     moved = targets.to(torch.device("meta"))
     assert moved.values.device.type == moved.row_max.device.type == "meta"
     assert torch.equal(targets.to(torch.device("cpu")).logits(), targets.logits())
+
+
+def sparse_of(log_probs: Tensor, k: int, temperatures: tuple[float, ...]) -> SparseTargets:
+    """Exact sparse targets of log-probs `[B, ..., C]`."""
+    ids = log_probs.topk(k, dim=-1).indices.sort(dim=-1).values
+    kept = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, ids, True)
+    rest = log_probs.masked_fill(kept, -torch.inf)
+    tails = torch.stack([torch.logsumexp(rest / each, dim=-1) for each in temperatures], dim=-1)
+    return SparseTargets(
+        ids=ids,
+        head=log_probs.gather(-1, ids),
+        tails=tails,
+        temperatures=temperatures,
+        num_classes=log_probs.shape[-1],
+    )
+
+
+def buckets_of(log_probs: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """The same k + 1 log-probs from all classes."""
+    softened = torch.log_softmax(log_probs / temperature, dim=-1)
+    kept = torch.zeros_like(softened, dtype=torch.bool).scatter(-1, ids, True)
+    tail = torch.logsumexp(softened.masked_fill(kept, -torch.inf), dim=-1, keepdim=True)
+    return torch.cat([softened.gather(-1, ids), tail], dim=-1)
+
+
+LOG_PROBS_BTC = torch.log_softmax(
+    3 * torch.randn(4, 2, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=-1
+)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4 / 3, 2.0, 4.0])
+def test_sparse_log_probs_are_exact_at_stored_temperatures(temperature):
+    targets = sparse_of(LOG_PROBS_BTC, 7, (4.0, 1.0, 2.0, 4 / 3))
+    expected = buckets_of(LOG_PROBS_BTC, targets.ids, temperature)
+    torch.testing.assert_close(targets.log_probs(temperature), expected, rtol=0, atol=1e-13)
+    softened = torch.log_softmax(targets.softened(temperature), dim=-1)
+    torch.testing.assert_close(softened, expected, rtol=0, atol=1e-13)
+    nearly = targets.log_probs(temperature * (1 + 1e-12))
+    torch.testing.assert_close(nearly, expected, rtol=0, atol=1e-9)
+
+
+def test_a_temperature_that_is_not_stored_is_refused():
+    targets = sparse_of(LOG_PROBS_BTC, 7, (1.0, 2.0, 4.0))
+    with pytest.raises(ConfigError, match=r"temperature 3 is not stored; .* 1, 2, 4\. .* allow_interpolation: true"):
+        targets.log_probs(3.0)
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "temperature"), [((1.0, 4.0), 2.0), ((1.0, 2.0, 4.0), 0.9), ((1.0, 2.0, 4.0), 4.1)]
+)
+def test_interpolation_needs_three_nodes_around_it(temperatures, temperature):
+    targets = sparse_of(LOG_PROBS_BTC, 7, temperatures)
+    with pytest.raises(ConfigError, match="three or more stored temperatures and one between"):
+        targets.softened(temperature, allow_interpolation=True)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.floats(0.01, 10),
+    k=st.integers(1, 59),
+    nodes=st.sets(st.sampled_from([0.5, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 7.0, 10.0]), min_size=3),
+    share=st.floats(0.01, 0.99),
+    num_masked=st.integers(0, 30),
+)
+def test_interpolation_is_within_its_bound(seed, scale, k, nodes, share, num_masked):
+    random = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(3, 60, generator=random, dtype=torch.float64)
+    logits[:, :num_masked] = -torch.inf
+    log_probs = torch.log_softmax(logits, dim=-1)
+    k = min(k, 60 - num_masked)
+    temperatures = tuple(sorted(nodes))
+    targets = sparse_of(log_probs, k, temperatures)
+    temperature = temperatures[0] + share * (temperatures[-1] - temperatures[0])
+    if any(math.isclose(temperature, each, rel_tol=1e-6) for each in temperatures):
+        return
+    exact = buckets_of(log_probs, targets.ids, temperature)
+    found = targets.log_probs(temperature, allow_interpolation=True)
+    if num_masked + k == 60:
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+        return
+    log_tail = sparse_of(log_probs, k, (temperature,)).tails[..., 0]
+    lower, upper = targets.tail_bounds(temperature)
+    assert (lower <= log_tail + 1e-9).all()
+    assert (log_tail <= upper + 1e-9).all()
+    error = (found[..., :-1].exp().sum(dim=-1) - exact[..., :-1].exp().sum(dim=-1)).abs()
+    assert (error <= (upper - lower) / 4 + 1e-9).all()
+
+
+def test_the_bound_shrinks_with_more_nodes():
+    gaps = []
+    for temperatures in ((1.0, 4.0, 8.0), (1.0, 2.0, 4.0, 8.0), (1.0, 2.0, 3.0, 4.0, 8.0)):
+        lower, upper = sparse_of(LOG_PROBS_BTC, 7, temperatures).tail_bounds(2.5)
+        gaps.append(float((upper - lower).max()))
+    assert gaps[0] > 2 * gaps[1] > 4 * gaps[2]
+
+
+def test_interpolation_meets_the_stored_temperatures():
+    targets = sparse_of(LOG_PROBS_BTC, 7, (1.0, 4 / 3, 2.0, 4.0, 10.0))
+    for stored in (4 / 3, 2.0, 4.0):
+        for near in (stored * (1 - 1e-6), stored * (1 + 1e-6)):
+            found = targets.log_probs(near, allow_interpolation=True)
+            torch.testing.assert_close(found, targets.log_probs(stored), rtol=0, atol=1e-4)
+
+
+def test_dense_targets_need_no_interpolation():
+    targets = targets_of(LOGITS_BTC)
+    assert torch.equal(targets.log_probs(3.3, allow_interpolation=True), targets.log_probs(3.3))
+
+
+def sampled() -> SampledTargets:
+    return SampledTargets(
+        ids=torch.arange(6).view(3, 2),
+        weights=torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]]),
+        entropy=torch.tensor([0.7, 0.0, 0.6]),
+        num_classes=9,
+        covered=torch.tensor([True, False, True]),
+    )
+
+
+def test_draws_have_no_log_probs():
+    for ask in (sampled().log_probs, sampled().softened):
+        with pytest.raises(ConfigError, match="linear in the teacher's probabilities"):
+            ask(1.0)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        DenseTargets(values=torch.randn(3, 4), row_max=torch.randn(3), covered=torch.tensor([True, False, True])),
+        sparse_of(LOG_PROBS_BTC[:3], 7, (1.0, 2.0)),
+        sampled(),
+        FeatureTargets(values=torch.randn(3, 8), covered=torch.tensor([True, False, True])),
+    ],
+    ids=lambda targets: type(targets).__name__,
+)
+def test_rows_and_devices_take_every_tensor_along(targets):
+    rows = torch.tensor([2, 0])
+    part, moved = targets[rows], targets.to(torch.device("meta"))
+    assert type(part) is type(moved) is type(targets)
+    for name, value in vars(targets).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(part, name), value[rows])
+            assert getattr(moved, name).device.type == "meta"
+        else:
+            assert getattr(part, name) == getattr(moved, name) == value
+
+
+def test_masked_classes_are_named():
+    logits = LOGITS_BTC.clone()
+    logits[..., 2] = -torch.inf
+    assert torch.equal(targets_of(logits).masked, torch.isneginf(logits))
+    assert targets_of(logits, torch.float16).masked.sum() == logits.shape[0] * logits.shape[1]

@@ -19,7 +19,7 @@ from kdpipe.data.preparing import RowSchema, SourceColumns, SplitPlan, prepare
 from kdpipe.distributed import rank, world_size
 from kdpipe.encodings import Dense
 from kdpipe.losses import ForwardKL, LossTerm
-from kdpipe.order import BatchOrder, Group
+from kdpipe.order import BatchOrder, Group, Shuffle
 from kdpipe.store import TargetStore
 from kdpipe.store.manifest import Manifest
 from kdpipe.targets import DenseTargets, OutputSpec
@@ -148,11 +148,19 @@ def lesson(data: PreparedData, num_labelled: int | None = None, dtype: type = np
 
 
 def stream_of(
-    rows: Rows, batch_size: int, seed: int = 0, *, ranks: tuple[int, int] | None = None, **held: Any
+    rows: Rows,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    ranks: tuple[int, int] | None = None,
+    shuffle: Shuffle | None = None,
+    **held: Any,
 ) -> BatchStream:
     """This process's share of the batches, or that of `ranks` (rank, world size)."""
     which, of = ranks or (rank(), world_size())
-    order = BatchOrder(rows=rows.rows, batch_size=batch_size, seed=seed, rank=which, world_size=of)
+    order = BatchOrder(
+        rows=rows.rows, batch_size=batch_size, seed=seed, shuffle=shuffle or Shuffle(), rank=which, world_size=of
+    )
     return BatchStream(rows, order, **held)
 
 

@@ -114,7 +114,10 @@ class BatchStream:
         ram_budget_bytes: int = RAM_BUDGET_BYTES,
         device: torch.device | None = None,
     ) -> None:
-        """`order` says which of `rows` come when. Raises `ConfigError` when `device` is asked and rows do not fit."""
+        """`order` says which of `rows` come when; a budget of 0 keeps nothing but what is read ahead.
+
+        Raises `ConfigError` when `device` is asked and rows do not fit, or the budget is too small to read ahead.
+        """
         self.steps_per_epoch = order.steps_per_epoch
         self._rows, self._order, self._num_workers = rows, order, num_workers
         self._ram_budget_bytes, self._device = ram_budget_bytes, device
@@ -151,6 +154,9 @@ class BatchStream:
         return self._ready
 
     def _stream(self, first: int, last: int) -> Iterator[Batch]:
+        if self._ram_budget_bytes:
+            width = sum(reader.row_bytes for reader in self._rows.targets.values())
+            self._order.shuffle.check_budget(width, self._order.batch_size, self._ram_budget_bytes)
         without_targets = replace(self._rows, targets={})
         loader: DataLoader[Batch] = DataLoader(
             _BatchesOf(without_targets),

@@ -54,7 +54,7 @@ def title_of(encoding: TargetEncoding) -> str:
         case {"name": "topk", "k": k, "values": values, "top_p": top_p}:
             return f"topk {k} {values}" + ("" if top_p is None else f" p {top_p:g}")
         case {"name": "sampled", "draws": draws, "head": head}:
-            return (f"head {head}, " if head else "sampled, ") + f"{draws} draws"
+            return f"sampled {draws}" + (f" head {head}" if head else "")
     return str(value["name"])
 
 
@@ -310,10 +310,12 @@ def recommend(offers: Sequence[Offer], needs: Needs) -> Recommendation:
 
 def _taken(offer: Offer, needs: Needs, why: str) -> Recommendation:
     temperatures = ", ".join(f"{each:g}" for each in needs.temperatures)
+    size, rate, speed = (
+        decimal(round(each)) for each in (needs.size(offer), needs.write_rate(offer), needs.write_bytes_per_s)
+    )
     measured = (
-        f"gradient error {100 * needs.error(offer):.2g} % at T = {temperatures}; {decimal(round(needs.size(offer)))} of "
-        f"{decimal(needs.free_bytes)} free; {decimal(round(needs.write_rate(offer)))}/s to write of "
-        f"{decimal(round(needs.write_bytes_per_s))}/s"
+        f"gradient error {100 * needs.error(offer):.2g} % at T = {temperatures}; {size} of "
+        f"{decimal(needs.free_bytes)} free; {rate}/s to write of {speed}/s"
     )
     encoding = profiled(offer.measured.encoding, needs.profile(offer) or "fast")
     return Recommendation(encoding=encoding, reason=f"{why} ({measured})")

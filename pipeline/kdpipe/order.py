@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kdpipe.errors import ConfigError
+
 Rows = NDArray[np.int64]
 
 BLOCK_ROWS = 1024
@@ -36,6 +38,18 @@ class Shuffle:
     def pool_rows(self) -> int:
         """Rows that are mixed with each other."""
         return self.block_rows * self.pool_blocks
+
+    def check_budget(self, row_bytes: int, batch_size: int, ram_budget_bytes: int) -> None:
+        """Raise `ConfigError` for a budget that the pools do not fit in: one is learnt from while the next is read.
+
+        Each may take twice its rows' room, as chunks of which half is wanted are read whole.
+        """
+        needed = 2 * 2 * max(self.pool_rows, batch_size) * row_bytes
+        if needed > ram_budget_bytes:
+            raise ConfigError(
+                f"the RAM budget is {ram_budget_bytes:,} bytes; reading rows of {row_bytes:,} bytes ahead needs up to "
+                f"{needed:,}. Raise it."
+            )
 
     def pools(self, rows: Rows, seed: int, epoch: int) -> Iterator[Rows]:
         """A permutation of `rows`, pool by pool."""

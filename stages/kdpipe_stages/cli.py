@@ -100,6 +100,28 @@ def check(params: ParamsFile = PARAMS) -> None:
         answer(line)
 
 
+@app.command("estimate")
+def estimate(
+    name: TeacherName = None,
+    rows: Annotated[int | None, typer.Option("--rows", help="How many rows to measure on (512).")] = None,
+    params: ParamsFile = PARAMS,
+    as_json: Json = False,
+) -> None:
+    """Before caching: bytes, write rate, hours, and what each encoding loses, on a sample of the rows."""
+    from kdpipe_stages import commands
+    from kdpipe_stages.terminal import answer, answer_json, answer_table, estimate_lines, estimate_table
+
+    project = _project(params)
+    estimates = {each: commands.estimate(project, each, rows) for each in project.teacher_names(name)}
+    if as_json:
+        answer_json(estimates)
+        return
+    for each in estimates.values():
+        answer_table(estimate_table(each))
+        for line in estimate_lines(each):
+            answer(line)
+
+
 @app.command("inspect")
 def inspect(store: StorePath, as_json: Json = False) -> None:
     """What a store is: rows, bytes per row, fingerprint, what the teacher said."""
@@ -114,12 +136,22 @@ def inspect(store: StorePath, as_json: Json = False) -> None:
 
 
 @app.command("verify")
-def verify(store: StorePath) -> None:
+def verify(
+    store: StorePath,
+    deep: Annotated[bool, typer.Option("--deep", help="Show sampled rows to the teacher again, and compare.")] = False,
+    rows: Annotated[int | None, typer.Option("--rows", help="How many rows to show it again (2,048).")] = None,
+    params: ParamsFile = PARAMS,
+) -> None:
     """Check every byte of a store against its checksums; lists bad shards."""
+    from kdpipe_stages import commands
     from kdpipe_stages.stores import verify as check_store
     from kdpipe_stages.terminal import answer
 
+    if rows is not None and not deep:
+        raise typer.BadParameter("--rows belongs to --deep")
     for line in check_store(store):
+        answer(line)
+    for line in commands.verify_deep(store, _project(params), rows) if deep else ():
         answer(line)
 
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from kdpipe_stages.terminal import progress_bar, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from kdpipe.caching import CacheProgress
     from kdpipe.training import Progress
     from kdpipe_stages.project import Project
@@ -88,3 +91,19 @@ def evaluate(project: Project) -> dict[str, Any]:
     accuracy = metrics["student"]["accuracy"]
     say(f"evaluate       student accuracy {accuracy:.4f} on {project.params.evaluate.split}; the rest in metrics.json")
     return metrics
+
+
+def estimate(project: Project, name: str, rows: int | None = None) -> dict[str, Any]:
+    """`kdpipe estimate NAME`."""
+    from kdpipe_stages import estimate as stage
+
+    with progress_bar(f"estimate {name}") as advance:
+        return stage.run(project, name, stage.SAMPLE_ROWS if rows is None else rows, advance)
+
+
+def verify_deep(store: Path, project: Project, rows: int | None = None) -> Sequence[str]:
+    """`kdpipe verify STORE --deep`, after the store's bytes were verified."""
+    from kdpipe_stages import deep_verify as stage
+
+    with progress_bar("verify --deep") as advance:
+        return stage.run(project, store, stage.SAMPLE_ROWS if rows is None else rows, advance)

@@ -63,7 +63,7 @@ def run(project: Project) -> dict[str, Any]:
 
 
 def _said(store: TargetStore, inputs: PreparedInputs, rows: NDArray[np.int64]) -> Said:
-    aligned = AlignedTargets(store, inputs, rows)
+    aligned = AlignedTargets(store, inputs, rows, outputs=["logits"])
     targets = aligned.read(rows)["logits"]
     return Said(answers=Answers.of_statistics(aligned.statistics(rows), targets.covered), targets=targets)
 

@@ -51,6 +51,10 @@ class Lesson:
         known: NDArray[np.int64] = self.rows[self.labels[self.rows] != MISSING_LABEL]
         return known
 
+    def outputs_of(self, teacher: str) -> list[str]:
+        """Outputs of a teacher that a loss listens to."""
+        return list(dict.fromkeys(term.output for term in self.terms if term.teacher == teacher))
+
     @cached_property
     def fingerprint(self) -> str:
         """Whatever changes a student's weights, but arm, seed and the number of ranks."""

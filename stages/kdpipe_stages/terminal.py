@@ -31,6 +31,11 @@ def answer(text: str) -> None:
     answers.print(text, markup=False)
 
 
+def answer_table(table: Table) -> None:
+    """A wide table of the command's answer: a narrow terminal wraps its lines, but no number is cut off."""
+    Console(file=answers.file, width=1000, highlight=False).print(table)
+
+
 def answer_json(value: Any) -> None:
     """The command's answer for a program."""
     print(json.dumps(value, indent=2, sort_keys=True))  # noqa: T201
@@ -158,14 +163,14 @@ def gain_lines(gains: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def estimate_table(estimate: Mapping[str, Any]) -> Table:
     """`kdpipe estimate` for a person: an encoding per line, three columns per temperature."""
     title = (
-        f"{estimate['teacher']}: {estimate['rows']:,} rows, {estimate['views']} views, "
-        f"{estimate['num_classes']:,} classes; measured on {estimate['sample']['rows']:,} rows"
+        f"{estimate['teacher']}: {estimate['rows_to_show']:,} targets (rows x views) of {estimate['num_classes']:,} "
+        f"classes; measured on {estimate['sample']['rows']:,} rows"
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("", no_wrap=True)
-    headers = ["B/row", "compact", "total", "MB/s", "top-1 %"]
+    headers = ["bytes\n/row", "\ncompact", "\ntotal", "needed\nMB/s", "top-1\nsame %"]
     for each in estimate["temperatures"]:
-        headers += [f"T = {each:g}\nKL", "\nhead %", "\ngrad. %"]
+        headers += [f"T = {each:g}\nKL", "\nhead %", "\ngrad %"]
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for each in estimate["encodings"]:
@@ -200,10 +205,10 @@ def estimate_lines(estimate: Mapping[str, Any]) -> list[str]:
     for each in estimate["encodings"]:
         refusals.setdefault(each["refused"], []).append(each["name"])
     return [
-        "> recommended, * in params.yaml, - not served at that temperature. KL(teacher || targets) in nats; for topk over "
-        "k + 1 buckets, so head % (the teacher's mass on the kept classes) belongs to it. grad. %: error of a student's "
-        "gradient; for sampled that of one draw, which averages out over draws.",
-        f"beside each: {estimate['other_bytes_per_row']} bytes per row (statistics, coverage, features)",
+        "> recommended   * in params.yaml   - not served at this T   beside each: "
+        f"{estimate['other_bytes_per_row']} bytes per row of statistics, coverage, features",
+        "KL: teacher || targets, nats; topk's is over k + 1 buckets, so it belongs to head %, the kept classes' mass",
+        "grad %: error of the gradient that a student would see; that of draws averages out over many of them",
         f"teacher: {estimate['teacher_rows_per_s']:,.0f} rows/s, {_in_time(hours)} for {estimate['rows_to_show']:,} "
         f"targets. Without a cache each student needs {_in_time(pays['teacher_hours_per_student'])} of it "
         f"({pays['epochs']} epochs x {pays['rows']:,} rows): caching has paid after {pays['students']:,} "

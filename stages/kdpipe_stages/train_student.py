@@ -112,7 +112,8 @@ class _Classroom:
         self._views = project.views()
         seen = {self._views.view_of_epoch(epoch) for epoch in range(max(1, self._views.count))}
         self._targets = {
-            name: AlignedTargets(store, inputs, lesson.rows, seen) for name, store in lesson.stores.items()
+            name: AlignedTargets(store, inputs, lesson.rows, seen, lesson.outputs_of(name))
+            for name, store in lesson.stores.items()
         }
         self._preprocess = project.preprocess(lesson.section.preprocess, lesson.task, "student.preprocess")
         fit_preprocess(self._preprocess, inputs, lesson.rows)

@@ -20,7 +20,9 @@ def features(seed: int, scale: int) -> torch.Tensor:
 @given(seed=SEEDS, scale=SCALES)
 def test_floats_are_within_their_bound(seed, scale):
     values = features(seed, scale)
-    assert torch.equal(Features(dtype="float32").decode(Features(dtype="float32").encode(values), OUTPUT).values, values)
+    assert torch.equal(
+        Features(dtype="float32").decode(Features(dtype="float32").encode(values), OUTPUT).values, values
+    )
     found = Features().decode(Features().encode(values), OUTPUT).values.double()
     assert ((found - values.double()).abs() <= values.double().abs() * 2.0**-11 + 2.0**-25).all()
 

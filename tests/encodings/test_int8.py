@@ -81,7 +81,8 @@ def test_a_masked_class_is_a_bit_and_does_not_widen_the_step(logits, data):
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(-torch.inf, "set masked_classes: true"), (torch.finfo(torch.float32).min, "let it say -inf")]
+    ("value", "message"),
+    [(-torch.inf, "set masked_classes: true"), (torch.finfo(torch.float32).min, "let it say -inf")],
 )
 def test_a_mask_is_never_quantised(value, message):
     with pytest.raises(ConfigError, match=message):
@@ -93,6 +94,5 @@ def test_tokens_are_rows():
     together, apart = Int8().encode(logits), Int8().encode(logits.flatten(0, 1))
     assert all(np.array_equal(together[suffix].reshape(apart[suffix].shape), apart[suffix]) for suffix in apart)
     assert {name: (str(each.dtype), each.shape[1:]) for name, each in together.items()} == {
-        name: (spec.dtype, spec.shape)
-        for name, spec in Int8().arrays(OutputSpec(name="logits", shape=(4, 9))).items()
+        name: (spec.dtype, spec.shape) for name, spec in Int8().arrays(OutputSpec(name="logits", shape=(4, 9))).items()
     }

@@ -237,7 +237,7 @@ INGREDIENTS = {
     "weights": (other_weights, {"teacher.weights"}),
     "factory": (change(*TEACHER, "model", "factory", value="teacher.py:SameTeacher"), {"teacher.model.factory"}),
     "arguments": (change(*TEACHER, "model", "temper", value=2.0), {"teacher.model.temper"}),
-    "source of the teacher's file": (edit("teacher.py", "pass", "pass  # as before"), {"teacher.sources.teacher"}),
+    "source of the teacher's file": (edit("teacher.py", "pass", "pass  # as before"), {"teacher.sources.teacher@"}),
     "source of a module it imports": (edit("shade.py", "/ 2", "/ 3"), {"teacher.sources.shade"}),
     "source of a module it imports lazily": (
         lambda folder, _: write(folder, "reached_lazily.py", "A = 1\n"),
@@ -252,7 +252,7 @@ INGREDIENTS = {
         {"teacher.preprocess.factory"},
     ),
     "preprocess's arguments": (change(*TEACHER, "preprocess", "scale", value=8), {"teacher.preprocess.scale"}),
-    "preprocess's source": (edit("pixels.py", "import json", "import json  # as before"), {"teacher.sources.pixels"}),
+    "preprocess's source": (edit("pixels.py", "import json", "import json  # as before"), {"teacher.sources.pixels@"}),
     "preprocess's fitted state": (edit("state.json", "0.5", "0.25"), {"teacher.preprocess_state.mean"}),
     "encoding": (
         change(*TARGETS, "encoding", value="int8"),
@@ -267,7 +267,7 @@ INGREDIENTS = {
     "shard_rows": (change(*TARGETS, "shard_rows", value=8), {"shard_rows"}),
     "views": (
         change("views", value={"count": 1, "transform": {"factory": "jitter.py:Jitter"}}),
-        {"views", "views.seed", "views.transform.path", "views.sources.jitter"},
+        {"views", "views.seed", "views.transform.path", "views.sources.jitter@"},
     ),
 }
 SEEN_BY_STUDENTS = {
@@ -337,7 +337,7 @@ VIEWS = {"count": 1, "seed": 5, "transform": {"factory": "jitter.py:Jitter"}}
     [
         (change("views", "seed", value=6), {"views.seed"}),
         (change("views", "transform", "amount", value=2), {"views.transform.arguments.amount"}),
-        (edit("jitter.py", "1 + self", "2 + self"), {"views.sources.jitter"}),
+        (edit("jitter.py", "1 + self", "2 + self"), {"views.sources.jitter@"}),
     ],
     ids=["seed", "transform's arguments", "transform's source"],
 )
@@ -362,35 +362,38 @@ def test_more_views_are_added_to_those_that_are_there(folder, monkeypatch):
 
 def test_the_format_version_makes_other_targets(folder, monkeypatch):
     _, before = cache(folder)
+    fingerprint = before.fingerprint  # computed when it is asked for
     monkeypatch.setattr(store_manifest, "FORMAT_VERSION", store_manifest.FORMAT_VERSION + 1)
     with pytest.raises(StoreError, match="has format version"):
         Lesson(visit(folder))
     done, after = cache(folder)
     assert differing(before, after) == set()
-    assert before.fingerprint != after.fingerprint
+    assert after.fingerprint != fingerprint
     assert done.rows_computed == rows_shown(folder) == NUM_ROWS
 
 
 def test_tf32_makes_other_targets_where_there_is_a_gpu(folder, monkeypatch):
     """On a machine without one the module stays where it is, and only the fingerprint is looked at."""
 
-    def fingerprint():
-        inputs = PreparedInputs(folder / "data" / "prepared" / "inputs")
-        return cache_teacher.build_teacher(visit(folder), "big", inputs)[0].fingerprint
+    matmul = torch.backends.cuda.matmul
+    inputs = PreparedInputs(folder / "data" / "prepared" / "inputs")
+    before = matmul.allow_tf32
 
-    on_the_cpu = [fingerprint()]
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    on_the_cpu.append(fingerprint())
-    assert on_the_cpu[0] == on_the_cpu[1]
+    def fingerprint(tf32):
+        matmul.allow_tf32 = tf32
+        try:
+            return cache_teacher.build_teacher(visit(folder), "big", inputs)[0].fingerprint
+        finally:
+            matmul.allow_tf32 = before
+
+    assert fingerprint(tf32=True) == fingerprint(tf32=False)
     monkeypatch.setattr("kdpipe.teachers.torch.device", lambda: "cuda")
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.nn.Module, "to", lambda module, _: module)
         monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _: tensor)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "User provided device_type of 'cuda', but CUDA is not available")
-        fast = fingerprint()
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-        exact = fingerprint()
+        fast, exact = fingerprint(tf32=True), fingerprint(tf32=False)
     assert {name for name in fast if fast[name] != exact[name]} == {"numeric_mode"}
     assert fast["numeric_mode"] == {**exact["numeric_mode"], "tf32": True}
 
@@ -407,6 +410,11 @@ def other_versions(folder, monkeypatch):
     monkeypatch.setattr(platform, "python_version", lambda: "3.99")
 
 
+def class_names(folder, monkeypatch):
+    change("task", "class_names", value=[f"digit {each}" for each in range(10)])(folder, monkeypatch)
+    prepare_data.run(project_in(folder))
+
+
 def other_order_of_keys(folder, monkeypatch):
     value = yaml.safe_load((folder / "params.yaml").read_text())
     write_params(folder, {key: value[key] for key in reversed(value)})
@@ -417,7 +425,7 @@ NO_INGREDIENTS = {
     "threads": change("targets", "big", "threads", value=1),
     "temperatures of dense": change("targets", "big", "temperatures", value=[1, 4]),
     "name of the weights file": renamed_weights,
-    "class names": change("task", "class_names", value=[f"digit {each}" for each in range(10)]),
+    "class names": class_names,
     "defaults written out": change("targets", "big", "encoding", value="dense"),
     "the student": change("student", "labelled_rows", value=3),
     "seed of views that are not made": change("views", "seed", value=9),
@@ -453,7 +461,7 @@ def test_every_ingredient_of_a_store_has_its_test(folder, monkeypatch):
         "views.seed",
         "views.transform.arguments",
         "views.transform.path",
-        "views.sources.jitter",
+        "views.sources.jitter@",
         "teacher.preprocess_state.std",
     }
     assert set(leaves(dict(manifest.ingredients))) <= tested

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,9 +23,15 @@ class AlignedTargets:
     """
 
     def __init__(
-        self, store: TargetStore, inputs: PreparedInputs, rows: NDArray[np.int64], views: Iterable[int] = (0,)
+        self,
+        store: TargetStore,
+        inputs: PreparedInputs,
+        rows: NDArray[np.int64],
+        views: Iterable[int] = (0,),
+        outputs: Sequence[str] | None = None,
     ) -> None:
-        self.store = store
+        """`outputs` are those that are read (None: all)."""
+        self.store, self._outputs = store, outputs
         self._store_row = np.full(len(inputs), -1, np.int64)
         self._store_row[rows] = store.rows_of(inputs.sample_ids[rows].tolist())
         differing = (store.digests[self._store_row[rows]] != inputs.digests[rows]).any(axis=1)
@@ -42,11 +48,11 @@ class AlignedTargets:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row as stored."""
-        return self.store.row_bytes()
+        return self.store.row_bytes(self._outputs)
 
     def read(self, rows: NDArray[np.int64], view: int = 0) -> dict[str, Targets]:
         """Targets of each output for prepared row numbers `[B]`, in the given order."""
-        return self.store.read(self._store_row[rows], view)
+        return self.store.read(self._store_row[rows], view, self._outputs)
 
     def statistics(self, rows: NDArray[np.int64], view: int = 0) -> dict[str, NDArray[np.float32]]:
         """The teacher's class, confidence and entropy (nats) at T = 1 for prepared row numbers `[B]`."""
@@ -57,5 +63,5 @@ class AlignedTargets:
         mapped = (
             (view, replace(group, batches=[self._store_row[rows] for rows in group.batches])) for view, group in groups
         )
-        for _, said in TargetPools(self.store).batches(mapped):
+        for _, said in TargetPools(self.store, self._outputs).batches(mapped):
             yield said

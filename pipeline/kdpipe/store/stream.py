@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdpipe.distributed import rank, world_size
-from kdpipe.errors import ConfigError
 from kdpipe.order import BatchOrder, Group, Shuffle
 from kdpipe.store.reading import RowPool
 from kdpipe.store.target_store import TargetStore
@@ -119,7 +118,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
         shuffle = Shuffle.for_row_bytes(width)
         kept = views.count == 0 and len(wanted) * width <= ram_budget_bytes
         if not kept:
-            _check_budget(max(shuffle.pool_rows, batch_size), width, ram_budget_bytes)
+            shuffle.check_budget(width, batch_size, ram_budget_bytes)
         self._views = views
         self._pools = TargetPools(store, outputs, wanted if kept else None, verify_always=verify_always)
         self._order = BatchOrder(
@@ -151,13 +150,3 @@ class TargetStream(IterableDataset[StreamedBatch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state_dict` was called."""
         self._step = int(state["step"])
-
-
-def _check_budget(pool_rows: int, row_bytes: int, ram_budget_bytes: int) -> None:
-    """Refuse a budget that two pools do not fit in; a chunk that is half wanted takes twice its rows' room."""
-    needed = 2 * _SLOTS * pool_rows * row_bytes
-    if needed > ram_budget_bytes:
-        raise ConfigError(
-            f"the RAM budget is {ram_budget_bytes:,} bytes; reading rows of {row_bytes:,} bytes ahead needs up to "
-            f"{needed:,}. Raise it."
-        )

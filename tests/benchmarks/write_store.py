@@ -1,0 +1,163 @@
+"""Writing: a shard's commit against `np.save` + fsync; a capture against the bare loop over the same teacher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.measuring import cpu_s, interval_95, machine, shown
+from benchmarks.read_store import BATCH_ROWS, create
+from kdpipe.caching import capture
+from kdpipe.data.prepared import PreparedInputs
+from kdpipe.data.preparing import RowSchema, SourceColumns, SplitPlan, prepare
+from kdpipe.models.mlp import MLP
+from kdpipe.preprocess import Standardize
+from kdpipe.store import TargetStore
+from kdpipe.tasks.tabular import TabularClassification
+from kdpipe.teachers.torch import TorchTeacher
+
+NUM_FEATURES = 64
+
+
+class _Table:
+    """A source of one Arrow table."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        return iter(self._table.to_batches(max_chunksize=4096))
+
+
+def prepared(folder: Path, num_rows: int) -> PreparedInputs:
+    """Rows of random float32 features, prepared on disk."""
+    names = [f"x{index}" for index in range(NUM_FEATURES)]
+    features = np.random.default_rng(0).normal(size=(NUM_FEATURES, num_rows)).astype(np.float32)
+    rest = {"id": pa.array(range(num_rows)), "label": pa.array([0] * num_rows), "split": pa.array(["train"] * num_rows)}
+    table = pa.table(rest | dict(zip(names, map(pa.array, features), strict=True)))
+    task = TabularClassification(num_classes=2, columns=names)
+    columns = SourceColumns(id="id", label="label", split="split")
+    prepare(_Table(table), RowSchema(to_inputs=task.to_inputs, to_labels=task.to_labels), columns, SplitPlan(), folder)
+    return PreparedInputs(folder / "inputs")
+
+
+def teacher_of(inputs: PreparedInputs, hidden: int, num_classes: int) -> TorchTeacher:
+    """An MLP of one hidden layer."""
+    torch.manual_seed(0)
+    model = MLP((NUM_FEATURES,), num_classes, hidden=[hidden])
+    preprocess = Standardize(mean=[0.0] * NUM_FEATURES, std=[1.0] * NUM_FEATURES)
+    return TorchTeacher(model, preprocess, num_classes, {}, inputs.read(np.zeros(1, np.int64)))
+
+
+def run_bare(teacher: TorchTeacher, inputs: PreparedInputs, num_rows: int) -> None:
+    """Read, preprocess, predict; what is said is thrown away."""
+    for start in range(0, num_rows, BATCH_ROWS):
+        teacher.predict(inputs.read(np.arange(start, min(start + BATCH_ROWS, num_rows))))
+
+
+def calibrated(inputs: PreparedInputs, num_classes: int, us_per_row: float) -> TorchTeacher:
+    """A teacher whose bare loop takes about so long."""
+    hidden, num_rows = 256, min(len(inputs), 16 * BATCH_ROWS)
+    for _ in range(5):
+        teacher = teacher_of(inputs, hidden, num_classes)
+        run_bare(teacher, inputs, num_rows)
+        seconds, _ = measured(lambda: run_bare(teacher, inputs, num_rows))  # noqa: B023
+        hidden = max(16, min(2**16, round(hidden * us_per_row * 1e-6 * num_rows / seconds / 16) * 16))
+    return teacher_of(inputs, hidden, num_classes)
+
+
+def measured(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), cpu_s()
+    work()
+    return time.perf_counter() - wall, cpu_s() - cpu
+
+
+def write_shards(folder: Path, num_rows: int, num_classes: int, rounds: int) -> str:
+    """CPU of `store.write` against `np.save` + fsync of the same float16 logits, shard by shard."""
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((num_rows, num_classes), np.float32).astype(np.float16)
+    rest = {"logits.row_max": np.zeros(num_rows, np.float32), "statistics": np.zeros((num_rows, 3), np.float32)}
+    arrays = {"logits": values, **rest}
+
+    def by_numpy(store: TargetStore) -> None:
+        for _, shard in store.missing():
+            with (store.path / f"{shard.index}.npy").open("wb") as file:
+                np.save(file, values[shard.start : shard.stop])
+                file.flush()
+                os.fsync(file.fileno())
+
+    def by_store(store: TargetStore) -> None:
+        for view, shard in store.missing():
+            part = {name: each[shard.start : shard.stop] for name, each in arrays.items()}
+            store.write(view, shard, part, BATCH_ROWS)
+
+    found: dict[str, list[tuple[float, float]]] = {"np.save + fsync": [], "store.write": []}
+    for _ in range(rounds + 1):
+        for (name, costs), write in zip(found.items(), (by_numpy, by_store), strict=True):
+            store = create(folder / name, num_rows, num_classes)
+            costs.append(measured(lambda: write(store)))  # noqa: B023
+            shutil.rmtree(folder / name)
+    lines = ["| writer | CPU us/row | x np.save | wall us/row |", "| --- | --- | --- | --- |"]
+    base = [cpu for _, cpu in found["np.save + fsync"][1:]]  # the first round warms up
+    for name, costs in found.items():
+        wall, cpu = ([each[index] for each in costs[1:]] for index in (0, 1))
+        ratios = shown([each / other for each, other in zip(cpu, base, strict=True)])
+        per_row = [shown([each / num_rows * 1e6 for each in values]) for values in (cpu, wall)]
+        lines.append(f"| {name} | {per_row[0]} | {ratios} | {per_row[1]} |")
+    return "\n".join(lines)
+
+
+def capture_rows(folder: Path, num_rows: int, num_classes: int, rounds: int, us_per_row: float) -> str:
+    """Wall and CPU of a capture against the bare loop, in pairs."""
+    inputs = prepared(folder / "prepared", num_rows)
+    manifest = create(folder / "shape", num_rows, num_classes).manifest
+    teacher = calibrated(inputs, num_classes, us_per_row)
+
+    def run_capture() -> tuple[float, float]:
+        shutil.rmtree(folder / "store", ignore_errors=True)
+        store = TargetStore.create(folder / "store", manifest, inputs.sample_ids, inputs.digests)
+        return measured(lambda: capture(store, teacher, inputs, BATCH_ROWS))
+
+    bare, kept = [], []
+    for number in range(rounds + 1):
+        order = (True, False) if number % 2 else (False, True)
+        for is_bare in order:
+            if is_bare:
+                bare.append(measured(lambda: run_bare(teacher, inputs, num_rows)))
+            else:
+                kept.append(run_capture())
+    lines = ["| what | bare us/row | capture us/row | slower by: mean (95 % interval) |", "| --- | --- | --- | --- |"]
+    for index, what in enumerate(("wall", "CPU")):
+        pairs = [(one[index], other[index]) for one, other in zip(bare[1:], kept[1:], strict=True)]
+        per_row = [shown([each / num_rows * 1e6 for each in values]) for values in zip(*pairs, strict=True)]
+        mean, low, high = interval_95([100 * (other / one - 1) for one, other in pairs])
+        lines.append(f"| {what} | {per_row[0]} | {per_row[1]} | {mean:.1f} % ({low:.1f} to {high:.1f}) |")
+    return "\n".join(lines)
+
+
+def main(
+    num_rows: int = 65_536,
+    num_classes: int = 1000,
+    rounds: int = 11,
+    captured: Sequence[tuple[int, int]] = ((32_768, 10), (32_768, 1000)),
+    us_per_row: float = 50.0,
+    folder: Path | None = None,
+) -> None:
+    """Print the tables; `captured` are rows and classes of the captures."""
+    print(machine("numpy", "torch", "google-crc32c") + "\n")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        print(f"{num_rows:,} rows x {num_classes:,} classes float16, {rounds} rounds\n")
+        print(write_shards(Path(scratch), num_rows, num_classes, rounds))
+    for rows, classes in captured:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            print(f"\ncapture of {rows:,} rows x {classes:,} classes, batches of {BATCH_ROWS}, {rounds} pairs\n")
+            print(capture_rows(Path(scratch), rows, classes, rounds, us_per_row))
