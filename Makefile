@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PEERS := .benchmarks/peers
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint bench bench-peers
 
 install: .venv/installed
 
@@ -24,4 +25,12 @@ lint: install
 	$(BIN)/lint-imports
 
 bench: install
-	PYTHONPATH=tests $(BIN)/python -m benchmarks
+	PYTHONPATH=tests $(BIN)/python -m benchmarks $(ONLY)
+
+bench-peers: $(PEERS)/installed
+	PYTHONPATH=pipeline:tests $(PEERS)/bin/python -m benchmarks peers
+
+$(PEERS)/installed: tests/benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@

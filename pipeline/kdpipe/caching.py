@@ -23,7 +23,7 @@ from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import ANEW, PreparedInputs
 from kdpipe.data.segments import content_digests
 from kdpipe.distributed import Shard
-from kdpipe.encodings import encoding_from_json
+from kdpipe.encodings import Sampled, encoding_from_json
 from kdpipe.errors import ConfigError, DataError, TeacherError
 from kdpipe.store import TargetStore
 from kdpipe.targets import OutputSpec
@@ -253,7 +253,9 @@ class _Writer:
         for output in self._store.manifest.outputs:
             values = _where_covered(_checked(said, output, len(ids)), covered)
             _refuse_nonfinite(values, output, ids)
-            encoded = self._encodings[output.name].encode(values, row_keys(ids.tolist(), batch.view))
+            encoding = self._encodings[output.name]
+            keys = row_keys(ids.tolist(), batch.view) if isinstance(encoding, Sampled) else None
+            encoded = encoding.encode(values, keys)
             arrays |= {output.name + suffix: each for suffix, each in encoded.items()}
             if output.name == "logits":
                 arrays["statistics"] = teacher_statistics(values)

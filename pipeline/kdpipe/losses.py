@@ -196,41 +196,41 @@ def _check_shape(logits: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def bucket_log_probs(logits: Tensor, ids: Tensor, used: Tensor, temperature: float) -> Tensor:
-    """log-softmax of `logits / T [B, ..., C]` at `ids [B, ..., K]` where `used`, then of all other classes together.
+    """Log-probabilities at T of the classes `ids [B, ..., K]` where `used`, then of all others together.
 
-    `[B, ..., K + 1]`; an unused place is -inf, and so is the last where no class is left. Needs one buffer of C
-    numbers per row beside the log-softmax, forward and backward.
+    Logits `[B, ..., C]` -> `[B, ..., K + 1]`; an unused place is -inf, and so is the last where no class is left.
+    Used ids are unique. Keeps one buffer of C numbers per row, and makes one more in backward: the gradient.
     """
     # An unused place may hold any id; here it holds a used one, so that it takes no class out of the rest.
     first_used = used.to(torch.uint8).argmax(dim=-1, keepdim=True)
     ids = torch.where(used, ids, ids.gather(-1, first_used))
-    buckets: Tensor = _Buckets.apply(logits, ids, temperature)  # type: ignore[no-untyped-call]
-    return torch.cat([buckets[..., :-1].masked_fill(~used, -torch.inf), buckets[..., -1:]], dim=-1)
+    buckets: Tensor = _Buckets.apply(logits, ids, used, temperature)  # type: ignore[no-untyped-call]
+    return buckets
 
 
 class _Buckets(torch.autograd.Function):
     """The rest is a logsumexp over the complement, never log(1 - Q): finite however small or large Q is."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-        log_q = torch.log_softmax(logits / temperature, dim=-1)
-        rest = log_q.scatter(-1, ids, -torch.inf)
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, used: Tensor, temperature: float) -> Tensor:
+        rest = logits.scatter(-1, ids, -torch.inf)
         largest = rest.amax(dim=-1, keepdim=True)
-        shift = torch.where(torch.isneginf(largest), 0.0, largest)
-        tail = rest.sub_(shift).exp_().sum(dim=-1, keepdim=True).log_() + shift
+        largest = torch.where(torch.isneginf(largest), 0.0, largest)
+        rest = rest.sub_(largest).div_(temperature).exp_()
+        mass = rest.sum(dim=-1, keepdim=True)
+        head = (logits.gather(-1, ids) / temperature).masked_fill(~used, -torch.inf)
+        log_q = torch.log_softmax(torch.cat([head, mass.log() + largest / temperature], dim=-1), dim=-1)
         ctx.temperature = temperature
-        ctx.save_for_backward(log_q, ids, tail)
-        return torch.cat([log_q.gather(-1, ids), tail], dim=-1)
+        ctx.save_for_backward(rest, mass, log_q, ids)
+        return log_q
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Times 1 / T: `g_j - q_j sum(g)` at a kept class, `g_tail q_j / (1 - Q) - q_j sum(g)` at any other."""
-        log_q, ids, tail = ctx.saved_tensors
-        head, rest = gradient[..., :-1], gradient[..., -1:]
-        total = gradient.sum(dim=-1, keepdim=True)
-        share = torch.where(torch.isneginf(tail), 0.0, tail)
-        result = (log_q - share).exp_().mul_(rest - share.exp() * total)
-        result.scatter_(-1, ids, log_q.gather(-1, ids).exp() * -total)
-        result.scatter_add_(-1, ids, head)
-        return result.div_(ctx.temperature), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Times 1 / T: `g_j - q_j sum(g)` at a kept class, `(g_tail / (1 - Q) - sum(g)) q_j` at any other."""
+        rest, mass, log_q, ids = ctx.saved_tensors
+        gradient = gradient.masked_fill(torch.isneginf(log_q), 0.0)
+        of_bucket = gradient - log_q.exp() * gradient.sum(dim=-1, keepdim=True)
+        result = rest * torch.where(mass > 0, of_bucket[..., -1:] / mass, 0.0)
+        result.scatter_add_(-1, ids, of_bucket[..., :-1])
+        return result.div_(ctx.temperature), None, None, None

@@ -152,6 +152,7 @@ def teacher_fingerprint(project: Project, name: str) -> str:
     """Whatever changes the teacher's weights: settings, code, and the rows and labels of its own split."""
     section = project.teacher(name)
     assert section.train is not None
+    assert section.model is not None
     spec = ModelSpec(where=f"teachers.{name}", model=section.model, preprocess=section.preprocess)
     split_file = project.prepared / "splits" / f"{section.train.split}.json"
     if not split_file.is_file():

@@ -34,13 +34,14 @@ from kdpipe.teachers.torch import TorchTeacher, device
 from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, encodings_of, teacher_fingerprint
 from kdpipe_stages.params import store_sections, views_identity
 from kdpipe_stages.project import Project
+from kdpipe_stages.tables import TableTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cached:
     """What a run did: rows that the teacher saw now, rows in the store, and shards that other workers still owe.
 
-    The store is published when none is owed.
+    The store is published when none is owed. `rows_not_covered` are those that a teacher's table lacks.
     """
 
     rows_computed: int
@@ -48,6 +49,7 @@ class Cached:
     num_bytes: int
     teacher_seconds: float
     shards_owed: int
+    rows_not_covered: int
 
 
 OnProgress = Callable[[CacheProgress], None]
@@ -69,7 +71,7 @@ def run(
     if repair and share != WHOLE:
         raise ConfigError("--repair reads the whole store: run it alone, without --shards")
     inputs = PreparedInputs(project.prepared / "inputs")
-    teacher, description = build_teacher(project, name, inputs)
+    teacher, description = _teacher(project, name, inputs)
     manifest = _manifest(project, name, teacher, description, len(inputs))
     workplace = _Workplace(project, name, manifest)
     with ExitStack() as held:
@@ -78,7 +80,10 @@ def run(
             store = workplace.begin(inputs, repair)
         targets = project.targets(name)
         with cpu_threads(targets.threads):
-            captured = capture(store, teacher, inputs, targets.batch_size, on_progress, share, project.views())
+            if isinstance(teacher, TableTeacher):
+                captured = teacher.capture(store, inputs, on_progress, share)
+            else:
+                captured = capture(store, teacher, inputs, targets.batch_size, on_progress, share, project.views())
         if captured.num_rows:
             note = name if share == WHOLE else f"{name}.{share.index}-of-{share.count}"
             project.write_timings("cache_teacher", note, asdict(captured))
@@ -94,6 +99,7 @@ def run(
         num_bytes=store.num_bytes,
         teacher_seconds=captured.teacher_seconds,
         shards_owed=owed,
+        rows_not_covered=teacher.rows_not_covered if isinstance(teacher, TableTeacher) else 0,
     )
 
 
@@ -143,11 +149,13 @@ class _Workplace:
 
     def _join(self, inputs: PreparedInputs) -> TargetStore:
         store = self.open(inputs)
+        num_views = self._project.views().num_views
         same_ids = np.array_equal(store.sample_ids, inputs.sample_ids)
-        if not same_ids or not np.array_equal(store.digests, inputs.digests):
+        if not same_ids or not np.array_equal(store.digests, inputs.digests) or store.num_views != num_views:
             raise LockedError(
-                f"other processes are {self._doing} for {store.num_rows:,} rows as they were prepared before; "
-                f"now there are {len(inputs):,}. Wait for them to end, or stop them, and run again."
+                f"other processes are {self._doing} for {store.num_rows:,} rows as they were prepared before, in "
+                f"{store.num_views} views; now there are {len(inputs):,} rows and {num_views} views. "
+                "Wait for them to end, or stop them, and run again."
             )
         return store
 
@@ -178,10 +186,20 @@ class _Workplace:
             return False
 
 
+def _teacher(project: Project, name: str, inputs: PreparedInputs) -> tuple[Teacher | TableTeacher, dict[str, object]]:
+    """A teacher or the table of what it said, and what its store says about it."""
+    if project.teacher(name).table is None:
+        return build_teacher(project, name, inputs)
+    teacher = TableTeacher(project, name)
+    return teacher, teacher.description
+
+
 def build_teacher(project: Project, name: str, inputs: PreparedInputs) -> tuple[Teacher, dict[str, object]]:
     """The teacher with its weights, and what its store says about it."""
     section, task = project.teacher(name), project.task()
     where = f"teachers.{name}"
+    if section.model is None:
+        raise ConfigError(f"{where}: what it said is in {section.table}; there is no model to show rows to")
     preprocess = project.preprocess(section.preprocess, task, f"{where}.preprocess")
     if section.weights is not None:
         weights = project.root / section.weights
@@ -206,7 +224,9 @@ def build_teacher(project: Project, name: str, inputs: PreparedInputs) -> tuple[
     return teacher, {"name": name, "parameters": num_parameters(model), "size_bytes": weights.stat().st_size}
 
 
-def _manifest(project: Project, name: str, teacher: Teacher, description: dict[str, object], num_rows: int) -> Manifest:
+def _manifest(
+    project: Project, name: str, teacher: Teacher | TableTeacher, description: dict[str, object], num_rows: int
+) -> Manifest:
     targets, task = project.targets(name), project.task()
     encodings = encodings_of(targets, teacher.outputs)
     specs = [spec for output in teacher.outputs for spec in encodings[output.name].arrays(output).values()]
@@ -227,7 +247,7 @@ def _manifest(project: Project, name: str, teacher: Teacher, description: dict[s
         num_classes=task.num_classes,
         class_names=task.class_names,
         shard_rows=targets.shard_rows or choose_shard_rows(specs, num_rows),
-        coverage=abstains(teacher),
+        coverage=isinstance(teacher, TableTeacher) or abstains(teacher),
         sections=store_sections(project.params, name),
         teacher=description,
         recorded={

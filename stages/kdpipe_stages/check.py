@@ -20,6 +20,7 @@ from kdpipe.tasks.base import Task
 from kdpipe_stages.building import encodings_of
 from kdpipe_stages.lesson import check_term, known_labels, loss_term
 from kdpipe_stages.project import Project
+from kdpipe_stages.tables import TableTeacher
 
 SAMPLE_ROWS = 64
 
@@ -75,6 +76,9 @@ def _first_rows(project: Project, task: Task) -> Columns:
 def _check_teachers(project: Project, task: Task, sample: Columns | None) -> str:
     for name, section in project.params.teachers.items():
         where = f"teachers.{name}"
+        if section.model is None:
+            TableTeacher(project, name)
+            continue
         model = _check_model(project, task, section.model, section.preprocess, where, sample, section.weights is None)
         if section.weights is not None and model is not None:
             load_weights(model, project.root / section.weights)

@@ -112,7 +112,8 @@ def estimate(
     from kdpipe_stages.terminal import answer, answer_json, answer_table, estimate_lines, estimate_table
 
     project = _project(params)
-    estimates = {each: commands.estimate(project, each, rows) for each in project.teacher_names(name)}
+    names = [each for each in project.teacher_names(name) if name or project.teacher(each).table is None]
+    estimates = {each: commands.estimate(project, each, rows) for each in names}
     if as_json:
         answer_json(estimates)
         return
@@ -153,6 +154,88 @@ def verify(
         answer(line)
     for line in commands.verify_deep(store, _project(params), rows) if deep else ():
         answer(line)
+
+
+@app.command("export-targets")
+def export_targets(
+    store: StorePath,
+    table_format: Annotated[str, typer.Option("--format", help="parquet, arrow or npz.")] = "parquet",
+    out: Annotated[Path | None, typer.Option("--out", help="The file; beside you, named as the store is.")] = None,
+    view: Annotated[str, typer.Option("--view", help="A view's number, or all.")] = "all",
+    outputs: Annotated[list[str] | None, typer.Option("--output", help="An output; all when left out.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """A store as a table, for pandas, DuckDB, HF datasets or NumPy."""
+    from kdpipe_stages.tables import export_targets as export
+    from kdpipe_stages.terminal import answer
+
+    path, num_rows = export(store, table_format, out, view, outputs or [], force)
+    answer(f"{path}: {num_rows:,} rows")
+
+
+@app.command("import-targets")
+def import_targets(
+    table: Annotated[Path, typer.Argument(help="Parquet, Arrow, npz or JSON Lines.")],
+    store: Annotated[Path, typer.Argument(help="The folder to make.")],
+    num_classes: Annotated[int | None, typer.Option("--num-classes", help="Where the table does not say it.")] = None,
+    encoding: Annotated[str | None, typer.Option("--encoding", help="dense, int8 or topk.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of dense: float16 or float32.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Of topk: classes per row.")] = None,
+    values: Annotated[str | None, typer.Option("--values", help="Of topk: float16 or int8.")] = None,
+    temperatures: Annotated[
+        list[float] | None, typer.Option("--temperature", help="Of tail_log_mass, one by one, in its order.")
+    ] = None,
+) -> None:
+    """A store of a table alone, for your own loop. In a project, name the table as teachers.NAME.table instead."""
+    from kdpipe_stages.tables import import_targets as import_
+    from kdpipe_stages.terminal import answer
+
+    parameters = {"dtype": dtype, "k": k, "values": values}
+    made = import_(
+        table,
+        store,
+        num_classes=num_classes,
+        encoding=encoding,
+        parameters=parameters,
+        temperatures=temperatures or (),
+    )
+    answer(f"{store}: {made.num_rows:,} rows, {made.num_views} views, {made.num_bytes:,} bytes")
+
+
+@app.command("gc")
+def gc(
+    fingerprints: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FINGERPRINT", help="Folders of data/.work by their first characters; else all."),
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove those; never one that is in use.")] = False,
+    remove_earlier: Annotated[
+        bool, typer.Option("--remove-earlier", help="Remove finished work of other settings, and leftovers.")
+    ] = False,
+    params: ParamsFile = PARAMS,
+    as_json: Json = False,
+) -> None:
+    """What the work area data/.work holds, what of it is in use, and removal of what is not wanted."""
+    from kdpipe_stages.terminal import answer, answer_json, answers, holdings_summary, holdings_table, removal_lines
+    from kdpipe_stages.work_area import WorkArea
+
+    if (remove and not fingerprints) or (remove_earlier and (remove or fingerprints)):
+        raise typer.BadParameter("--remove takes fingerprints, --remove-earlier takes none")
+    area = WorkArea(_project(params))
+    if remove or remove_earlier:
+        done = (area.remove(fingerprints or []) if remove else area.remove_earlier()).to_json()
+        if as_json:
+            answer_json(done)
+            return
+        for line in removal_lines(done):
+            answer(line)
+        return
+    held = [each.to_json() for each in (area.named(fingerprints) if fingerprints else area.holdings())]
+    if as_json:
+        answer_json({"path": str(area.path), "holdings": held})
+        return
+    answers.print(holdings_table(held))
+    answer(holdings_summary(held, str(area.path)))
 
 
 @app.command("demo")

@@ -65,6 +65,8 @@ def cache_teacher(project: Project, name: str, repair: bool = False, shards: str
         return
     what = computed if done.rows_computed else "complete already, nothing to do"
     say(f"cache-teacher  {name}: {what}; store of {done.num_rows:,} rows, {done.num_bytes:,} bytes")
+    if done.rows_not_covered:
+        say(f"cache-teacher  {name}: its table has no line for {done.rows_not_covered:,} rows; they are not covered")
 
 
 def train_student(project: Project) -> None:

@@ -25,7 +25,18 @@ from kdpipe.data.prepared import PreparedData, PreparedInputs
 from kdpipe.distributed import cpu_threads
 from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, TeacherError
-from kdpipe.estimating import Needs, Offer, Sample, candidates, measure, profiled, recommend, shard_rows_of, title_of
+from kdpipe.estimating import (
+    Needs,
+    Offer,
+    Recommendation,
+    Sample,
+    candidates,
+    measure,
+    profiled,
+    recommend,
+    shard_rows_of,
+    title_of,
+)
 from kdpipe.fingerprint import uniform_by_id
 from kdpipe.losses import LossTerm
 from kdpipe.store.manifest import COVERED, STATISTICS
@@ -63,12 +74,12 @@ def run(
     rows = sampled_rows(data, num_rows)
     with cpu_threads(section.threads):
         heard = _listen(teacher, data.inputs, rows, section.batch_size, on_progress)
-    disk = measure_disk(project.work("estimate"))
     terms = _terms(project, name)
     needed = sorted({term.loss.temperature for term in terms.values()}) or [1.0]
-    temperatures = sorted({*section.temperatures, *needed, *_ALWAYS})
     plan = _Plan(project=project, name=name, teacher=teacher, data=data, heard=heard)
-    sample = Sample(heard.logits, heard.keys, temperatures)
+    sample = Sample(heard.logits, heard.keys, sorted({*section.temperatures, *needed, *_ALWAYS}))
+    offers, excluded = _offers(plan, sample, terms, on_progress)
+    disk = measure_disk(project.work("estimate"))
     needs = Needs(
         num_classes=sample.output.shape[-1],
         rows=plan.num_targets,
@@ -77,21 +88,15 @@ def run(
         free_bytes=disk.free_bytes,
         write_bytes_per_s=disk.median,
     )
-    offers, excluded = _offers(plan, sample, terms, on_progress)
-    recommended = recommend(offers, needs)
     return {
         **plan.to_json(),
         "sample": {"rows": len(rows), "positions": len(heard.logits), "batch_size": section.batch_size},
-        "disk": disk.to_json(),
-        "temperatures": temperatures,
+        "temperatures": list(sample.temperatures),
         "loss_temperatures": needed,
+        "disk": disk.to_json(),
         "encodings": [_offer_json(each, needs, plan.own) for each in offers],
         "excluded": excluded,
-        "recommended": {
-            "name": recommended.encoding and title_of(recommended.encoding),
-            "settings": recommended.encoding and settings_of(recommended.encoding),
-            "reason": recommended.reason,
-        },
+        "recommended": _recommended_json(recommend(offers, needs)),
     }
 
 
@@ -291,7 +296,7 @@ def _offers(
         on_progress(number, len(wanted), title_of(encoding))
         shard_rows = plan.section.shard_rows or shard_rows_of(encoding, plan.logits, plan.num_targets)
         try:
-            measured = measure(encoding, sample, shard_rows)
+            measured = measure(encoding, sample, shard_rows * plan.positions)
         except ConfigError as error:
             excluded[title_of(encoding)] = str(error)
             continue
@@ -324,6 +329,11 @@ def _offer_json(offer: Offer, needs: Needs, own: TargetEncoding) -> dict[str, An
         "refused": offer.refused,
         "at": [vars(each) for each in measured.at],
     }
+
+
+def _recommended_json(found: Recommendation) -> dict[str, Any]:
+    name, settings = found.encoding and title_of(found.encoding), found.encoding and settings_of(found.encoding)
+    return {"name": name, "settings": settings, "reason": found.reason}
 
 
 def settings_of(encoding: TargetEncoding) -> dict[str, Any]:

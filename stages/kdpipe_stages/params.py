@@ -80,12 +80,13 @@ class TeacherTrainSection(TrainSection):
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TeacherSection:
-    """teachers.<name>: a module that is trained here (`train`), or one that is ready (`weights`)."""
+    """teachers.<name>: a module that is trained here (`train`) or is ready (`weights`), or what one said (`table`)."""
 
-    model: FactoryField
+    model: FactoryField | None = None
     preprocess: FactoryField | None = None
     train: TeacherTrainSection | None = None
     weights: str | None = None
+    table: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -221,8 +222,7 @@ def with_loss_arguments(raw: Any) -> Any:
 def check_params(params: Params) -> None:
     """What no single field can say."""
     for name, teacher in params.teachers.items():
-        if (teacher.train is None) == (teacher.weights is None):
-            raise ConfigError(f"teachers.{name}: give either train (it is trained here) or weights (it is ready)")
+        _check_teacher(name, teacher)
     for name, section in params.targets.items():
         if name not in params.teachers:
             raise ConfigError(
@@ -241,6 +241,19 @@ def check_params(params: Params) -> None:
             f"data.splits.shares: each must be above 0, or the split would be empty; found {splits.shares}"
         )
     _check_student(params)
+
+
+def _check_teacher(name: str, teacher: TeacherSection) -> None:
+    given = [key for key in ("train", "weights", "table") if getattr(teacher, key) is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"teachers.{name}: give one of train (it is trained here), weights (it is ready) and table (what it said "
+            f"is in a file); found {' and '.join(given) or 'none'}"
+        )
+    if teacher.table is None and teacher.model is None:
+        raise ConfigError(f"teachers.{name}.model: missing")
+    if teacher.table is not None and (teacher.model or teacher.preprocess):
+        raise ConfigError(f"teachers.{name}: a table needs no model and no preprocess; leave them out")
 
 
 def _check_views(params: Params) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 answers = Console(soft_wrap=True, highlight=False)
@@ -174,7 +175,7 @@ def estimate_table(estimate: Mapping[str, Any]) -> Table:
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for each in estimate["encodings"]:
-        mark = ">" if each["name"] == estimate["recommended"]["name"] else "*" if each["in_params"] else " "
+        marks = (">" if each["name"] == estimate["recommended"]["name"] else " ") + "* "[not each["in_params"]]
         cells = [
             f"{each['bytes_per_row']:,.0f}",
             f"{each['bytes_per_row_compact']:,.0f}",
@@ -188,7 +189,7 @@ def estimate_table(estimate: Mapping[str, Any]) -> Table:
                 _or_dash(at["head_mass"], ".1%"),
                 _or_dash(at["gradient_error"], ".2%"),
             ]
-        table.add_row(f"{mark} {each['name']}", *cells)
+        table.add_row(f"{marks} {each['name']}", *cells)
     return table
 
 
@@ -227,3 +228,37 @@ def _in_time(hours: float) -> str:
     if hours >= 1:
         return f"{hours:,.1f} h"
     return f"{60 * hours:.1f} min" if hours * 60 >= 1 else f"{3600 * hours:.3g} s"
+
+
+def holdings_table(holdings: Sequence[Mapping[str, Any]]) -> Table:
+    """`kdpipe gc` for a person."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("fingerprint", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for header in ("size", "frees"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("what, why, and what removal costs", overflow="fold")
+    for each in holdings:
+        cost = "" if each["state"] in ("current", "in progress", "leftover") else f"costs: {each['cost']}"
+        leftovers = f"{len(each['leftovers'])} leftovers" if each["leftovers"] else ""
+        text = "\n".join(line for line in (each["what"], each["why"], cost, leftovers) if line)
+        sizes = (decimal(each["num_bytes"]), decimal(each["freed_bytes"]))
+        table.add_row(each["fingerprint"][:12], each["state"], *sizes, Text(text))
+    return table
+
+
+def holdings_summary(holdings: Sequence[Mapping[str, Any]], path: str) -> str:
+    """The closing line of `kdpipe gc`."""
+    cleared = [each for each in holdings if each["state"] in ("earlier", "leftover")]
+    freed = decimal(sum(each["freed_bytes"] for each in cleared))
+    return (
+        f"{path}: {decimal(sum(each['num_bytes'] for each in holdings))} in {len(holdings)} folders; --remove-earlier "
+        f"would remove {len(cleared)} of them and free {freed}"
+    )
+
+
+def removal_lines(done: Mapping[str, Any]) -> list[str]:
+    """What `kdpipe gc --remove` did."""
+    lines = [f"removed {each}" for each in done["removed"]]
+    lines += [f"left as it is: {each}" for each in done["left"]]
+    return [*lines, f"{len(done['removed'])} removed, {decimal(done['freed_bytes'])} freed"]

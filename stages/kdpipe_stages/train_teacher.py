@@ -42,8 +42,12 @@ def run(project: Project, name: str, on_progress: Callable[[Progress], None] = l
     section = project.teacher(name)
     destination = project.teacher_model(name)
     with project.only_writer(f"teacher-{name}", f"training teacher {name}"):
+        if section.table is not None:
+            _note_ready("table", project.root / section.table, section.table, destination)
+            return TrainedTeacher(skipped=f"what it said is in {section.table}")
         if section.weights is not None:
-            _note_ready(project.root / section.weights, section.weights, destination)
+            read_weights(project.root / section.weights)
+            _note_ready("weights", project.root / section.weights, section.weights, destination)
             return TrainedTeacher(skipped=f"its weights are ready in {section.weights}")
         fingerprint = teacher_fingerprint(project, name)
         work = project.work(fingerprint)
@@ -64,6 +68,7 @@ def _train(
     if (work / DESCRIPTION).is_file():
         return TrainedTeacher(skipped="it was trained with these settings and rows before")
     assert section.train is not None
+    assert section.model is not None
     plan, where = section.train, f"teachers.{name}"
     task, data = project.task(), project.prepared_data()
     rows = data.rows_of([plan.split])
@@ -88,10 +93,11 @@ def _train(
     return TrainedTeacher(skipped="", seconds=fitted.seconds)
 
 
-def _note_ready(weights: Path, given: str, destination: Path) -> None:
-    """Check that ready weights are plain tensors, and write model.json about them."""
-    read_weights(weights)
-    note = {"weights": given, "sha256": digest_file(weights), "size_bytes": weights.stat().st_size}
+def _note_ready(kind: str, path: Path, given: str, destination: Path) -> None:
+    """Write model.json about a teacher's weights or table."""
+    if not path.is_file():
+        raise ConfigError(f"there is no {kind} at {path}, which params.yaml names")
+    note = {kind: given, "sha256": digest_file(path), "size_bytes": path.stat().st_size}
     if destination.exists() and not (destination / DESCRIPTION).is_file():
         shutil.rmtree(destination)
     destination.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: CPU time of the process, rounds interleaved over what is compared, medians with ranges."""
+"""How the benchmarks measure: CPU time, rounds interleaved over what is compared, medians with ranges."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def cpu_s() -> float:
 class Reader:
     """A way to read a shuffled epoch: `batches(epoch)` opens what it needs and yields arrays `[B, C]`.
 
-    `warmup_rows` are not part of the steady state: a reader with a buffer or threads of its own fills them first. 0: the
-    whole epoch counts, with its start.
+    `warmup_rows` are not part of the steady state: a reader with a buffer or threads of its own fills them first.
+    With 0 the whole epoch counts, its start too.
     """
 
     name: str

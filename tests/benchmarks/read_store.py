@@ -22,6 +22,9 @@ BATCH_ROWS = 256
 BASE = "np.memmap, by blocks"
 STREAM = "store"
 CHECKED = "store, checksums verified"
+ANEW = "store, opened anew"
+KEPT = "store, kept in memory"
+NAMES = [BASE, "np.memmap, by rows", "np.memmap, by blocks, opened anew", STREAM, CHECKED, ANEW, KEPT]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class Layouts:
     """The same float16 values as a store and as one .npy file, memory-mapped."""
 
     store: TargetStore
+    flat_path: Path
     flat: np.memmap
 
     @property
@@ -69,7 +73,8 @@ def build(folder: Path, num_rows: int, num_classes: int) -> Layouts:
         store.write(view, shard, arrays, BATCH_ROWS)
     store.finish()
     flat.flush()
-    return Layouts(store=TargetStore.open(folder / "store"), flat=np.load(folder / "flat.npy", mmap_mode="r"))
+    path = folder / "flat.npy"
+    return Layouts(store=TargetStore.open(store.path), flat_path=path, flat=np.load(path, mmap_mode="r"))
 
 
 def from_blocks(read: Callable[[int, int], np.ndarray], num_rows: int, epoch: int) -> Iterator[np.ndarray]:
@@ -90,12 +95,16 @@ def from_blocks(read: Callable[[int, int], np.ndarray], num_rows: int, epoch: in
 
 
 def readers(layouts: Layouts) -> list[Reader]:
-    """`np.memmap` as pools of blocks and row by row; the store read in pools, checked or not, and kept in memory."""
+    """One reader for each of `NAMES`, all in the same order."""
     path, flat, num_rows = layouts.store.path, layouts.flat, layouts.num_rows
 
     def by_rows(epoch: int) -> Iterator[np.ndarray]:
         order = np.concatenate(list(Shuffle().pools(np.arange(num_rows), seed=0, epoch=epoch)))
         return (np.asarray(flat[order[start : start + BATCH_ROWS]]) for start in range(0, num_rows, BATCH_ROWS))
+
+    def by_blocks_anew(epoch: int) -> Iterator[np.ndarray]:
+        anew = np.load(layouts.flat_path, mmap_mode="r")
+        return from_blocks(lambda start, stop: anew[start:stop], num_rows, epoch)
 
     def stream(store: TargetStore, ram_budget_bytes: int, verify_always: bool = False) -> TargetStream:
         return TargetStream(
@@ -108,17 +117,19 @@ def readers(layouts: Layouts) -> list[Reader]:
     pools_only = 4 * Shuffle().pool_rows * layouts.store.row_bytes()  # two pools, read ahead; not all rows
     known, checked = (stream(TargetStore.open(path), pools_only, verify_always=each) for each in (False, True))
     everything = stream(TargetStore.open(path), 2 * flat.nbytes)
-    for each in (known, everything):
+    for each in (known, checked, everything):
         for _ in each:
             pass
-    return [
-        Reader(name=BASE, batches=lambda epoch: from_blocks(lambda start, stop: flat[start:stop], num_rows, epoch)),
-        Reader(name="np.memmap, by rows", batches=by_rows),
-        Reader(name=STREAM, batches=lambda epoch: epochs(known)),
-        Reader(name=CHECKED, batches=lambda epoch: epochs(checked)),
-        Reader(name="store, opened anew", batches=lambda epoch: epochs(stream(TargetStore.open(path), pools_only))),
-        Reader(name="store, kept in memory", batches=lambda epoch: epochs(everything)),
+    ways = [
+        lambda epoch: from_blocks(lambda start, stop: flat[start:stop], num_rows, epoch),
+        by_rows,
+        by_blocks_anew,
+        lambda epoch: epochs(known),
+        lambda epoch: epochs(checked),
+        lambda epoch: epochs(stream(TargetStore.open(path), pools_only)),
+        lambda epoch: epochs(everything),
     ]
+    return [Reader(name=name, batches=batches) for name, batches in zip(NAMES, ways, strict=True)]
 
 
 def main(num_rows: int = 200_000, num_classes: int = 1000, rounds: int = 9, folder: Path | None = None) -> None:
@@ -128,4 +139,4 @@ def main(num_rows: int = 200_000, num_classes: int = 1000, rounds: int = 9, fold
         costs = compare(readers(layouts), num_rows, (num_classes,), rounds)
     print(f"{num_rows:,} rows x {num_classes:,} classes float16, batches of {BATCH_ROWS}, {rounds} rounds")
     print(machine("numpy", "torch", "google-crc32c") + "\n")
-    print(table(costs, [BASE, "np.memmap, by rows"]))
+    print(table(costs, NAMES[:3]))

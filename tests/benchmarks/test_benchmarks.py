@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
-from benchmarks import read_store
+import pytest
+
+from benchmarks import end_to_end, measuring, open_and_memory, peers, read_store
 
 
 def test_read_store(capsys):
-    read_store.main(num_rows=600, num_classes=10, rounds=2)
-    assert "| store |" in capsys.readouterr().out
+    read_store.main(num_rows=70_000, num_classes=4, rounds=2)
+    printed = capsys.readouterr().out
+    assert f"| {read_store.STREAM} |" in printed
+    assert f"| {read_store.CHECKED} |" in printed
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_peers(capsys, tmp_path, name):
+    if missing := peers.PEERS[name].missing():
+        pytest.skip(f"{', '.join(missing)} is not installed; it is a part of `make bench-peers` only")
+    peers.main(num_rows=3000, num_classes=8, rounds=1, only=name, folder=tmp_path)
+    assert len(capsys.readouterr().out.splitlines()) > len(read_store.NAMES) + 5
+
+
+def test_end_to_end(capsys):
+    end_to_end.main(num_rows=600, num_classes=10, hidden=8, rounds=2)
+    assert "| store, read ahead |" in capsys.readouterr().out
+
+
+def test_open_and_memory(capsys):
+    open_and_memory.main(num_shards=12, shard_rows=4, num_rows=70_000, num_classes=4, rounds=1)
+    assert "| `TargetStore.open` |" in capsys.readouterr().out
+
+
+def test_interval_holds_the_mean():
+    mean, low, high = measuring.interval_95([1.0, 2.0, 3.0])
+    assert low < mean == 2.0 < high
+    assert high - mean == pytest.approx(4.303 / 3**0.5, rel=1e-3)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +52,9 @@ def prepared(folder: Path, num_rows: int) -> PreparedInputs:
 
 
 def teacher_of(inputs: PreparedInputs, hidden: int, num_classes: int) -> TorchTeacher:
-    """An MLP of one hidden layer."""
+    """An MLP of two hidden layers."""
     torch.manual_seed(0)
-    model = MLP((NUM_FEATURES,), num_classes, hidden=[hidden])
+    model = MLP((NUM_FEATURES,), num_classes, hidden=[hidden, hidden])
     preprocess = Standardize(mean=[0.0] * NUM_FEATURES, std=[1.0] * NUM_FEATURES)
     return TorchTeacher(model, preprocess, num_classes, {}, inputs.read(np.zeros(1, np.int64)))
 
@@ -64,13 +66,14 @@ def run_bare(teacher: TorchTeacher, inputs: PreparedInputs, num_rows: int) -> No
 
 
 def calibrated(inputs: PreparedInputs, num_classes: int, us_per_row: float) -> TorchTeacher:
-    """A teacher whose bare loop takes about so long."""
-    hidden, num_rows = 256, min(len(inputs), 16 * BATCH_ROWS)
-    for _ in range(5):
+    """A teacher whose bare loop takes about so much CPU time."""
+    hidden, num_rows = 512, min(len(inputs), 8 * BATCH_ROWS)
+    for _ in range(4):
         teacher = teacher_of(inputs, hidden, num_classes)
-        run_bare(teacher, inputs, num_rows)
-        seconds, _ = measured(lambda: run_bare(teacher, inputs, num_rows))  # noqa: B023
-        hidden = max(16, min(2**16, round(hidden * us_per_row * 1e-6 * num_rows / seconds / 16) * 16))
+        work = partial(run_bare, teacher, inputs, num_rows)
+        work()
+        seconds = statistics.median(measured(work)[1] for _ in range(5))
+        hidden = max(16, round(hidden * (us_per_row * 1e-6 * num_rows / seconds) ** 0.5 / 16) * 16)
     return teacher_of(inputs, hidden, num_classes)
 
 
@@ -104,7 +107,7 @@ def write_shards(folder: Path, num_rows: int, num_classes: int, rounds: int) -> 
     for _ in range(rounds + 1):
         for (name, costs), write in zip(found.items(), (by_numpy, by_store), strict=True):
             store = create(folder / name, num_rows, num_classes)
-            costs.append(measured(lambda: write(store)))  # noqa: B023
+            costs.append(measured(partial(write, store)))
             shutil.rmtree(folder / name)
     lines = ["| writer | CPU us/row | x np.save | wall us/row |", "| --- | --- | --- | --- |"]
     base = [cpu for _, cpu in found["np.save + fsync"][1:]]  # the first round warms up

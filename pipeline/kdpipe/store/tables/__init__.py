@@ -21,6 +21,6 @@ from kdpipe.store.tables.exporting import export_table
 from kdpipe.store.tables.files import FORMATS, open_table
 from kdpipe.store.tables.filling import fill
 from kdpipe.store.tables.importing import TableTargets
-from kdpipe.store.tables.matching import own_rows, prepared_rows
+from kdpipe.store.tables.matching import OwnRows, own_rows, prepared_rows
 
-__all__ = ["FORMATS", "TableTargets", "export_table", "fill", "open_table", "own_rows", "prepared_rows"]
+__all__ = ["FORMATS", "OwnRows", "TableTargets", "export_table", "fill", "open_table", "own_rows", "prepared_rows"]

@@ -20,7 +20,7 @@ from torch import Tensor
 from kdpipe.encodings import TopK
 from kdpipe.errors import DataError
 from kdpipe.store.manifest import COVERED
-from kdpipe.store.tables.columns import depth_of, numbers, padded
+from kdpipe.store.tables.columns import depth_of, numbers, padded, spoken
 from kdpipe.targets import OutputSpec
 
 SLACK = 1e-3
@@ -88,30 +88,27 @@ class CheckedRows:
         return torch.from_numpy(np.where(self.covered[..., np.newaxis], values, values.dtype.type(0)))
 
     def features(self, output: OutputSpec) -> Tensor:
-        """Numbers `[B, ..., D]`, zeros where the teacher did not speak about a row at all."""
+        """Numbers `[B, ..., D]`, zeros where the teacher did not speak."""
         values, lengths = self._read(output.name, output.shape)
-        wrong = (lengths != output.shape[-1]) | ~np.isfinite(values).all(axis=-1)
-        silent = ~self.covered.reshape(len(values), -1).any(axis=1)
-        wrong = wrong.reshape(len(values), -1).any(axis=1) & ~silent
+        where = spoken(self.covered, values)
+        wrong = ((lengths != output.shape[-1])[..., np.newaxis] | ~np.isfinite(values)) & where
         expected = f"have {output.name} that are NaN, infinite or of another shape than {list(output.shape)}"
-        self._refuse(wrong.reshape(-1, *[1] * (self.covered.ndim - 1)), expected)
-        values = values.copy()
-        values[silent] = 0
-        return torch.from_numpy(values)
+        self._refuse_rows(wrong.reshape(len(values), -1).any(axis=1), expected)
+        return torch.from_numpy(np.where(where, values, values.dtype.type(0)))
 
     def head(self, encoding: TopK) -> Head:
-        """The k most probable of the classes that each row names; what the others have joins the tail, exactly."""
-        k, temperatures = encoding.k, list(encoding.temperatures)
-        ids, log_probs = self._classes(k)
+        """Those that the encoding keeps of the classes that each row names; what the others have joins the tail."""
+        temperatures = list(encoding.temperatures)
+        ids, log_probs = self._classes(encoding.k)
         tails = self._tails(temperatures, log_probs)
-        if ids.shape[-1] > k:
-            order = np.argsort(-log_probs, axis=-1, kind="stable")  # ids ascend: of equals the lower one is kept
-            dropped = np.take_along_axis(log_probs, order[..., k:], axis=-1)
+        if ids.shape[-1] > encoding.k or encoding.top_p is not None:
+            dropped = np.where(_kept(log_probs, encoding), -np.inf, log_probs)
             joined = np.stack([logsumexp(dropped / each, axis=-1) for each in temperatures], axis=-1)
-            tails, kept = np.logaddexp(tails, joined), np.sort(order[..., :k], axis=-1)
-            ids, log_probs = np.take_along_axis(ids, kept, axis=-1), np.take_along_axis(log_probs, kept, axis=-1)
-        # An unused place comes last, and repeats the last id.
-        ids = np.maximum.accumulate(np.where(log_probs > -np.inf, ids, 0), axis=-1)
+            tails, log_probs = np.logaddexp(tails, joined), np.where(np.isneginf(dropped), log_probs, -np.inf)
+        ids, log_probs = _in_order(ids, log_probs)
+        ids, log_probs = ids[..., : encoding.k], log_probs[..., : encoding.k]
+        # An unused place repeats the last id.
+        ids = np.maximum.accumulate(np.where(np.isneginf(log_probs), 0, ids), axis=-1)
         return Head(ids=ids, log_probs=log_probs, tails=tails, temperatures=temperatures)
 
     def _classes(self, least: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -140,8 +137,7 @@ class CheckedRows:
         self._refuse(outside.any(axis=-1), f"name classes outside 0..{num_classes - 1}")
         above = np.exp(log_probs).sum(axis=-1) > 1 + SLACK
         self._refuse(above, "have probabilities that sum to more than 1 (are log_probs logits?)")
-        order = np.argsort(np.where(used, ids, num_classes), axis=-1, kind="stable")
-        ids, log_probs = np.take_along_axis(ids, order, axis=-1), np.take_along_axis(log_probs, order, axis=-1)
+        ids, log_probs = _in_order(ids, log_probs)
         twice = (ids[..., 1:] == ids[..., :-1]) & (log_probs[..., 1:] != -np.inf)
         self._refuse(twice.any(axis=-1), "name a class twice")
         return ids, np.minimum(log_probs, 0.0)
@@ -199,10 +195,32 @@ class CheckedRows:
 
     def _refuse(self, wrong: NDArray[np.bool_], what: str) -> None:
         """Raise `DataError` if anything `wrong [B, ...]` is covered."""
-        rows = np.flatnonzero((wrong & self.covered).reshape(len(wrong), -1).any(axis=1))
+        self._refuse_rows(np.logical_or.reduce((wrong & self.covered).reshape(len(wrong), -1), axis=1), what)
+
+    def _refuse_rows(self, wrong: NDArray[np.bool_], what: str) -> None:
+        """Raise `DataError` naming the samples of rows that are `wrong [B]`."""
+        rows = np.flatnonzero(wrong)
         if len(rows):
             examples = ", ".join(self._ids[rows[:5]].tolist())
             raise DataError(f"{self._path}: {len(rows)} rows of a batch {what}, such as {examples}")
+
+
+def _in_order(ids: NDArray[np.int64], log_probs: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Both `[..., K]` by ascending id, unused places last."""
+    order = np.argsort(np.where(np.isneginf(log_probs), np.iinfo(np.int64).max, ids), axis=-1, kind="stable")
+    return np.take_along_axis(ids, order, axis=-1), np.take_along_axis(log_probs, order, axis=-1)
+
+
+def _kept(log_probs: NDArray[np.float64], encoding: TopK) -> NDArray[np.bool_]:
+    """Which of the places `[..., K]`, ids ascending, an encoding keeps: as it does with logits."""
+    order = np.argsort(-log_probs, axis=-1, kind="stable")  # of equals the lower id is kept
+    num_kept = np.full(log_probs.shape[:-1], encoding.k)
+    if encoding.top_p is not None:
+        mass = np.exp(np.take_along_axis(log_probs, order, axis=-1)).cumsum(axis=-1)
+        num_kept = ((mass < encoding.top_p).sum(axis=-1) + 1).clip(encoding.min_k, encoding.k)
+    keep = np.zeros(log_probs.shape, np.bool_)
+    np.put_along_axis(keep, order, np.arange(log_probs.shape[-1]) < num_kept[..., np.newaxis], axis=-1)
+    return keep
 
 
 def _widened(values: NDArray[Any], width: int, fill: float) -> NDArray[Any]:

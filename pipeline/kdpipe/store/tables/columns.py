@@ -43,6 +43,16 @@ def padded(
     return _spread(inner, used), _spread(inner_lengths, used)
 
 
+def spoken(covered: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Coverage `[B, ...]` so that it broadcasts with values `[B, ...]`.
+
+    Values that are not per token are covered where any token of the row is.
+    """
+    if values.shape[: covered.ndim] != covered.shape:
+        covered = np.logical_or.reduce(covered.reshape(len(covered), -1), axis=1)
+    return covered.reshape(*covered.shape, *[1] * (values.ndim - covered.ndim))
+
+
 def numbers(column: Any) -> NDArray[Any]:
     """A column of numbers or booleans; null is NaN. Raises `ValueError` for what holds others."""
     if not len(column):

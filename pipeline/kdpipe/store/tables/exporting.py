@@ -5,7 +5,7 @@ Shapes: B rows of a batch, C classes, K places, N temperatures, D width; `...` s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from kdpipe.encodings import Dense, Int8, Sampled, TargetEncoding, TopK
 from kdpipe.errors import StoreError
 from kdpipe.store.manifest import COVERED, STATISTICS
+from kdpipe.store.tables.columns import spoken
 from kdpipe.store.tables.files import Field, Rows, Values, batch_rows, write_table
 from kdpipe.store.target_store import TargetStore
 from kdpipe.targets import DenseTargets, FeatureTargets, OutputSpec, SampledTargets, Targets
@@ -47,7 +48,9 @@ def export_table(
         store.check_rows(np.empty(0, np.int64), view)
     columns = _columns(store, names)
     fields = [field for group in columns.values() for field in group]
-    rows = Rows(num_rows=store.num_rows * len(views), batches=partial(_batches, store, views, columns))
+    rows_of = {view: _rows_in(store, view) for view in views}
+    num_rows = sum(len(each) for each in rows_of.values())
+    rows = Rows(num_rows=num_rows, batches=partial(_batches, store, rows_of, columns))
     write_table(path, fields, _about(store, names), rows, replace=replace)
     return rows.num_rows
 
@@ -108,15 +111,26 @@ def _fields_of(output: OutputSpec, encoding: TargetEncoding) -> list[Field]:
 
 
 def _batches(
-    store: TargetStore, views: Sequence[int], columns: dict[str, list[Field]], names: Sequence[str]
+    store: TargetStore,
+    rows_of: Mapping[int, NDArray[np.int64]],
+    columns: Mapping[str, Sequence[Field]],
+    names: Sequence[str],
 ) -> Iterator[Values]:
     every = [field for group in columns.values() for field in group]
     num_rows = batch_rows(sum(field.row_bytes for field in every))
     sources = [source for source, group in columns.items() if any(field.name in names for field in group)]
-    for view in views:
-        for start in range(0, store.num_rows, num_rows):
-            rows = np.arange(start, min(start + num_rows, store.num_rows))
+    for view, every_row in rows_of.items():
+        for start in range(0, len(every_row), num_rows):
+            rows = every_row[start : start + num_rows]
             yield {name: value for each in sources for name, value in _read(store, each, view, rows).items()}
+
+
+def _rows_in(store: TargetStore, view: int) -> NDArray[np.int64]:
+    """Rows that a view is about, ascending."""
+    if view == 0:
+        return np.arange(store.num_rows)
+    shown = [store.records[view, shard.index].rows_computed for shard in store.shards]
+    return np.flatnonzero(np.concatenate([np.zeros(0, np.bool_), *shown]))
 
 
 def _read(store: TargetStore, source: str, view: int, rows: NDArray[np.int64]) -> Values:
@@ -133,18 +147,11 @@ def _read(store: TargetStore, source: str, view: int, rows: NDArray[np.int64]) -
         values = _values(source, store.read(rows, view, [source])[source])
     if covered is None:
         return values
-    return {name: np.where(_like(covered, each), each, _SILENT[each.dtype.kind]) for name, each in values.items()}
+    return {name: np.where(spoken(covered, each), each, _SILENT[each.dtype.kind]) for name, each in values.items()}
 
 
 _SILENT = {"b": np.False_, "f": np.float32("nan"), "i": np.int32(-1)}
 """What stands where the teacher did not speak, by kind of dtype."""
-
-
-def _like(covered: Any, values: NDArray[Any]) -> Any:
-    """Coverage `[B, …]` as an array that broadcasts with values; those without tokens are silent if every token is."""
-    if values.shape[: covered.ndim] != covered.shape:
-        covered = covered.reshape(len(covered), -1).any(axis=1)
-    return covered.reshape(*covered.shape, *[1] * (values.ndim - covered.ndim))
 
 
 def _values(output: str, targets: Targets) -> dict[str, NDArray[Any]]:

@@ -69,8 +69,6 @@ class TableTargets:
             )
         if not self.is_sparse or not isinstance(encoding, TopK):
             return
-        if encoding.top_p is not None:
-            raise ConfigError(f"top_p: {path} says itself which classes each row keeps; leave it out")
         lacking = [each for each in encoding.temperatures if each != 1 and each not in self.temperatures]
         if lacking:
             raise ConfigError(
@@ -106,6 +104,8 @@ class TableTargets:
         """
         start, (sample_ids, _) = 0, self.index
         for batch in self.table.batches(self._columns):
+            if start + batch.num_rows > len(sample_ids):
+                break
             here = np.flatnonzero(wanted[start : start + batch.num_rows])
             if len(here):
                 rows = batch if len(here) == batch.num_rows else batch.take(here)
@@ -116,14 +116,16 @@ class TableTargets:
             else:
                 yield batch.num_rows, {}
             start += batch.num_rows
+        if start != len(sample_ids):
+            raise DataError(f"{self.table.path} has {len(sample_ids)} sample ids, and columns of another length")
 
     def _encode(self, rows: CheckedRows, encodings: Mapping[str, TargetEncoding]) -> dict[str, NDArray[Any]]:
         encoding = encodings["logits"]
         if self.is_sparse:
             assert isinstance(encoding, TopK)
             head = rows.head(encoding)
-            kept = (torch.from_numpy(each) for each in (head.ids, head.log_probs, head.tails))
-            arrays, statistics = encoding.encode_kept(*kept, self.num_classes), head.statistics()
+            ids, log_probs, tails = map(torch.from_numpy, (head.ids, head.log_probs, head.tails))
+            arrays, statistics = encoding.encode_kept(ids, log_probs, tails, self.num_classes), head.statistics()
         else:
             logits = rows.logits()
             arrays, statistics = encoding.encode(logits), logits_statistics(logits)
@@ -177,8 +179,7 @@ class TableTargets:
             raise ConfigError(f"{self.table.path} does not say how many classes there are; give --num-classes")
         if wanted is not None and told is not None and wanted != told:
             raise ConfigError(f"{self.table.path} is about {told} classes; {wanted} are expected")
-        found: int = told if wanted is None else wanted
-        return found
+        return wanted if wanted is not None else int(told or 0)
 
     def _checked_temperatures(self, wanted: Sequence[float] | None) -> tuple[float, ...]:
         """Those of `tail_log_mass`; none without it."""

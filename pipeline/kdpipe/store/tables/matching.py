@@ -6,6 +6,7 @@ Shapes: M lines of the table, N rows of the store.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,23 +18,35 @@ _KEYED = re.compile(r"(.+)-[0-9a-f]{16}", re.DOTALL)
 _UNKNOWN, _AMBIGUOUS = -1, -2
 
 
-def own_rows(said: TableTargets) -> tuple[NDArray[np.str_], int, NDArray[np.int64]]:
-    """A store of the table alone: sample ids `[N]` in its order of view 0, number of views, row of each line `[M]`.
+@dataclass(frozen=True, kw_only=True)
+class OwnRows:
+    """A store of the table alone: ids `[N]`, which of them have augmented views `[N]`, the row of each line `[M]`."""
 
-    Raises `DataError` unless every sample has every view once.
+    sample_ids: NDArray[np.str_]
+    num_views: int
+    in_views: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+
+
+def own_rows(said: TableTargets) -> OwnRows:
+    """Rows in the table's order of view 0, which has every sample; each further view has the same ones of them.
+
+    Raises `DataError` for other tables.
     """
     ids, views = said.index
     sample_ids, num_views = ids[views == 0], int(views.max()) + 1
     rows = _found(ids, sample_ids)
     _check_once(said, rows, views)
-    if (rows < 0).any() or len(ids) != len(sample_ids) * num_views:
-        counts = dict(zip(*np.unique(ids, return_counts=True), strict=True))
-        example = min(counts, key=lambda each: (counts[each], each))
-        raise DataError(
-            f"{said.table.path} has views 0..{num_views - 1}, but not all of them for every sample: {counts[example]} "
-            f"of {example}. Export every view, or view 0 alone"
-        )
-    return sample_ids, num_views, rows
+    shown = np.zeros((num_views, len(sample_ids)), np.bool_)
+    shown[views[rows >= 0], rows[rows >= 0]] = True
+    for view in range(1, num_views):
+        odd = (shown[view] != shown[1]).any() or (rows[views == view] < 0).any()
+        if odd:
+            raise DataError(
+                f"{said.table.path}: view {view} is about other samples than view {0 if view == 1 else 1}; expected "
+                f"view 0 of every sample, and of some of them, always the same, views 1..{num_views - 1}"
+            )
+    return OwnRows(sample_ids=sample_ids, num_views=num_views, in_views=shown[-1], rows=rows)
 
 
 def prepared_rows(said: TableTargets, sample_ids: NDArray[np.str_]) -> NDArray[np.int64]:

@@ -1,0 +1,355 @@
+"""`kdpipe verify STORE --deep`: sampled rows are shown to the teacher again, beside a live-against-live control.
+
+Number 1: how far what is stored is from what the teacher says now, in the batches that the store was captured in.
+Number 2, the control: the same for what it says about the same rows among other neighbours, encoded but not stored.
+Results of floats differ between batches, devices and versions in their last bits, so number 1 may be as large as the
+control, plus the encoding's own error on what is said now. On another device or torch than the store's, which the
+control cannot show, it may be larger by what rounding in the teacher's precision explains.
+
+Shapes: B rows, C classes, D width; `...` stands for further axes (tokens).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.data.prepared import ANEW, PreparedInputs
+from kdpipe.data.segments import content_digests
+from kdpipe.distributed import cpu_threads
+from kdpipe.errors import ConfigError, CorruptStoreError, DataError, StaleStoreError
+from kdpipe.estimating import kl_to_targets
+from kdpipe.fingerprint import canonical_json, uniform_by_id
+from kdpipe.store import TargetStore
+from kdpipe.store.manifest import COVERED
+from kdpipe.targets import FeatureTargets, SampledTargets, Targets
+from kdpipe.teachers.base import Teacher
+from kdpipe.teachers.torch import device
+from kdpipe.views import ViewSpec, row_keys
+from kdpipe_stages.cache_teacher import _manifest as manifest_of
+from kdpipe_stages.cache_teacher import build_teacher
+from kdpipe_stages.project import Project
+
+SAMPLE_ROWS = 2048
+ROUNDING = {"float32": 2.0**-16, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Precision -> the share of a logit by which devices may differ, in units in the last place: 256, one, one."""
+_NAMED, _SHOWN = 5, 20
+
+OnProgress = Callable[[int, int, str], None]
+
+
+def run(
+    project: Project, path: Path | str, num_rows: int = SAMPLE_ROWS, on_progress: OnProgress = lambda *_: None
+) -> Sequence[str]:
+    """Compare a store whose bytes are intact with its teacher; returns what was found, a line each.
+
+    Raises `StaleStoreError` when the teacher of params.yaml is another one than the store's, `CorruptStoreError` when
+    what is stored is not what the teacher says.
+    """
+    if num_rows < 1:
+        raise ConfigError(f"--rows is {num_rows}; expected 1 or more")
+    store = TargetStore.open(path)
+    name = teacher_of(project, store)
+    inputs = PreparedInputs(project.prepared / "inputs")
+    teacher, description = build_teacher(project, name, inputs)
+    _check_same(store, manifest_of(project, name, teacher, description, len(inputs)).ingredients, name)
+    batches = _sampled_batches(store, num_rows)
+    again = _Again(store=store, teacher=teacher, inputs=inputs, views=project.views())
+    found = {each: _Found(name=each) for each in store.outputs}
+    rounding = ROUNDING[project.targets(name).precision if _is_elsewhere(store) else "float32"]
+    done, total, identical = 0, sum(len(each.rows) for each in batches), 0
+    with cpu_threads(project.targets(name).threads):
+        for batch in batches:
+            identical += again.compare(batch, found, rounding)
+            done += len(batch.rows)
+            on_progress(done, total, f"{identical:,} rows identical")
+    shards = {(each.view, each.shard) for each in batches}
+    lines = [
+        f"{name} saw {total:,} rows again, of {len(shards)} of {len(store.records)} shards, in the same batches: "
+        f"{identical:,} rows give identical bytes",
+        *(each.line() for each in found.values()),
+    ]
+    wrong = [each.wrong(store) for each in found.values() if each.wrong(store)]
+    if wrong:
+        raise CorruptStoreError("\n".join([_what_is_wrong(path, store, name), *lines, *wrong]))
+    return [*lines, f"{path} is what {name} says"]
+
+
+def teacher_of(project: Project, store: TargetStore) -> str:
+    """The teacher of params.yaml that a store is published for, else the one that its manifest names."""
+    for name in project.params.teachers:
+        if project.store(name).resolve() == store.path.resolve():
+            return name
+    named = str(store.manifest.teacher.get("name"))
+    if named not in project.params.teachers:
+        raise ConfigError(
+            f"{store.path} is a store of the teacher {named!r}; {project.params_file} has "
+            f"{', '.join(project.params.teachers)}. Name its params.yaml with --params"
+        )
+    return named
+
+
+def _check_same(store: TargetStore, today: Mapping[str, Any], name: str) -> None:
+    """That today's teacher and settings would give this store's fingerprint."""
+    different = list(_differences(store.manifest.ingredients, json.loads(canonical_json(today))))
+    if different:
+        raise StaleStoreError(
+            f"{store.path} was made by another teacher, or with other settings, than {name!r} of params.yaml: "
+            f"{', '.join(different)} differ. Restore them, or run `kdpipe cache-teacher {name}`."
+        )
+
+
+def _differences(then: Any, today: Any, where: str = "") -> Iterator[str]:
+    """Dotted keys under which two JSON values differ."""
+    if isinstance(then, Mapping) and isinstance(today, Mapping):
+        for key in [*then, *(each for each in today if each not in then)]:
+            yield from _differences(then.get(key), today.get(key), f"{where}.{key}".lstrip("."))
+    elif then != today:
+        yield where
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Rows of a store that the teacher saw together, for one view."""
+
+    view: int
+    shard: int
+    rows: NDArray[np.int64]
+
+
+def _sampled_batches(store: TargetStore, num_rows: int) -> list[_Batch]:
+    """Batches of at least `num_rows` rows in all, from as many shards as possible: by a hash of their first ids."""
+    store.check_complete()
+    batches = []
+    for record in store.records.values():
+        rows = record.start + np.flatnonzero(record.rows_computed)
+        parts = [rows[start : start + record.batch_size] for start in range(0, len(rows), record.batch_size)]
+        ids = [f"{store.sample_ids[part[0]]}\0{record.view}" for part in parts]
+        draws = uniform_by_id(ids, 0, "verify")
+        for turn, index in enumerate(np.argsort(draws)):
+            batches.append((turn, draws[index], _Batch(view=record.view, shard=record.shard, rows=parts[index])))
+    chosen: list[_Batch] = []
+    for _, _, batch in sorted(batches, key=lambda each: each[:2]):
+        if sum(len(each.rows) for each in chosen) >= num_rows:
+            break
+        chosen.append(batch)
+    return sorted(chosen, key=lambda each: (each.view, int(each.rows[0])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Again:
+    """A store, its teacher, and the rows that both are about."""
+
+    store: TargetStore
+    teacher: Teacher
+    inputs: PreparedInputs
+    views: ViewSpec
+
+    def compare(self, batch: _Batch, found: Mapping[str, _Found], rounding: float) -> int:
+        """Add a batch to what was found about each output; returns how many rows give identical bytes."""
+        places = self._prepared_rows(batch.rows)
+        live = self._say(batch, places)
+        other = self._say_among_others(batch, places)
+        encoded = self._encoded(batch, live)
+        stored = self.store.read_arrays(batch.rows, batch.view, self.store.array_names())
+        says = {
+            "stored": self.store.decode(stored),
+            "control": self.store.decode(self._encoded(batch, other)),
+            "own": self.store.decode(encoded),
+        }
+        for name, each in found.items():
+            each.add(batch, live[name], {key: targets[name] for key, targets in says.items()}, rounding)
+        same = [(encoded[name] == stored[name]).reshape(len(batch.rows), -1).all(axis=1) for name in stored]
+        return int(np.logical_and.reduce(same).sum())
+
+    def _prepared_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the rows of a store stand among the prepared ones; their content must be the one that it is about."""
+        ids, order = self.store.sample_ids[rows], self._order
+        found = np.searchsorted(self.inputs.sample_ids, ids, sorter=order)
+        places: NDArray[np.int64] = order[np.minimum(found, len(order) - 1)]
+        same = (self.inputs.sample_ids[places] == ids) & (self.inputs.digests[places] == self.store.digests[rows]).all(
+            1
+        )
+        if not same.all():
+            raise StaleStoreError(
+                f"{self.store.path} is about rows that are not prepared here, or of other content, such as "
+                f"{ids[~same][0]}. Run `kdpipe prepare-data` on the data that it was made from."
+            )
+        return places
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        return np.argsort(self.inputs.sample_ids, kind="stable")
+
+    def _say(self, batch: _Batch, places: NDArray[np.int64]) -> dict[str, Tensor]:
+        """What the teacher says about prepared rows, zero where it abstains."""
+        columns = self.inputs.read(places)
+        found = np.frombuffer(b"".join(content_digests(columns)), np.uint8).reshape(len(places), -1)
+        if (found != self.inputs.digests[places]).any():
+            raise DataError(f"the prepared content of some rows differs from its digest. {ANEW}")
+        ids = self.inputs.sample_ids[places].tolist()
+        said = self.teacher.predict(self.views.of(dict(columns), ids, batch.view))
+        covered = said.get(COVERED)
+        return {name: each if name == COVERED else _zero_outside(each, covered) for name, each in said.items()}
+
+    def _say_among_others(self, batch: _Batch, places: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The same rows in half as large batches of mixed order; a batch of one is doubled."""
+        if len(places) == 1:
+            return {name: each[:1] for name, each in self._say(batch, places.repeat(2)).items()}
+        order = np.random.default_rng(0).permutation(len(places))
+        parts = [self._say(batch, places[each]) for each in np.array_split(order, 2)]
+        back = torch.from_numpy(np.argsort(order))
+        return {
+            name: torch.cat([part[name] for part in parts])[back.to(each.device)] for name, each in parts[0].items()
+        }
+
+    def _encoded(self, batch: _Batch, said: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+        keys = row_keys(self.store.sample_ids[batch.rows].tolist(), batch.view)
+        arrays = {COVERED: said[COVERED].cpu().numpy()} if self.store.manifest.coverage else {}
+        for name, encoding in self.store.encodings.items():
+            arrays |= {name + suffix: each for suffix, each in encoding.encode(said[name], keys).items()}
+        return arrays
+
+
+def _zero_outside(values: Tensor, covered: Tensor | None) -> Tensor:
+    """`values [B, ...]` as `capture` encodes them: zero where the teacher abstains."""
+    if covered is None:
+        return values
+    if values.shape[: covered.ndim] != covered.shape:
+        covered = covered.flatten(1).any(dim=1)
+    return torch.where(covered.reshape(*covered.shape, *[1] * (values.ndim - covered.ndim)), values, 0)
+
+
+@dataclass(kw_only=True)
+class _Found:
+    """One output of the sampled rows: batch by batch their shards, row numbers, distances and allowance."""
+
+    name: str
+    kind: type[Targets] | None = None
+    rows: list[NDArray[np.int64]] = field(default_factory=list)
+    shards: list[NDArray[np.int64]] = field(default_factory=list)
+    parts: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, batch: _Batch, live: Tensor, says: Mapping[str, Targets], rounding: float) -> None:
+        """Add a batch: what the teacher says now `[B, ...]`, and targets to compare it with."""
+        live, own = live.cpu(), says["own"]
+        self.kind = type(own)
+        self.rows.append(batch.rows)
+        self.shards.append(np.full(len(batch.rows), batch.shard))
+        for name, targets in says.items():
+            self.parts[name].append(_per_row(distance(live, targets, own), targets, own))
+        self.parts["rounding"].append(_per_row(allowance(live, own, rounding), own, own))
+
+    def line(self) -> str:
+        """Both numbers, for a person."""
+        stored, control, own, rounding = (self._mean(each) for each in ("stored", "control", "own", "rounding"))
+        return (
+            f"{self.name}: {_UNITS.get(self.kind, _KL)} {stored:.2g}; control, live against live in other batches: "
+            f"{control:.2g}; the encoding's own error {own:.2g}, rounding {rounding:.2g}"
+        )
+
+    def wrong(self, store: TargetStore) -> str:
+        """What neither the control nor the encoding nor rounding explains; empty when all is well."""
+        limit = self._mean("control") + self._mean("own") + self._mean("rounding")
+        far = self._all("stored") > self._all("control").max() + self._all("own").max() + self._all("rounding")
+        single_rows_count = self.kind is not SampledTargets  # rounding may turn any one draw
+        if self._mean("stored") <= limit and not (single_rows_count and far.any()):
+            return ""
+        rows, size = np.concatenate(self.rows), self._all("stored")
+        shards = sorted(set(np.concatenate(self.shards)[far.numpy()].tolist()))
+        worst = size.argsort(descending=True)[:_NAMED].tolist()
+        named = ", ".join(f"{store.sample_ids[rows[each]]} ({size[each]:.2g})" for each in worst)
+        return (
+            f"{self.name}: {self._mean('stored'):.2g} in the mean, expected up to {limit:.2g}; {int(far.sum()):,} rows "
+            f"are further off than any of the control, in shards {', '.join(map(str, shards[:_SHOWN])) or '-'}; "
+            f"the worst: {named}"
+        )
+
+    def _all(self, name: str) -> Tensor:
+        return torch.cat(self.parts[name])
+
+    def _mean(self, name: str) -> float:
+        return max(0.0, float(self._all(name).mean()))
+
+
+_KL = "KL(live || stored), nats,"
+_UNITS: Mapping[type[Targets] | None, str] = {
+    FeatureTargets: "|live - stored| / |live|",
+    SampledTargets: "cross-entropy difference of the draws, nats,",
+}
+
+
+def distance(live: Tensor, targets: Targets, own: Targets) -> Tensor:
+    """How far targets are from what the teacher says now, at T = 1 `[B, ...]`; `own` is that, encoded and decoded."""
+    wide = live.double()
+    match targets:
+        case FeatureTargets():
+            size = torch.linalg.vector_norm(wide, dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+            relative: Tensor = torch.linalg.vector_norm(targets.values.double() - wide, dim=-1) / size
+            return relative
+        case SampledTargets():
+            assert isinstance(own, SampledTargets)
+            log_probs = torch.log_softmax(wide, dim=-1)
+            return (_cross_entropy(log_probs, targets) - _cross_entropy(log_probs, own)).abs()
+    return kl_to_targets(wide, targets)
+
+
+def allowance(live: Tensor, own: Targets, rounding: float) -> Tensor:
+    """What of `distance` rounding by a share of each number's size explains, to second order for KL: `[B, ...]`."""
+    wide = live.double()
+    if isinstance(own, FeatureTargets):
+        return torch.full(wide.shape[:-1], rounding, dtype=torch.float64)
+    log_probs = torch.log_softmax(wide, dim=-1)
+    probs, shift = log_probs.exp(), rounding * (wide.amax(dim=-1, keepdim=True).abs() - log_probs)
+    shift = torch.where(probs > 0, shift, 0.0)
+    if isinstance(own, SampledTargets):  # a draw near a border between classes may fall on the other side
+        entropy: Tensor = torch.special.entr(probs).sum(dim=-1)
+        return (probs * shift).sum(dim=-1) * entropy.exp() * (1 + 2 * entropy)
+    return (probs * shift.square()).sum(dim=-1) / 2
+
+
+def _cross_entropy(log_probs: Tensor, targets: SampledTargets) -> Tensor:
+    weights = targets.weights.double()
+    return -torch.where(weights > 0, weights * log_probs.gather(-1, targets.ids), 0.0).sum(dim=-1)
+
+
+def _per_row(values: Tensor, targets: Targets, own: Targets) -> Tensor:
+    """`[B, ...]` -> the mean over a row's covered places `[B]`; infinite where coverage is not what it is now."""
+    if own.covered is None or targets.covered is None:
+        return values.flatten(1).mean(dim=1) if values.ndim > 1 else values
+    covered, changed = own.covered & targets.covered, own.covered != targets.covered
+    if values.ndim < covered.ndim:  # one value for all tokens of a row
+        covered = covered.flatten(1).any(dim=1)
+    total = torch.where(covered, values, 0.0).reshape(len(values), -1).sum(dim=1)
+    mean = total / covered.reshape(len(values), -1).sum(dim=1).clamp(min=1)
+    return mean.masked_fill(changed.reshape(len(values), -1).any(dim=1), torch.inf)
+
+
+def _here() -> dict[str, str]:
+    """What a store records of where it was captured, as it is now."""
+    return {"torch": torch.__version__, "machine": platform.machine(), "device": device()}
+
+
+def _is_elsewhere(store: TargetStore) -> bool:
+    """Whether a store may have been captured on another kind of device; of a GPU its record has no model."""
+    return device() == "cuda" or any(store.manifest.recorded.get(key) != each for key, each in _here().items())
+
+
+def _what_is_wrong(path: Path | str, store: TargetStore, name: str) -> str:
+    then = ", ".join(str(store.manifest.recorded.get(key)) for key in _here())
+    return (
+        f"{path}: what is stored is not what its teacher {name!r} says, though every checksum matches. Remove "
+        f"{path} and data/.work/{store.fingerprint}, and run `kdpipe cache-teacher {name}`. (Captured on {then}; "
+        f"compared on {', '.join(_here().values())}.)"
+    )

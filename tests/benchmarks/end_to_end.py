@@ -1,0 +1,114 @@
+"""What a student costs when its targets come from the store on disk instead of a tensor in memory: paired CPU times."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.measuring import cpu_s, interval_95, machine, shown
+from benchmarks.read_store import BATCH_ROWS, build
+from kdpipe.batches import RAM_BUDGET_BYTES, BatchStream, Rows, TargetReader
+from kdpipe.losses import ForwardKL, LossTerm
+from kdpipe.models.mlp import MLP
+from kdpipe.order import BatchOrder, Group
+from kdpipe.store import TargetStore
+from kdpipe.store.aligned import AlignedTargets
+from kdpipe.targets import DenseTargets
+from kdpipe.training import DistillTerm, TrainPlan, fit
+
+NUM_FEATURES = 256
+IN_MEMORY = "RAM tensor"
+
+
+class Inputs:
+    """Random inputs in memory, as rows that a store is about."""
+
+    def __init__(self, store: TargetStore) -> None:
+        self.sample_ids, self.digests = store.sample_ids, store.digests
+        self._features = torch.randn(len(self), NUM_FEATURES, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {"features": self._features.numpy()[rows]}
+
+
+class TensorTargets:
+    """The same targets as one tensor in memory."""
+
+    def __init__(self, store: TargetStore) -> None:
+        self._targets = store.read(np.arange(store.num_rows))["logits"]
+        self.row_bytes = store.row_bytes()
+
+    def read(self, rows: np.ndarray, view: int = 0) -> dict[str, DenseTargets]:
+        return {"logits": self._targets[torch.from_numpy(rows)]}
+
+    def read_ahead(self, groups: Iterable[tuple[int, Group]]) -> Iterator[dict[str, DenseTargets]]:
+        return (self.read(rows, view) for view, group in groups for rows in group.batches)
+
+
+def train(inputs: Inputs, targets: TargetReader, hidden: int, num_classes: int, seed: int, budget: int) -> float:
+    """CPU us per row of one epoch of a student of one hidden layer, from the first read to the last step."""
+    rows = Rows(
+        inputs=inputs,
+        rows=np.arange(len(inputs)),
+        preprocess=lambda columns: torch.from_numpy(columns["features"]),
+        labels=np.full(len(inputs), -1),
+        targets={"teacher": targets},
+    )
+    order = BatchOrder(rows=rows.rows, batch_size=BATCH_ROWS, seed=seed)
+    term = DistillTerm(term=LossTerm(teacher="teacher", output="logits", loss=ForwardKL(temperature=4.0), weight=1.0))
+    torch.manual_seed(seed)
+    student = MLP((NUM_FEATURES,), num_classes, [hidden])
+    plan = TrainPlan(steps=order.steps_per_epoch, seed=seed, threads=1, checkpoint_every_s=float("inf"))
+    with tempfile.TemporaryDirectory() as folder:
+        began = cpu_s()
+        fit(student, BatchStream(rows, order, ram_budget_bytes=budget), [term], plan, Path(folder) / "checkpoint")
+        return (cpu_s() - began) / len(inputs) * 1e6
+
+
+def measure(folder: Path, num_rows: int, num_classes: int, hidden: int, rounds: int) -> dict[str, list[float]]:
+    """CPU us per row of each way to hold the targets, one value per round; every other round runs backwards."""
+    store = build(folder, num_rows, num_classes).store
+    inputs = Inputs(store)
+    read, tensor = AlignedTargets(store, inputs, np.arange(num_rows)), TensorTargets(store)
+    ways: dict[str, tuple[TargetReader, int]] = {
+        IN_MEMORY: (tensor, 0),
+        "store, read ahead": (read, 0),
+        "store, kept in memory": (read, RAM_BUDGET_BYTES),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for seed in range(-1, rounds):
+        for name in list(ways)[:: -1 if seed % 2 else 1]:
+            targets, budget = ways[name]
+            cost = train(inputs, targets, hidden, num_classes, max(seed, 0), budget)
+            if seed >= 0:  # the first round warms up
+                found[name].append(cost)
+    return found
+
+
+def table(found: dict[str, list[float]]) -> str:
+    """Markdown: medians with ranges, and the paired difference to the tensor in memory."""
+    lines = ["| targets | CPU us/row | more CPU than the RAM tensor: mean, 95 % interval |", "| --- | --- | --- |"]
+    for name, costs in found.items():
+        more = [100 * (cost / base - 1) for cost, base in zip(costs, found[IN_MEMORY], strict=True)]
+        mean, low, high = interval_95(more)
+        difference = "-" if name == IN_MEMORY else f"{mean:+.1f} % ({low:+.1f} to {high:+.1f} %)"
+        lines.append(f"| {name} | {shown(costs)} | {difference} |")
+    return "\n".join(lines)
+
+
+def main(
+    num_rows: int = 50_000, num_classes: int = 1000, hidden: int = 512, rounds: int = 20, folder: Path | None = None
+) -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        found = measure(Path(scratch), num_rows, num_classes, hidden, rounds)
+    print(f"MLP {NUM_FEATURES}-{hidden}-{num_classes}, {num_rows:,} rows, batches of {BATCH_ROWS}, {rounds} pairs")
+    print(machine("numpy", "torch") + "\n")
+    print(table(found))
