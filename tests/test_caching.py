@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from kdpipe.errors import ConfigError, DataError, TeacherError
 from kdpipe.store import TargetStore
 from kdpipe.targets import OutputSpec
 from projects import tree
+from real_processes import folder_in_memory
 from toy_capture import LOGITS, NUM_CLASSES, MemoryRows, ToyTeacher, store_for
 
 NUM_ROWS, SHARD_ROWS, BATCH_SIZE = 150, 16, 5
@@ -69,8 +68,8 @@ def no_thread_is_left():
     num_rows=st.integers(1, 60), shard_rows=st.integers(1, 40), batch_size=st.integers(1, 50), views=st.integers(1, 2)
 )
 def test_the_bytes_are_those_of_one_thing_after_the_other(num_rows, shard_rows, batch_size, views):
-    with tempfile.TemporaryDirectory() as name:
-        folder, rows, teacher = Path(name), MemoryRows(num_rows), ToyTeacher()
+    with folder_in_memory() as folder:
+        rows, teacher = MemoryRows(num_rows), ToyTeacher()
         one_after_the_other(folder / "expected", num_rows, shard_rows, batch_size, views)
         store = store_for(folder / "store", teacher, rows, shard_rows, views)
         done = capture(store, teacher, rows, batch_size)

@@ -367,6 +367,18 @@ def test_a_folder_on_another_disk_gets_copies(tmp_path, small_disk):
     assert not (small_disk / "store" / "manifest").samefile(work / "manifest")
 
 
+def test_copies_are_on_disk_as_their_originals_were(tmp_path, small_disk, system_calls):
+    work = tree(tmp_path / "work", manifest="m", deep__array="a")
+    script = """
+import sys
+from pathlib import Path
+from kdpipe.durable import link_tree
+link_tree(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+    calls = system_calls(script, work, small_disk / "store", within=small_disk)
+    assert sorted(calls) == [f"fsync {small_disk}/store/deep/array", f"fsync {small_disk}/store/manifest"]
+
+
 def test_published_names_are_on_disk_before_the_folder_has_its_own(tmp_path, system_calls):
     work = tree(tmp_path / "work", file="f", deep__file="d")
     script = """

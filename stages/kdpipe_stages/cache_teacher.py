@@ -72,7 +72,7 @@ def run(
         raise ConfigError("--repair reads the whole store: run it alone, without --shards")
     inputs = PreparedInputs(project.prepared / "inputs")
     teacher, description = _teacher(project, name, inputs)
-    manifest = _manifest(project, name, teacher, description, len(inputs))
+    manifest = manifest_of(project, name, teacher, description, len(inputs))
     workplace = _Workplace(project, name, manifest)
     with ExitStack() as held:
         with workplace.door():
@@ -224,9 +224,10 @@ def build_teacher(project: Project, name: str, inputs: PreparedInputs) -> tuple[
     return teacher, {"name": name, "parameters": num_parameters(model), "size_bytes": weights.stat().st_size}
 
 
-def _manifest(
+def manifest_of(
     project: Project, name: str, teacher: Teacher | TableTeacher, description: dict[str, object], num_rows: int
 ) -> Manifest:
+    """What makes a teacher's store, from today's params.yaml and code."""
     targets, task = project.targets(name), project.task()
     encodings = encodings_of(targets, teacher.outputs)
     specs = [spec for output in teacher.outputs for spec in encodings[output.name].arrays(output).values()]

@@ -26,7 +26,7 @@ app = typer.Typer(
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The run's parameters; paths in it are relative to it.")]
 TeacherName = Annotated[str | None, typer.Argument(help="A teacher of params.yaml; all of them when left out.")]
-StorePath = Annotated[Path, typer.Argument(help="A target store, such as data/targets/NAME.")]
+StorePath = Annotated[str, typer.Argument(help="A target store: data/targets/NAME, or an s3:// or gs:// url.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
 PARAMS = Path("params.yaml")
 _INTERRUPTED = 130  # what typer makes of Ctrl-C

@@ -103,7 +103,7 @@ def estimate(project: Project, name: str, rows: int | None = None) -> dict[str, 
         return stage.run(project, name, stage.SAMPLE_ROWS if rows is None else rows, advance)
 
 
-def verify_deep(store: Path, project: Project, rows: int | None = None) -> Sequence[str]:
+def verify_deep(store: Path | str, project: Project, rows: int | None = None) -> Sequence[str]:
     """`kdpipe verify STORE --deep`, after the store's bytes were verified."""
     from kdpipe_stages import deep_verify as stage
 

@@ -37,8 +37,7 @@ from kdpipe.targets import FeatureTargets, SampledTargets, Targets
 from kdpipe.teachers.base import Teacher
 from kdpipe.teachers.torch import device
 from kdpipe.views import ViewSpec, row_keys
-from kdpipe_stages.cache_teacher import _manifest as manifest_of
-from kdpipe_stages.cache_teacher import build_teacher
+from kdpipe_stages.cache_teacher import build_teacher, manifest_of
 from kdpipe_stages.project import Project
 
 SAMPLE_ROWS = 2048

@@ -110,14 +110,15 @@ class TargetsSection:
     min_k: int | None = Field(default=None, gt=0)
     draws: int | None = Field(default=None, gt=0)
     head: int | None = Field(default=None, ge=0)
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0)
+    stratified: bool | None = None
 
 
 PARAMETERS = {
     "dense": ("dtype",),
     "int8": ("masked_classes",),
     "topk": ("k", "values", "top_p", "min_k"),
-    "sampled": ("draws", "head", "seed"),
+    "sampled": ("draws", "head", "seed", "stratified"),
 }
 """Encoding -> the keys of a `targets` section that are its own."""
 REQUIRED = {"dense": (), "int8": (), "topk": ("k",), "sampled": ("draws",)}

@@ -12,7 +12,7 @@ from kdpipe.errors import CorruptStoreError
 from kdpipe.store import TargetStore
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path | str) -> dict[str, Any]:
     """What a store is: rows, bytes, encoding, fingerprint, and a summary of what the teacher said (view 0)."""
     store = TargetStore.open(path)
     manifest, missing = store.manifest, store.missing()
@@ -28,7 +28,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "shard_rows": manifest.shard_rows,
         "missing_shards": len(missing),
         "num_bytes": store.num_bytes,
-        "num_bytes_with_ids_and_log": sum(each.stat().st_size for each in path.rglob("*") if each.is_file()),
+        "num_bytes_with_ids_and_log": sum(store.file_size(name) or 0 for name in store.file_names()),
         "bytes_per_row": store.num_bytes / max(1, store.num_rows * store.num_views),
         "recorded": dict(manifest.recorded),
     }
@@ -45,7 +45,7 @@ def inspect(path: Path) -> dict[str, Any]:
     return description
 
 
-def verify(path: Path) -> Sequence[str]:
+def verify(path: Path | str) -> Sequence[str]:
     """Read every byte of a store. Raises `CorruptStoreError` listing each bad shard; returns what was checked."""
     store = TargetStore.open(path)
     problems = store.verify()

@@ -22,7 +22,7 @@ MAX_CHUNK_ROWS = 8192
 MIN_SHARDS = 16
 MIN_CHUNK_ROWS = 64
 CRC_BYTES = 4
-COMPRESSION = {"cname": "zstd", "clevel": 5, "shuffle": "shuffle", "blocksize": 512 * 2**10}
+COMPRESSION = {"cname": "zstd", "clevel": 7, "shuffle": "shuffle", "blocksize": 512 * 2**10}
 """Blosc's configuration but the type size; the block size is explicit, as Blosc's own choice depends on its version."""
 
 
@@ -45,7 +45,7 @@ class ArrayLayout:
         while shard_rows % num_chunks:
             num_chunks += 1
         chunk_rows = shard_rows // num_chunks
-        if num_chunks > 1 and chunk_rows < min(wanted, MIN_CHUNK_ROWS):
+        if num_chunks > 1 and 2 * chunk_rows < min(wanted, MIN_CHUNK_ROWS):
             raise ConfigError(
                 f"shard_rows is {shard_rows}, which cannot be divided into even chunks of about {wanted} rows; "
                 f"expected a multiple of a power of two, such as {max(1, round(shard_rows / wanted)) * wanted}"

@@ -344,7 +344,7 @@ class TargetStore:
             and record.layouts == self._layouts_digest
             and (view == 0 or self._in_views is None or bool(record.rows_computed[self.wanted(view, shard)].all()))
             and all(
-                self._size(self.layouts[name].shard_path(*record.key)) == size
+                self.file_size(self.layouts[name].shard_path(*record.key)) == size
                 for name, (size, _) in record.files.items()
             )
         )
@@ -364,7 +364,8 @@ class TargetStore:
         if self._remote is not None:
             self._remote.fetch(name)
 
-    def _size(self, name: str) -> int | None:
+    def file_size(self, name: str) -> int | None:
+        """Bytes of one of the store's files; None where it is absent."""
         try:
             return (self.path / name).stat().st_size
         except FileNotFoundError:
