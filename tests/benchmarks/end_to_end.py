@@ -104,7 +104,7 @@ def table(found: dict[str, list[float]]) -> str:
 
 
 def main(
-    num_rows: int = 50_000, num_classes: int = 1000, hidden: int = 512, rounds: int = 20, folder: Path | None = None
+    num_rows: int = 50_000, num_classes: int = 1000, hidden: int = 544, rounds: int = 20, folder: Path | None = None
 ) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -73,6 +73,8 @@ def _read_epoch(reader: Reader, epoch: int, row_shape: tuple[int, ...]) -> tuple
             steady_rows += len(batch)
         elif rows >= reader.warmup_rows:
             steady_from = cpu_s()
+    if not steady_rows:  # fewer rows than the warm-up
+        return first_s or 0.0, cpu_s() - began, rows, rows
     return first_s or 0.0, cpu_s() - (steady_from or began), rows, steady_rows
 
 

@@ -421,6 +421,10 @@ WRONG = {
     "ids null in column": ({**LOGITS, "sample_id": ["a", None, "b"]}, "sample_id holds string or null"),
     "ids are floats": ({**LOGITS, "sample_id": [1.0, 2.0, 3.0]}, "sample_id holds double or null"),
     "negative view": ({**LOGITS, "view": [0, -1, 0]}, "view holds other things"),
+    "views with a gap": (
+        {**LOGITS, "view": [0, 2**40, 0]},
+        "has 2 views, of numbers up to 1099511627776; expected 0..1",
+    ),
     "views apart": ({**LOGITS, "view": [0, 0, 1]}, "view 1 is about other samples than view 0"),
     "covered no booleans": ({**LOGITS, "covered": [1, 1, 0]}, "column covered holds int64 or null"),
 }

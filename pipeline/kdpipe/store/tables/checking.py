@@ -157,7 +157,7 @@ class CheckedRows:
             else:
                 tails[..., number] = self._remaining(log_probs)
             if temperature == 1:
-                mass = np.exp(log_probs).sum(axis=-1) + np.exp(tails[..., number])
+                mass = np.exp(log_probs).sum(axis=-1) + np.exp(np.minimum(tails[..., number], 1.0))
                 far = abs(mass - 1) > MASS_SLACK
                 self._refuse(far, "have class_ids and tail_log_mass whose probabilities do not sum to 1")
         others = self._num_classes - (log_probs > -np.inf).sum(axis=-1, keepdims=True)

@@ -29,7 +29,16 @@ ABOUT = "kdpipe"
 TEMPERATURES = "temperatures"
 BATCH_BYTES = 8 * 2**20
 MAX_BATCH_ROWS = 65536
-_UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

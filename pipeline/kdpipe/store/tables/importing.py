@@ -87,6 +87,8 @@ class TableTargets:
             if view.dtype.kind not in "iu" or view.min() < 0:
                 raise DataError(f"{self.table.path}: view holds other things than numbers from 0 up")
             views.append(view.astype(np.int64))
+        if len(ids) == 1:
+            raise DataError(f"{self.table.path} has no rows")
         return np.concatenate(ids), np.concatenate(views)
 
     def widest(self) -> int:

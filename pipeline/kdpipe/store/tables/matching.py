@@ -34,7 +34,13 @@ def own_rows(said: TableTargets) -> OwnRows:
     Raises `DataError` for other tables.
     """
     ids, views = said.index
-    sample_ids, num_views = ids[views == 0], int(views.max()) + 1
+    present = np.unique(views)
+    num_views = len(present)
+    if present[-1] != num_views - 1:
+        raise DataError(
+            f"{said.table.path} has {num_views} views, of numbers up to {present[-1]}; expected 0..{num_views - 1}"
+        )
+    sample_ids = ids[views == 0]
     rows = _found(ids, sample_ids)
     _check_once(said, rows, views)
     shown = np.zeros((num_views, len(sample_ids)), np.bool_)
