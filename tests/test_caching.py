@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -65,10 +66,14 @@ def no_thread_is_left():
 
 @settings(max_examples=25)
 @given(
-    num_rows=st.integers(1, 60), shard_rows=st.integers(1, 40), batch_size=st.integers(1, 50), views=st.integers(1, 2)
+    num_rows=st.integers(1, 60),
+    shard_rows=st.integers(1, 40),
+    batch_size=st.integers(1, 50),
+    views=st.integers(1, 2),
+    encoded=st.sampled_from([1, 200, 2**20]),
 )
-def test_the_bytes_are_those_of_one_thing_after_the_other(num_rows, shard_rows, batch_size, views):
-    with folder_in_memory() as folder:
+def test_the_bytes_are_those_of_one_thing_after_the_other(num_rows, shard_rows, batch_size, views, encoded):
+    with folder_in_memory() as folder, patch.object(caching, "ENCODE_BYTES", encoded):
         rows, teacher = MemoryRows(num_rows), ToyTeacher()
         one_after_the_other(folder / "expected", num_rows, shard_rows, batch_size, views)
         store = store_for(folder / "store", teacher, rows, shard_rows, views)
@@ -183,6 +188,7 @@ def test_at_most_two_shards_are_in_work(tmp_path, monkeypatch):
 
 def test_what_waits_to_be_encoded_is_bounded(tmp_path, monkeypatch):
     batch_bytes = BATCH_SIZE * NUM_CLASSES * 4
+    monkeypatch.setattr(caching, "ENCODE_BYTES", 1)
     monkeypatch.setattr(caching, "MAX_WAITING_BYTES", 2 * batch_bytes)
     rows, said_to, encoded, waiting = MemoryRows(64), [], [], []
 
@@ -203,6 +209,7 @@ def test_what_waits_to_be_encoded_is_bounded(tmp_path, monkeypatch):
 
 
 def test_a_batch_larger_than_the_bound_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "ENCODE_BYTES", 1)
     monkeypatch.setattr(caching, "MAX_WAITING_BYTES", 1)
     assert captured(tmp_path / "store").path
     monkeypatch.undo()
@@ -274,7 +281,7 @@ def test_nan_and_infinity_are_refused_and_their_shard_is_never_committed(tmp_pat
         logits[rows == row, 2] = bad
         return {"logits": logits}
 
-    with pytest.raises(TeacherError, match=rf"logits are NaN or infinite for 1 of \d samples .* such as {row:06d}\."):
+    with pytest.raises(TeacherError, match=rf"logits are NaN or infinite for 1 of \d+ samples .* such as {row:06d}\."):
         captured(tmp_path / "store", ToyTeacher(spoil))
     check_what_is_left(tmp_path, row // SHARD_ROWS)
 
@@ -308,7 +315,7 @@ def answers(**said):
         (answers(scores=lambda logits, _: logits), "gave no output 'logits'; it gave scores"),
         (answers(logits=lambda logits, _: logits[:, :1]), r"logits have shape \[5, 1\]; expected \[5, 5\]"),
         (answers(logits=lambda logits, _: logits[:1]), r"logits have shape \[1, 5\]; expected \[5, 5\]"),
-        (answers(logits=lambda logits, _: logits.fill_(-torch.inf)), "NaN or infinite for 5 of 5"),
+        (answers(logits=lambda logits, _: logits.fill_(-torch.inf)), r"NaN or infinite for 16 of 16"),
     ],
 )
 def test_what_is_not_what_the_teacher_promised_is_refused(tmp_path, change, message):
@@ -350,7 +357,7 @@ def test_features_are_finite(tmp_path, bad):
         return torch.where(rows[:, None, None] == 70, bad, hidden_of(rows))
 
     change = answers(logits=lambda logits, _: logits, hidden=spoilt)
-    with pytest.raises(TeacherError, match=r"hidden are NaN or infinite for 1 of 5 .* such as 000070\."):
+    with pytest.raises(TeacherError, match=r"hidden are NaN or infinite for 1 of 16 .* such as 000070\."):
         captured(tmp_path, ToyTeacher(change, outputs=(LOGITS, HIDDEN)))
 
 

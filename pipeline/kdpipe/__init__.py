@@ -3,12 +3,12 @@
 The map, from the ground up (a module imports only from the floors below its own):
 
     errors                                               what can go wrong
-    views, targets, config, distributed, durable,
-    fingerprint                                          plain values; safe files; digests
+    fingerprint, random_numbers                          digests; draws without state
+    views, targets, order, config, distributed, durable  plain values; safe files
     data                                                 prepared rows on disk, and where they come from
     preprocess, losses, encodings                        values <-> tensors
     tasks, teachers, models, store, checkpoint, batches  things with behaviour
-    caching, training, evaluation                        verbs
+    caching, training, evaluation, estimating            verbs
 
 `kdpipe_stages`, on top, holds the commands. Nothing is re-exported here: one name has one address, and
 `import kdpipe` costs nothing.

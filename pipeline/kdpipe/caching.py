@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,21 +19,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.data.columns import Columns
+from kdpipe.data.columns import Columns, Ragged, take
 from kdpipe.data.prepared import ANEW, PreparedInputs
 from kdpipe.data.segments import content_digests
 from kdpipe.distributed import Shard
 from kdpipe.encodings import Sampled, encoding_from_json
 from kdpipe.errors import ConfigError, DataError, TeacherError
 from kdpipe.store import TargetStore
+from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import COVERED, Teacher
+from kdpipe.teachers.base import COVERED, LOGITS, Teacher
 from kdpipe.views import CLEAN, ViewSpec, row_keys
 
 LOAD_AHEAD = 2
-"""Batches that are read before the teacher wants them."""
+"""Blocks of batches that are read before the teacher wants them."""
+LOAD_BYTES = 2**18
+"""A block: as many batches of one shard as have so many bytes, or one. To wake a thread for less costs more."""
+ENCODE_BYTES = 2**20
+"""What the teacher said is encoded when it is so much, or when its shard ends: many small steps cost more."""
 MAX_WAITING_BYTES = 64 * 2**20
-"""What the teacher may have said before it is encoded; one batch is always taken."""
+"""What may wait to be encoded; one batch is always taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,7 @@ def capture(
     started, teacher_seconds, done = time.perf_counter(), 0.0, 0
     with ThreadPoolExecutor(1, "loader") as loading, _torch_thread("writer") as writing:
         writer = _Writer(store, inputs.sample_ids, batch_size, writing)
-        for batch, columns in _ahead(batches, partial(_load, inputs, views), loading):
+        for batch, columns in _Loader(inputs, views, loading).read(batches):
             before = time.perf_counter()
             said = teacher.predict(columns) if len(batch.rows) else {}
             teacher_seconds += time.perf_counter() - before
@@ -140,6 +145,12 @@ class _Batch:
         """Whether both are of the same shard and view."""
         return (self.view, self.shard.index) == (other.view, other.shard.index)
 
+    @staticmethod
+    def joined(batches: Sequence[_Batch]) -> _Batch:
+        """Batches that follow each other in one shard, as one."""
+        rows = np.concatenate([each.rows for each in batches])
+        return replace(batches[0], rows=rows, is_last=batches[-1].is_last)
+
 
 def _batches(store: TargetStore, missing: Sequence[tuple[int, Shard]], batch_size: int) -> Iterator[_Batch]:
     for view, shard in missing:
@@ -155,34 +166,56 @@ def _batches(store: TargetStore, missing: Sequence[tuple[int, Shard]], batch_siz
             )
 
 
-def _load(inputs: PreparedInputs, views: ViewSpec, batch: _Batch) -> Columns:
-    """A batch's rows. Targets are committed under their digests, so the teacher must see exactly that content."""
-    if not len(batch.rows):
-        return {}
-    columns = inputs.read(batch.rows)
-    found = np.frombuffer(b"".join(content_digests(columns)), np.uint8).reshape(len(batch.rows), -1)
-    wrong = np.flatnonzero((found != inputs.digests[batch.rows]).any(axis=1))
-    if len(wrong):
-        raise DataError(
-            f"the prepared content of {inputs.sample_ids[batch.rows[int(wrong[0])]]} differs from its digest "
-            f"({len(wrong)} such rows in a batch). {ANEW}"
-        )
-    return views.of(columns, inputs.sample_ids[batch.rows].tolist(), batch.view)
+class _Loader:
+    """Reads batches; its thread reads the next ones while the caller works."""
 
+    def __init__(self, inputs: PreparedInputs, views: ViewSpec, thread: Executor) -> None:
+        self._inputs, self._views, self._thread = inputs, views, thread
+        self._batches_per_block = 1
 
-def _ahead(
-    batches: Iterator[_Batch], load: Callable[[_Batch], Columns], thread: Executor
-) -> Iterator[tuple[_Batch, Columns]]:
-    """Batches with their rows, in order; a thread loads the next ones meanwhile."""
-    loading: deque[tuple[_Batch, Future[Columns]]] = deque()
-    for batch in batches:
-        loading.append((batch, thread.submit(load, batch)))
-        if len(loading) > LOAD_AHEAD:
-            ready, columns = loading.popleft()
-            yield ready, columns.result()
-    while loading:
-        ready, columns = loading.popleft()
-        yield ready, columns.result()
+    def read(self, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, Columns]]:
+        """Batches with their rows, in order."""
+        loading: deque[Future[list[tuple[_Batch, Columns]]]] = deque()
+        for block in self._blocks(batches):
+            loading.append(self._thread.submit(self._load, block))
+            if len(loading) > LOAD_AHEAD:
+                yield from loading.popleft().result()
+        while loading:
+            yield from loading.popleft().result()
+
+    def _blocks(self, batches: Iterable[_Batch]) -> Iterator[list[_Batch]]:
+        block: list[_Batch] = []
+        for batch in batches:
+            block.append(batch)
+            if batch.is_last or len(block) >= self._batches_per_block:
+                yield block
+                block = []
+
+    def _load(self, block: list[_Batch]) -> list[tuple[_Batch, Columns]]:
+        whole = _Batch.joined(block)
+        if not len(whole.rows):
+            return [(batch, {}) for batch in block]
+        columns = self._inputs.read(whole.rows)
+        self._refuse_damaged(columns, whole.rows)
+        num_bytes = sum((each.values if isinstance(each, Ragged) else each).nbytes for each in columns.values())
+        self._batches_per_block = max(1, LOAD_BYTES * len(block) // max(1, num_bytes))
+        shown = self._views.of(columns, self._inputs.sample_ids[whole.rows].tolist(), whole.view)
+        starts = np.cumsum([0, *(len(batch.rows) for batch in block)]).tolist()
+        places = [np.arange(start, stop) for start, stop in pairwise(starts)]
+        return [
+            (batch, {name: take(column, place) for name, column in shown.items()})
+            for batch, place in zip(block, places, strict=True)
+        ]
+
+    def _refuse_damaged(self, columns: Columns, rows: NDArray[np.int64]) -> None:
+        """Targets are committed under the rows' digests, so the teacher must see exactly that content."""
+        found = np.frombuffer(b"".join(content_digests(columns)), np.uint8).reshape(len(rows), -1)
+        wrong = np.flatnonzero((found != self._inputs.digests[rows]).any(axis=1))
+        if len(wrong):
+            raise DataError(
+                f"the prepared content of {self._inputs.sample_ids[rows[int(wrong[0])]]} differs from its digest "
+                f"({len(wrong)} such rows in a batch). {ANEW}"
+            )
 
 
 def _torch_thread(name: str) -> ThreadPoolExecutor:
@@ -190,13 +223,31 @@ def _torch_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Waiting:
-    """A batch that the writer thread has not finished yet, as far as is known."""
+class _Said:
+    """What the teacher said about batches that follow each other in one shard."""
 
-    batch: _Batch
-    num_bytes: int
-    written: Future[None]
+    def __init__(self) -> None:
+        self._batches: list[_Batch] = []
+        self._parts: list[dict[str, Tensor]] = []
+        self.num_bytes = 0
+
+    def add(self, batch: _Batch, said: dict[str, Tensor]) -> None:
+        """Append a batch."""
+        self._batches.append(batch)
+        self._parts.append(said)
+        self.num_bytes += sum(each.nbytes for each in said.values())
+
+    @property
+    def last(self) -> _Batch:
+        """The latest batch."""
+        return self._batches[-1]
+
+    def joined(self) -> tuple[_Batch, dict[str, Tensor]]:
+        """All of it as one batch."""
+        if len(self._batches) == 1:
+            return self._batches[0], self._parts[0]
+        tensors = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+        return _Batch.joined(self._batches), tensors
 
 
 class _Writer:
@@ -206,7 +257,8 @@ class _Writer:
         manifest = store.manifest
         self._store, self._sample_ids, self._batch_size, self._thread = store, sample_ids, batch_size, thread
         self._encodings = {each.name: encoding_from_json(manifest.encodings[each.name]) for each in manifest.outputs}
-        self._waiting: deque[_Waiting] = deque()
+        self._said = _Said()
+        self._waiting: deque[tuple[_Said, Future[None]]] = deque()
         # One shard's arrays, used for one shard after the other.
         self._arrays = {
             name: np.empty((manifest.shard_rows, *spec.shape), spec.dtype) for name, spec in manifest.arrays().items()
@@ -215,31 +267,54 @@ class _Writer:
 
     def put(self, batch: _Batch, said: dict[str, Tensor]) -> None:
         """Hand over what the teacher said. Waits for the writer thread when it is behind; raises what it raised."""
-        num_bytes = sum(each.nbytes for each in said.values())
-        written = self._thread.submit(self._write, batch, said)
-        self._waiting.append(_Waiting(batch=batch, num_bytes=num_bytes, written=written))
-        while self._waiting and (self._waiting[0].written.done() or self._is_behind()):
-            self._waiting.popleft().written.result()
+        self._said.add(batch, self._promised(said, len(batch.rows)) if len(batch.rows) else {})
+        if batch.is_last or self._said.num_bytes >= ENCODE_BYTES:
+            self._waiting.append((self._said, self._thread.submit(self._write, self._said)))
+            self._said = _Said()
+        while self._waiting and (self._waiting[0][1].done() or self._is_behind()):
+            self._waiting.popleft()[1].result()
 
     def finish(self) -> None:
         """Wait for the last commit."""
         while self._waiting:
-            self._waiting.popleft().written.result()
+            self._waiting.popleft()[1].result()
 
     def _is_behind(self) -> bool:
-        oldest, newest = self._waiting[0], self._waiting[-1]
-        too_much = oldest is not newest and sum(each.num_bytes for each in self._waiting) > MAX_WAITING_BYTES
-        return too_much or (newest.batch.is_last and not oldest.batch.is_beside(newest.batch))
+        (oldest, _), (newest, _) = self._waiting[0], self._waiting[-1]
+        too_much = oldest is not newest and sum(said.num_bytes for said, _ in self._waiting) > MAX_WAITING_BYTES
+        return too_much or (newest.last.is_last and not oldest.last.is_beside(newest.last))
 
-    def _write(self, batch: _Batch, said: dict[str, Tensor]) -> None:
+    def _promised(self, said: dict[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+        """The outputs that the store keeps, in the promised shapes, and `covered` where the teacher abstains."""
+        promised = {}
+        for output in self._store.manifest.outputs:
+            if output.name not in said:
+                raise TeacherError(f"the teacher gave no output {output.name!r}; it gave {', '.join(said)}")
+            values, expected = said[output.name], (num_rows, *output.shape)
+            if values.shape != expected:
+                found = f"the teacher's {output.name} have shape {list(values.shape)}"
+                raise TeacherError(f"{found}; expected {list(expected)}")
+            promised[output.name] = values
+        if self._store.manifest.coverage:
+            covered, expected = said.get(COVERED), said[LOGITS].shape[:-1]
+            if covered is None or covered.dtype != torch.bool or covered.shape != expected:
+                found = "none" if covered is None else f"{covered.dtype} of shape {list(covered.shape)}"
+                raise TeacherError(
+                    f"the teacher abstains, so it must give `covered`, bool {list(expected)}; found {found}"
+                )
+            promised[COVERED] = covered
+        return promised
+
+    def _write(self, said: _Said) -> None:
         if self._failed:
             return
         self._failed = True  # unless all of this succeeds: after an error nothing is committed
+        batch, tensors = said.joined()
         if batch.is_first and not self._store.wanted(batch.view, batch.shard).all():
             for array in self._arrays.values():
                 array[:] = 0
         if len(batch.rows):
-            for name, values in self._encode(batch, said).items():
+            for name, values in self._encode(batch, tensors).items():
                 self._arrays[name][batch.place] = values
         if batch.is_last:
             arrays = {name: values[: batch.shard.num_rows] for name, values in self._arrays.items()}
@@ -247,54 +322,21 @@ class _Writer:
         self._failed = False
 
     def _encode(self, batch: _Batch, said: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
-        ids = self._sample_ids[batch.rows]
-        covered = self._coverage(said, len(ids))
+        ids, covered = self._sample_ids[batch.rows], said.get(COVERED)
         arrays: dict[str, NDArray[Any]] = {}
         for output in self._store.manifest.outputs:
-            values = _where_covered(_checked(said, output, len(ids)), covered)
+            values = _where_covered(said[output.name], covered)
             _refuse_nonfinite(values, output, ids)
             encoding = self._encodings[output.name]
             keys = row_keys(ids.tolist(), batch.view) if isinstance(encoding, Sampled) else None
             encoded = encoding.encode(values, keys)
             arrays |= {output.name + suffix: each for suffix, each in encoded.items()}
-            if output.name == "logits":
+            if output.name == LOGITS:
                 arrays["statistics"] = teacher_statistics(values)
         if covered is not None:
             arrays[COVERED] = covered.cpu().numpy()
             arrays["statistics"][~arrays[COVERED]] = 0
         return arrays
-
-    def _coverage(self, said: dict[str, Tensor], num_rows: int) -> Tensor | None:
-        if not self._store.manifest.coverage:
-            return None
-        (logits,) = [each for each in self._store.manifest.outputs if each.name == "logits"]
-        expected = (num_rows, *logits.shape[:-1])
-        covered = said.get(COVERED)
-        if covered is None or covered.dtype != torch.bool or covered.shape != expected:
-            found = "none" if covered is None else f"{covered.dtype} of shape {list(covered.shape)}"
-            raise TeacherError(f"the teacher abstains, so it must give `covered`, bool {list(expected)}; found {found}")
-        return covered
-
-
-def teacher_statistics(logits: Tensor) -> NDArray[np.float32]:
-    """Class, confidence and entropy (nats) of logits `[B, …, C]` at T = 1: float32 `[B, …, 3]`.
-
-    In a store all three are 0 where the teacher abstained; nobody else's confidence is.
-    """
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    top = log_probs.max(dim=-1)
-    entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
-    return torch.stack([top.indices.float(), top.values.exp(), entropy], dim=-1).cpu().numpy()
-
-
-def _checked(said: dict[str, Tensor], output: OutputSpec, num_rows: int) -> Tensor:
-    """An output of the shape that the teacher promised."""
-    if output.name not in said:
-        raise TeacherError(f"the teacher gave no output {output.name!r}; it gave {', '.join(said)}")
-    values, expected = said[output.name], (num_rows, *output.shape)
-    if values.shape != expected:
-        raise TeacherError(f"the teacher's {output.name} have shape {list(values.shape)}; expected {list(expected)}")
-    return values
 
 
 def _where_covered(values: Tensor, covered: Tensor | None) -> Tensor:

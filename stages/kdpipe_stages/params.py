@@ -335,8 +335,10 @@ def first_difference(then: Any, today: Any, where: str = "") -> str:
     if then == today:
         return ""
     if isinstance(then, Mapping) and isinstance(today, Mapping):
-        key = next(key for key in [*today, *then] if then.get(key) != today.get(key))
-        return first_difference(then.get(key), today.get(key), f"{where}.{key}".lstrip("."))
+        # A key that an older kdpipe did not know is as good as one that is null.
+        differing = (key for key in [*today, *then] if then.get(key) != today.get(key))
+        key = next(differing, None)
+        return "" if key is None else first_difference(then.get(key), today.get(key), f"{where}.{key}".lstrip("."))
     return f"{where} was {then}, params.yaml says {today}"
 
 

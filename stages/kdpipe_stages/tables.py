@@ -176,6 +176,7 @@ class TableTeacher:
         missing = [(view, shard) for view, shard in store.missing() if share.has(shard)]
         started = time.perf_counter()
         if missing:
+            self._check_views(store.num_views)
             rows = prepared_rows(self._said, inputs.sample_ids)
             total = len(rows)
             spoken = np.unique(rows[self._said.index[1] == 0])
@@ -189,3 +190,12 @@ class TableTeacher:
         num_rows = sum(int(store.wanted(view, shard).sum()) for view, shard in missing)
         seconds = time.perf_counter() - started
         return Captured(num_rows=num_rows, num_shards=len(missing), teacher_seconds=0.0, seconds=seconds)
+
+    def _check_views(self, num_views: int) -> None:
+        """A student would learn nothing from the teacher in an epoch of a view that the table does not have."""
+        lacking = sorted(set(range(num_views)) - set(np.unique(self._said.index[1]).tolist()))
+        if lacking:
+            raise ConfigError(
+                f"{self._path} has no line about view {lacking[0]}, but views.count is {num_views - 1}; give it a "
+                "column view with all of them, or set views.count: 0"
+            )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+
+import numpy as np
 import pytest
 
-from benchmarks import end_to_end, measuring, open_and_memory, peers, read_store
+from benchmarks import encodings, end_to_end, measuring, open_and_memory, peers, read_store
 
 
 def test_read_store(capsys):
@@ -30,6 +33,29 @@ def test_end_to_end(capsys):
 def test_open_and_memory(capsys):
     open_and_memory.main(num_shards=12, shard_rows=4, num_rows=70_000, num_classes=4, rounds=1)
     assert "| `TargetStore.open` |" in capsys.readouterr().out
+
+
+def test_encodings(capsys, tmp_path):
+    words = " ".join(f"w{rank}" for rank in np.random.default_rng(0).zipf(1.5, 4000))
+    (tmp_path / "words.txt.gz").write_bytes(gzip.compress(words.encode()))
+    sizes = encodings.Sizes(
+        tokens=128,
+        error_tokens=64,
+        vision_classes=(20, 200),
+        vocabularies=(400,),
+        kept=(8, 16),
+        draws=2000,
+        speed_rows=32,
+        rounds=2,
+        width=8,
+        epochs=1,
+    )
+    encodings.main(sizes, text=str(tmp_path), cache=tmp_path / "cache", folder=tmp_path)
+    printed = capsys.readouterr().out
+    assert "| int8, compact |" in printed
+    assert "| head 12 + 8, stratified |" in printed
+    assert "| its own ids, the words in random order |" in printed
+    assert list((tmp_path / "cache").glob("*.safetensors"))
 
 
 def test_interval_holds_the_mean():

@@ -176,6 +176,17 @@ def test_damaged_and_absent_tables(folder, capsys):
         assert "there is no table at" in fails(capsys, command)
 
 
+def test_views_that_a_table_lacks(folder, capsys):
+    (folder / "same.py").write_text(
+        "class Same:\n    def __call__(self, columns, keys, seed):\n        return columns\n"
+    )
+    views = {"count": 2, "transform": {"factory": "same.py:Same"}}
+    write_params(folder, params(teachers={"big": {"table": "big.parquet"}}, views=views))
+    message = fails(capsys, "cache-teacher")
+    assert "has no line about view 1, but views.count is 2" in message
+    assert not (folder / "data" / "targets").exists()
+
+
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [

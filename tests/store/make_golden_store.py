@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdpipe.caching import teacher_statistics
 from kdpipe.encodings import Dense, Features, FeaturesInt8, Int8, Sampled, TopK
 from kdpipe.store import TargetStore
 from kdpipe.store.manifest import Manifest
+from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import OutputSpec
 from kdpipe.views import row_keys
 

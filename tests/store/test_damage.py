@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from kdpipe.caching import teacher_statistics
 from kdpipe.encodings import Dense, Features, Int8, TopK
 from kdpipe.errors import CorruptStoreError, IncompleteStoreError, StoreError, StoreNotFoundError
 from kdpipe.store import TargetStore, TargetStream, open_store
 from kdpipe.store.manifest import Manifest
+from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import OutputSpec
 from kdpipe.views import ViewSpec, row_keys
 

@@ -9,7 +9,6 @@ import zarr
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from kdpipe.caching import teacher_statistics
 from kdpipe.encodings import ArraySpec, Dense
 from kdpipe.errors import (
     ConfigError,
@@ -23,6 +22,7 @@ from kdpipe.store import TargetStore, open_store
 from kdpipe.store.layout import ArrayLayout, choose_shard_rows
 from kdpipe.store.manifest import Manifest
 from kdpipe.store.shard_file import ShardFile, encode_shard
+from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import OutputSpec
 
 NUM_CLASSES = 7

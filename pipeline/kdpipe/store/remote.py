@@ -77,6 +77,7 @@ def _open(url: str) -> tuple[AbstractFileSystem, str]:
         files, root = url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ConfigError(
-            f"{url} cannot be opened: {error}. Install the package for it (s3fs for s3://, gcsfs for gs://), or give a local path."
+            f"{url} cannot be opened: {error}. Install the package for it (s3fs for s3://, gcsfs for gs://), or give a "
+            "local path."
         ) from None
     return files, root

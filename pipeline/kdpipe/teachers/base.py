@@ -13,6 +13,8 @@ from torch import Tensor
 from kdpipe.data.columns import Columns
 from kdpipe.targets import OutputSpec
 
+LOGITS = "logits"
+"""Key of `predict`'s answer that every teacher gives."""
 COVERED = "covered"
 """Key of `predict`'s answer where a teacher abstains: bool `[B]` or `[B, T]`, like the logits without their classes."""
 

@@ -17,10 +17,9 @@ from kdpipe.data.columns import Columns
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import COVERED
+from kdpipe.teachers.base import COVERED, LOGITS
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOGITS = "logits"
 _STORED_ANYWAY = (COVERED, "statistics")
 _NAMES_SHOWN = 20
 

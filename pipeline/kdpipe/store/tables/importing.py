@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kdpipe.encodings import Dense, Int8, TargetEncoding, TopK
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.store.manifest import COVERED
+from kdpipe.store.statistics import teacher_statistics
 from kdpipe.store.tables.checking import CheckedRows, Meaning, read_lists
 from kdpipe.store.tables.columns import depth_of, numbers
 from kdpipe.store.tables.files import TEMPERATURES, Table
@@ -130,7 +131,7 @@ class TableTargets:
             arrays, statistics = encoding.encode_kept(ids, log_probs, tails, self.num_classes), head.statistics()
         else:
             logits = rows.logits()
-            arrays, statistics = encoding.encode(logits), logits_statistics(logits)
+            arrays, statistics = encoding.encode(logits), teacher_statistics(logits)
         result = {f"logits{suffix}": each for suffix, each in arrays.items()}
         for output in self.outputs[1:]:
             features = encodings[output.name].encode(rows.features(output))
@@ -204,11 +205,3 @@ class TableTargets:
             raise DataError(f"{self.table.path}: sample_id holds {column.type} or null; expected strings or integers")
         ids: NDArray[np.str_] = named.to_numpy(zero_copy_only=False).astype(np.str_)
         return ids
-
-
-def logits_statistics(logits: torch.Tensor) -> NDArray[np.float32]:
-    """Class, confidence and entropy (nats) of logits `[B, ..., C]` at T = 1: `[B, ..., 3]`."""
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    top = log_probs.max(dim=-1)
-    entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
-    return torch.stack([top.indices.float(), top.values.exp(), entropy], dim=-1).numpy()
