@@ -70,10 +70,11 @@ def no_thread_is_left():
     shard_rows=st.integers(1, 40),
     batch_size=st.integers(1, 50),
     views=st.integers(1, 2),
-    encoded=st.sampled_from([1, 200, 2**20]),
+    at_once=st.sampled_from([1, 200, 2**20]),
 )
-def test_the_bytes_are_those_of_one_thing_after_the_other(num_rows, shard_rows, batch_size, views, encoded):
-    with folder_in_memory() as folder, patch.object(caching, "ENCODE_BYTES", encoded):
+def test_the_bytes_are_those_of_one_thing_after_the_other(num_rows, shard_rows, batch_size, views, at_once):
+    at_once = {"LOAD_BYTES": at_once, "ENCODE_BYTES": at_once}
+    with folder_in_memory() as folder, patch.multiple(caching, **at_once):
         rows, teacher = MemoryRows(num_rows), ToyTeacher()
         one_after_the_other(folder / "expected", num_rows, shard_rows, batch_size, views)
         store = store_for(folder / "store", teacher, rows, shard_rows, views)
@@ -148,20 +149,25 @@ def test_the_teacher_runs_in_the_callers_thread_and_the_rest_beside_it(tmp_path,
     assert no_thread_is_left()
 
 
-def test_rows_are_read_a_few_batches_ahead(tmp_path):
-    rows, reads = MemoryRows(NUM_ROWS), []
+@pytest.mark.parametrize("per_block", [1, 3])
+def test_rows_are_read_a_few_batches_ahead(tmp_path, monkeypatch, per_block):
+    rows, num_read, ahead = MemoryRows(NUM_ROWS), [0], []
+    row_bytes = sum(each.nbytes for each in (rows.columns["features"], rows.columns["words"].values)) / NUM_ROWS
+    monkeypatch.setattr(caching, "LOAD_BYTES", int((per_block + 0.5) * BATCH_SIZE * row_bytes))
     read = rows.read
-    rows.read = lambda wanted: reads.append(wanted) or read(wanted)
-    ahead = []
 
-    def note(said, _):
+    def note_read(wanted):
+        num_read[0] = int(wanted[-1])
+        return read(wanted)
+
+    def note(said, numbers):
         time.sleep(0.002)
-        ahead.append(len(reads) - len(ahead) - 1)
+        ahead.append((num_read[0] - int(numbers[-1])) / BATCH_SIZE)
         return said
 
-    teacher = ToyTeacher(note)
-    capture(store_for(tmp_path, teacher, rows), teacher, rows, BATCH_SIZE)
-    assert max(ahead) == LOAD_AHEAD
+    rows.read, teacher = note_read, ToyTeacher(note)
+    capture(store_for(tmp_path, teacher, rows, shard_rows=NUM_ROWS), teacher, rows, BATCH_SIZE)
+    assert max(ahead) == per_block - 1 + per_block * LOAD_AHEAD
 
 
 def test_at_most_two_shards_are_in_work(tmp_path, monkeypatch):

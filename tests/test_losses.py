@@ -547,3 +547,11 @@ def test_an_unknown_loss_is_refused():
     assert isinstance(ReverseKL(), DistillLoss)
     with pytest.raises(ConfigError, match="temperature is"):
         ReverseKL(temperature=0.0)
+
+
+def test_kd_loss_of_no_rows_is_0():
+    logits = torch.zeros(0, 3, requires_grad=True)
+    value = kd_loss(logits, DenseTargets(values=torch.zeros(0, 3), row_max=torch.zeros(0)))
+    value.backward()
+    assert value == 0
+    assert logits.grad.shape == (0, 3)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.data.columns import Columns
+from kdpipe.data.columns import Columns, Ragged, take
 from kdpipe.data.segments import content_digests
 from kdpipe.encodings import Dense, Features
 from kdpipe.store import TargetStore
@@ -24,12 +24,14 @@ LOGITS = OutputSpec(name="logits", shape=(NUM_CLASSES,))
 
 
 class MemoryRows:
-    """What `capture` needs of prepared inputs; row k has the id `k` and k as its first feature."""
+    """What `capture` needs of prepared inputs; row k has the id `k`, k as its first feature, and k mod 3 words k."""
 
     def __init__(self, num_rows: int) -> None:
         features = np.random.default_rng(0).normal(size=(num_rows, NUM_FEATURES)).astype(np.float32)
         features[:, 0] = np.arange(num_rows)
-        self.columns = {"features": features}
+        numbers, counts = np.arange(num_rows), np.arange(num_rows) % 3
+        words = Ragged(values=np.repeat(numbers, counts), offsets=np.concatenate([[0], np.cumsum(counts)]))
+        self.columns = {"features": features, "words": words}
         self.sample_ids = np.array([f"{index:06d}" for index in range(num_rows)])
         digests = content_digests(self.columns)
         self.digests = np.frombuffer(b"".join(digests), np.uint8).reshape(num_rows, -1)
@@ -38,7 +40,7 @@ class MemoryRows:
         return len(self.sample_ids)
 
     def read(self, rows: NDArray[np.int64]) -> Columns:
-        return {"features": self.columns["features"][rows]}
+        return {name: take(column, rows) for name, column in self.columns.items()}
 
 
 class ToyTeacher:
@@ -58,6 +60,9 @@ class ToyTeacher:
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         features = torch.from_numpy(np.asarray(columns["features"]))
         rows = features[:, 0].long()
+        assert [set(columns["words"].row(index)) for index in range(len(rows))] == [
+            {k} if k % 3 else set() for k in rows.tolist()
+        ]
         self.shown += rows.tolist()
         return dict(self._change({"logits": features[:, 1:] @ self._weights[1:]}, rows))
 

@@ -138,7 +138,7 @@ def kd_loss(logits: Tensor, targets: Targets, *, temperature: float = 4.0, loss:
         raise ConfigError(f"loss {loss!r} is unknown; the choices are {', '.join(_LOSSES)}")
     values = _LOSSES[loss](temperature=temperature)(logits, targets)
     if targets.covered is None:
-        return values.mean()
+        return values.sum() / max(1, values.numel())
     return torch.where(targets.covered, values, 0.0).sum() / targets.covered.sum().clamp(min=1)
 
 

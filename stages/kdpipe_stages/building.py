@@ -20,7 +20,7 @@ from kdpipe.config import Factory
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import join_peers
-from kdpipe.encodings import ENCODINGS, Features, FeaturesInt8, TargetEncoding
+from kdpipe.encodings import Features, FeaturesInt8, TargetEncoding
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json, digest, digest_file
 from kdpipe.order import BatchOrder
@@ -28,7 +28,7 @@ from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task
 from kdpipe.training import TrainPlan
-from kdpipe_stages.params import FREE_OF_TRAINING, PARAMETERS, TargetsSection, TrainSection
+from kdpipe_stages.params import FREE_OF_TRAINING, TargetsSection, TrainSection, logits_encoding
 from kdpipe_stages.project import Project
 
 WEIGHTS = "model.safetensors"
@@ -93,14 +93,10 @@ def stream_of(section: TrainSection, rows: Rows, order: BatchOrder) -> BatchStre
 def encodings_of(section: TargetsSection, outputs: Iterable[OutputSpec]) -> dict[str, TargetEncoding]:
     """How each output is stored. Raises `ConfigError` for one that cannot be stored so."""
     compact = section.profile == "compact"
-    parameters = {key: getattr(section, key) for key in PARAMETERS[section.encoding]}
-    parameters = {key: value for key, value in parameters.items() if value is not None}
-    if section.encoding == "topk":
-        parameters["temperatures"] = section.temperatures
     result: dict[str, TargetEncoding] = {}
     for output in outputs:
         if output.kind == "logits":
-            result[output.name] = ENCODINGS[section.encoding](compact=compact, **parameters)
+            result[output.name] = logits_encoding(section)
         elif section.features == "int8":
             result[output.name] = FeaturesInt8(compact=compact)
         else:

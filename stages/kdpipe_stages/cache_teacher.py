@@ -141,9 +141,10 @@ class _Workplace:
         """The store as it stands, told which rows augmented views are about."""
         store = TargetStore.open(self._work)
         section = self._project.params.views
-        if section.count and section.splits is not None:
-            wanted = np.zeros(len(inputs), np.bool_)
-            wanted[self._project.prepared_data().rows_of(section.splits)] = True
+        if section.count:
+            wanted = np.full(len(inputs), section.splits is None)
+            if section.splits is not None:
+                wanted[self._project.prepared_data().rows_of(section.splits)] = True
             store.want_in_views(wanted)
         return store
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -115,6 +115,8 @@ def _check_model(
     try:
         with torch.inference_mode():
             logits = module.eval()(inputs)
+        if where != "student" and isinstance(logits, Mapping):  # a teacher may name its outputs
+            logits = logits.get("logits")
     except Exception as error:
         raise ConfigError(
             f"{where}.model: forward fails on an input of shape {list(inputs.shape)}: {type(error).__name__}: {error}"
@@ -133,7 +135,7 @@ def _check_losses(project: Project, task: Task) -> str:
     for index, term in enumerate(terms):
         if term.output == logits.name:
             encoding = encodings_of(project.targets(term.teacher), [logits])[logits.name]
-            check_term(f"student.losses.{index}", term, encoding, logits)
+            check_term(f"student.losses.{index}", term, encoding, logits, logits)
     return ", ".join(f"{type(each.loss).__name__} of {each.teacher}" for each in terms)
 
 

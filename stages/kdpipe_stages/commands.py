@@ -63,7 +63,8 @@ def cache_teacher(project: Project, name: str, repair: bool = False, shards: str
             "and the last of them publishes the store"
         )
         return
-    what = computed if done.rows_computed else "complete already, nothing to do"
+    nothing = "every byte is as committed" if repair else "complete already, nothing to do"
+    what = computed if done.rows_computed else nothing
     say(f"cache-teacher  {name}: {what}; store of {done.num_rows:,} rows, {done.num_bytes:,} bytes")
     if done.rows_not_covered:
         say(f"cache-teacher  {name}: its table has no line for {done.rows_not_covered:,} rows; they are not covered")

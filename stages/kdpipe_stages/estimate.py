@@ -308,7 +308,7 @@ def _offers(
 def _refused(terms: dict[str, LossTerm], encoding: TargetEncoding, output: OutputSpec) -> str:
     try:
         for where, term in terms.items():
-            check_term(where, term, encoding, output)
+            check_term(where, term, encoding, output, output)
     except ConfigError as error:
         return str(error)
     return ""

@@ -41,7 +41,8 @@ class Lesson:
         self.stores = {name: open_checked_store(project, name) for name in teachers_of(self.section)}
         for index, term in enumerate(self.terms):
             store = self.stores[term.teacher]
-            check_term(f"student.losses.{index}", term, store.encodings[term.output], store.outputs[term.output])
+            output = store.outputs[term.output]
+            check_term(f"student.losses.{index}", term, store.encodings[term.output], output, store.outputs["logits"])
         self._project = project
         self._check_labels()
 
@@ -104,17 +105,20 @@ def loss_term(project: Project, index: int, section: LossSection) -> LossTerm:
     return LossTerm(teacher=section.teacher, output=section.output, loss=loss, weight=section.weight)
 
 
-def check_term(where: str, term: LossTerm, encoding: TargetEncoding, output: OutputSpec) -> None:
-    """Try a loss on one made-up row of such targets. Raises `ConfigError` when they do not fit each other."""
-    blank = torch.zeros(1, *output.shape)
-    targets = encoding.decode(encoding.encode(blank, np.zeros(1, np.uint64)), output)
+def check_term(where: str, term: LossTerm, encoding: TargetEncoding, output: OutputSpec, logits: OutputSpec) -> None:
+    """Try a loss on one made-up row of such targets and of student logits shaped as the teacher's.
+
+    Raises `ConfigError` when they do not fit each other.
+    """
+    stored = encoding.encode(torch.zeros(1, *output.shape), np.zeros(1, np.uint64))
+    targets = encoding.decode(stored, output)
     try:
         if isinstance(targets, SampledTargets) and not getattr(term.loss, "linear_in_targets", False):
             raise ConfigError(
                 f"{type(term.loss).__name__} is not linear in the teacher's probabilities, so sampled targets would "
                 "bias it; use forward KL, or cache with encoding: topk or dense"
             )
-        term.loss(blank, targets)
+        term.loss(torch.zeros(1, *logits.shape), targets)
     except ConfigError as error:
         raise ConfigError(f"{where}: on {output.name} of {term.teacher}: {error}") from error
 

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from kdpipe.config import FactoryField
 from kdpipe.data.preparing import SourceColumns, SplitPlan
+from kdpipe.encodings import ENCODINGS, TargetEncoding
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json
 
@@ -220,6 +221,15 @@ def with_loss_arguments(raw: Any) -> Any:
     return {**raw, "student": {**student, "losses": gathered}}
 
 
+def logits_encoding(section: TargetsSection) -> TargetEncoding:
+    """How a `targets` section stores logits."""
+    given = {key: getattr(section, key) for key in PARAMETERS[section.encoding]}
+    parameters = {key: value for key, value in given.items() if value is not None}
+    if section.encoding == "topk":
+        parameters["temperatures"] = section.temperatures
+    return ENCODINGS[section.encoding](compact=section.profile == "compact", **parameters)
+
+
 def check_params(params: Params) -> None:
     """What no single field can say."""
     for name, teacher in params.teachers.items():
@@ -313,9 +323,11 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
     section = to_json(params.teachers[teacher])
     for free in FREE_OF_TRAINING:
         (section["train"] or {}).pop(free, None)
-    targets = to_json(params.targets.get(teacher, TargetsSection()))
-    for free in ("batch_size", "threads", *(() if targets["encoding"] == "topk" else ("temperatures",))):
-        targets.pop(free)
+    chosen = params.targets.get(teacher, TargetsSection())
+    parameters = {key for keys in PARAMETERS.values() for key in keys}
+    left_out = {"batch_size", "threads", "temperatures", "profile", *parameters}
+    targets = {key: value for key, value in to_json(chosen).items() if key not in left_out}
+    targets["encoding"] = logits_encoding(chosen).to_json()
     sections = {"teacher": section, "targets": targets, "task": to_json(params.task)}
     return {**sections, "views": views_identity(params.views)}
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from kdpipe.errors import CorruptStoreError
 from kdpipe.store import TargetStore
+from kdpipe.store.manifest import COVERED
 
 
 def inspect(path: Path | str) -> dict[str, Any]:
@@ -33,7 +34,12 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "recorded": dict(manifest.recorded),
     }
     if not missing:
-        said = store.statistics(np.arange(store.num_rows))
+        rows = np.arange(store.num_rows)
+        said = store.statistics(rows)
+        if manifest.coverage:
+            spoken = store.read_arrays(rows, 0, [COVERED])[COVERED]
+            description["covered"] = float(spoken.mean())
+            said = {name: values[spoken] for name, values in said.items()}
         for name in ("confidence", "entropy"):
             quantiles = np.quantile(said[name], [0.05, 0.5, 0.95])
             description[name] = {

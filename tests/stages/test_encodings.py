@@ -140,6 +140,14 @@ def test_parameters_of_other_encodings_are_refused(folder, targets, message):
         project_in(folder)
 
 
+def test_a_default_spelled_out_changes_nothing(folder):
+    write_params(folder, settings({}))
+    cache_teacher.run(project_in(folder), "big")
+    write_params(folder, settings({"encoding": "dense", "dtype": "float16", "profile": "fast", "temperatures": [2]}))
+    assert cache_teacher.run(project_in(folder), "big").rows_computed == 0
+    train_student.run(project_in(folder))
+
+
 ABSTAINING = LOGGING_TEACHER.replace(
     "        return self.head(inputs.flatten(1))",
     """        logits = self.head(inputs.flatten(1))
@@ -155,7 +163,9 @@ def test_features_and_abstention(folder, features):
     write_params(folder, settings({"outputs": ["logits", "head", "halves"], "features": features}, 4.0))
     project = project_in(folder)
     train_teacher.run(project, "big")
+    check.run(project)
     cache_teacher.run(project, "big")
+    assert 0 < stores.inspect(project.store("big"))["covered"] < 1
     store = open_store(project.store("big"))
     inputs = PreparedInputs(project.prepared / "inputs")
     teacher, _ = build_teacher(project, "big", inputs)

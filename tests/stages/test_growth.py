@@ -209,6 +209,9 @@ def test_views_of_some_splits_only(folder):
     splits[:100] = "test"
     replace_digits(folder, with_column(digits(folder), "split", splits.tolist()))
     assert cache(folder).rows_computed == 0
+    # Views of all rows after those of some: the others are computed.
+    assert change(folder, count=2).rows_computed > 0
+    check_targets(folder)
 
 
 def test_a_student_learns_from_the_views(folder):
@@ -217,7 +220,7 @@ def test_a_student_learns_from_the_views(folder):
     first = (project.student_models / "student" / "seed-0" / "model.safetensors").read_bytes()
     metrics = evaluate.run(project)
     assert metrics["student"]["accuracy"] > 0.2
-    change(folder, count=2)
+    change(folder, count=1)
     assert len(train_student.run(project_in(folder)).trained) == 4
     assert (project.student_models / "student" / "seed-0" / "model.safetensors").read_bytes() != first
 

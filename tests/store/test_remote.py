@@ -96,6 +96,16 @@ def test_damage_on_the_way_is_found(bucket):
         open_store(f"s3://{name}/targets").read(np.array([0]))
 
 
+def test_a_store_published_anew_while_it_is_open_is_never_mixed(bucket, tmp_path):
+    files, name = bucket
+    store = open_store(f"s3://{name}/targets")
+    check(np.array([0]), store.read(np.array([0])))
+    content = bytearray(files.cat_file(f"{name}/targets/logits/c.0.1.0"))
+    files.pipe_file(f"{name}/targets/logits/c.0.3.0", bytes(content))
+    with pytest.raises(CorruptStoreError, match="published anew"):
+        store.read(np.array([1600]))
+
+
 def test_nothing_there(bucket):
     _, name = bucket
     with pytest.raises(StoreNotFoundError, match="there is no target store at s3://"):

@@ -144,6 +144,7 @@ def test_ranks_and_workers_meet_each_row_once(store, held, world_size, num_worke
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         stream = TargetStream(store, batch_size=100, seed=2, **held)
+        stream.set_epoch(0)
         met = []
         for rows, targets in DataLoader(stream, batch_size=None, num_workers=num_workers):
             check(np.asarray(rows), targets)
@@ -151,6 +152,28 @@ def test_ranks_and_workers_meet_each_row_once(store, held, world_size, num_worke
         parts.append(met)
     for batch, *shares in zip(whole, *parts, strict=True):
         assert sorted(np.concatenate(shares).tolist()) == sorted(batch.tolist())
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_loader_workers_go_through_the_epochs(store, persistent):
+    options = {"batch_size": 400, "views": ViewSpec(count=2), "ram_budget_bytes": SMALL}
+    expected = TargetStream(store, **options)
+    stream = TargetStream(store, **options)
+    loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=persistent)
+    with pytest.raises(ConfigError, match="set_epoch"):
+        list(DataLoader(stream, batch_size=None, num_workers=1))
+    for epoch in range(3):
+        stream.set_epoch(epoch)
+        for (rows, targets), (wanted, _) in zip(loader, expected, strict=True):
+            assert np.array_equal(rows, wanted)
+            check(np.asarray(rows), targets, view=1 + epoch % 2)
+
+
+def test_a_budget_of_nothing_keeps_two_pools_only(store):
+    found, expected = TargetStream(store, batch_size=50, ram_budget_bytes=0), TargetStream(store, batch_size=50)
+    for (rows, targets), (wanted, _) in zip(found, expected, strict=True):
+        assert np.array_equal(rows, wanted)
+        check(rows, targets)
 
 
 def test_a_budget_below_two_pools_is_refused(store):

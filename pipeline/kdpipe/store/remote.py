@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdpipe import durable
-from kdpipe.errors import ConfigError, StoreNotFoundError
-from kdpipe.fingerprint import digest
+from kdpipe.errors import ConfigError, CorruptStoreError, StoreNotFoundError
+from kdpipe.fingerprint import digest, digest_file
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -48,8 +48,11 @@ class RemoteFolder:
             return None
         return found
 
-    def fetch(self, name: str) -> None:
-        """Have a file at `path / name`, where the url has it; several processes may do so at once."""
+    def fetch(self, name: str, sha256: str | None = None) -> None:
+        """Have a file at `path / name`, where the url has it; several processes may do so at once.
+
+        Raises `CorruptStoreError` when its content is not the one that was committed.
+        """
         target = self.path / name
         if target.is_file():
             return
@@ -58,6 +61,11 @@ class RemoteFolder:
         os.close(descriptor)
         try:
             self._files.get_file(f"{self._root}/{name}", temporary)
+            if sha256 is not None and digest_file(Path(temporary)) != sha256:
+                raise CorruptStoreError(
+                    f"{self.url}/{name} differs from its checksum: it was damaged, or the store was published anew "
+                    "since it was opened. Open it again."
+                )
             Path(temporary).replace(target)
         except FileNotFoundError:
             pass

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdpipe.distributed import rank, world_size
+from kdpipe.errors import ConfigError
 from kdpipe.order import BatchOrder, Group, Shuffle
 from kdpipe.store.reading import RowPool
 from kdpipe.store.target_store import TargetStore
@@ -92,8 +93,9 @@ class TargetStream(IterableDataset[StreamedBatch]):
     The order depends on `(seed, epoch)` and the rows only: not on ranks, workers or memory. Under torchrun rank r of n
     takes every n-th row of each batch; loader worker w of n takes every n-th batch. Rows that fit `ram_budget_bytes`
     in a single view are kept in memory, otherwise two pools of rows are. `state_dict` says where the stream stands, in
-    mid-epoch too, and `load_state_dict` goes on from there; both are about the process that iterates (a thread reads
-    ahead, so that loader workers are not needed for speed).
+    mid-epoch too, and `load_state_dict` goes on from there; both are about the process that iterates. A thread reads
+    ahead, so that loader workers are not needed for speed; each worker has a copy of the stream, so that with workers
+    `set_epoch` must be called before each epoch.
 
         for rows, targets in TargetStream(open_store("data/targets/big"), batch_size=256): ...
     """
@@ -110,14 +112,17 @@ class TargetStream(IterableDataset[StreamedBatch]):
         ram_budget_bytes: int = RAM_BUDGET_BYTES,
         verify_always: bool = False,
     ) -> None:
-        """`rows [N]`: the store's rows to meet (None: all). Raises `ConfigError` when the budget is below two pools."""
+        """`rows [N]`: the store's rows to meet (None: all). A budget of 0 keeps nothing but the two pools.
+
+        Raises `ConfigError` for a budget that the pools do not fit in.
+        """
         wanted = np.arange(store.num_rows) if rows is None else np.asarray(rows, np.int64)
         for view in range(1, views.num_views) if views.count else (0,):
             store.check_rows(wanted, view)
         width = store.row_bytes(outputs)
         shuffle = Shuffle.for_row_bytes(width)
         kept = views.count == 0 and len(wanted) * width <= ram_budget_bytes
-        if not kept:
+        if not kept and ram_budget_bytes:
             shuffle.check_budget(width, batch_size, ram_budget_bytes)
         self._views = views
         self._pools = TargetPools(store, outputs, wanted if kept else None, verify_always=verify_always)
@@ -125,6 +130,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
             rows=wanted, batch_size=batch_size, seed=seed, shuffle=shuffle, rank=rank(), world_size=world_size()
         )
         self._step = 0
+        self._epoch_is_set = False
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -137,11 +143,21 @@ class TargetStream(IterableDataset[StreamedBatch]):
             return
         groups = self._order.groups(first, (first // steps + 1) * steps)
         worker = get_worker_info()
+        if worker is not None and not self._epoch_is_set:
+            raise ConfigError(
+                "loader workers cannot know which epoch it is: call stream.set_epoch(epoch) before each epoch, or "
+                "leave num_workers at 0 (a thread reads ahead anyhow)"
+            )
         views = ((self._views.view_of_epoch(group.epoch), group) for group in groups)
         for number, batch in enumerate(self._pools.batches(views)):
             self._step = first + number + 1
             if worker is None or number % worker.num_workers == worker.id:
                 yield batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start at the beginning of an epoch."""
+        self._step = epoch * self._order.steps_per_epoch
+        self._epoch_is_set = True
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: batches given since the start of epoch 0."""

@@ -144,7 +144,7 @@ class TargetStore:
 
     def want_in_views(self, rows: NDArray[np.bool_]) -> None:
         """Say which rows `[N]` augmented views are about, for the writer; view 0 is about all of them."""
-        self._in_views = None if rows.all() else rows
+        self._in_views = rows
 
     def wanted(self, view: int, shard: Shard) -> NDArray[np.bool_]:
         """Which rows of a shard `[shard.num_rows]` a view is about."""
@@ -292,7 +292,10 @@ class TargetStore:
     def check_rows(self, rows: NDArray[np.int64], view: int) -> None:
         """Raise `IncompleteStoreError` for a view or row that the store does not have."""
         if not 0 <= view < self.num_views:
-            raise IncompleteStoreError(f"{self.path} has views 0..{self.num_views - 1}; view {view} was asked")
+            raise IncompleteStoreError(
+                f"{self.path} has views 0..{self.num_views - 1}; view {view} was asked. "
+                "Run `kdpipe cache-teacher NAME` where params.yaml asks for more views."
+            )
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_rows:
             raise IncompleteStoreError(f"{self.path} has {self.num_rows} rows; row {rows.max()} was asked")
         if view > 0:
@@ -356,13 +359,13 @@ class TargetStore:
             )
         self._found_valid.add((view, shard))  # not looked at again for each of its arrays
         record = self.records[view, shard]
-        self._fetch(layout.shard_path(view, shard))
+        self._fetch(layout.shard_path(view, shard), record.files[layout.name][1])
         path = self.path / layout.shard_path(view, shard)
         return ShardFile(path, layout, record.stop - record.start, record.files[layout.name][0])
 
-    def _fetch(self, name: str) -> None:
+    def _fetch(self, name: str, sha256: str | None = None) -> None:
         if self._remote is not None:
-            self._remote.fetch(name)
+            self._remote.fetch(name, sha256)
 
     def file_size(self, name: str) -> int | None:
         """Bytes of one of the store's files; None where it is absent."""
