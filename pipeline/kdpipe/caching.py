@@ -111,7 +111,7 @@ def capture(
     batches = _batches(store, missing, batch_size)
     total = sum(int(store.wanted(view, shard).sum()) for view, shard in missing)
     started, teacher_seconds, done = time.perf_counter(), 0.0, 0
-    with ThreadPoolExecutor(1, "loader") as loading, _torch_thread("writer") as writing:
+    with _torch_thread("loader") as loading, _torch_thread("writer") as writing:
         writer = _Writer(store, inputs.sample_ids, batch_size, writing)
         for batch, columns in _Loader(inputs, views, loading).read(batches):
             before = time.perf_counter()

@@ -41,6 +41,11 @@ class ShardReader:
             self._open.popitem(last=False)
         return self._open[key]
 
+    def release(self) -> None:
+        """Let go of mapped pages, which count as this process's memory."""
+        for file in self._open.values():
+            file.release()
+
     def forget(self, view: int, shard: int) -> None:
         """Close a shard whose files are replaced."""
         for key in [key for key in self._open if key[1:] == (view, shard)]:
@@ -72,6 +77,7 @@ class RowPool:
         """Read rows `[N]` of every array: whole chunks where most of a chunk is wanted, single rows of the others."""
         for array in self._arrays.values():
             array.load(self._reader, view, rows, self._verify)
+        self._reader.release()
 
     def take(self, positions: slice | NDArray[np.int64]) -> Arrays:
         """Copies of the loaded rows at these positions of `rows`, `[B, …]`."""

@@ -130,6 +130,11 @@ class ShardFile:
         taken: NDArray[Any] = self._mapped_chunks[chunks, positions]
         return taken
 
+    def release(self) -> None:
+        """Let go of pages that single rows were read from; they are still in the system's cache."""
+        if "_mapped" in self.__dict__:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
     def _read_compressed(self, chunks: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[Any]:
         out = np.empty((len(chunks), *self._layout.shape), self._layout.numpy_dtype)
         for chunk in np.unique(chunks):
