@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe import durable
-from kdpipe.data.columns import bytes_of
 from kdpipe.distributed import Shard, shards_of
 from kdpipe.encodings import TargetEncoding, encoding_from_json
 from kdpipe.errors import IncompleteStoreError, StaleStoreError, StoreError
@@ -26,6 +25,7 @@ from kdpipe.store.manifest import COVERED, STATISTICS, Manifest
 from kdpipe.store.reading import ShardReader
 from kdpipe.store.records import CommitLog, CommitRecord, Key, bits_of
 from kdpipe.store.remote import RemoteFolder, is_url
+from kdpipe.store.rows import StoredRows, inputs_digest
 from kdpipe.store.shard_file import ShardFile, encode_shard
 from kdpipe.store.verification import Problem, problems_of
 from kdpipe.targets import OutputSpec, Targets
@@ -45,6 +45,7 @@ class TargetStore:
         self.extent = Extent.load(path)
         self.layouts: dict[str, ArrayLayout] = self.manifest.layouts()
         self.records = CommitLog(path)
+        self.rows = StoredRows(self._read_rows)
         self.reader = ShardReader(self._open_shard)
         self._found_valid: set[Key] = set()
         self._in_views: NDArray[np.bool_] | None = None
@@ -126,16 +127,15 @@ class TargetStore:
         """How each output is stored."""
         return {name: encoding_from_json(self.manifest.encodings[name]) for name in self.outputs}
 
-    @cached_property
+    @property
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
-        ids: NDArray[np.str_] = self._rows["sample_id"].to_numpy(zero_copy_only=False).astype(np.str_)
-        return ids
+        return self.rows.sample_ids
 
-    @cached_property
+    @property
     def digests(self) -> NDArray[np.uint8]:
         """Content digests `[N, 16]` of the rows that the targets are about."""
-        return bytes_of(self._rows["digest"])
+        return self.rows.digests
 
     def state_digest(self) -> str:
         """Digest of what made the targets, of the rows they are about, and of their bytes."""
@@ -269,16 +269,13 @@ class TargetStore:
 
     def rows_of(self, sample_ids: Sequence[str]) -> NDArray[np.int64]:
         """Row numbers `[B]` of sample ids. Raises `IncompleteStoreError` naming ids that the store does not know."""
-        order, ordered = self._sorted_ids
-        wanted = np.asarray(sample_ids, dtype=np.str_)
-        found = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
-        unknown = np.flatnonzero(ordered[found] != wanted)
+        rows = self.rows.find(sample_ids)
+        unknown = np.flatnonzero(rows < 0)
         if len(unknown):
             raise IncompleteStoreError(
-                f"{self.path} has no targets for {len(unknown)} of {len(wanted)} samples, such as "
-                f"{str(wanted[unknown[0]])!r}. Run `kdpipe cache-teacher NAME`."
+                f"{self.path} has no targets for {len(unknown)} of {len(rows)} samples, such as "
+                f"{str(sample_ids[int(unknown[0])])!r}. Run `kdpipe cache-teacher NAME`."
             )
-        rows: NDArray[np.int64] = order[found]
         return rows
 
     def read_arrays(
@@ -321,7 +318,7 @@ class TargetStore:
 
     def inputs_digest(self, start: int, stop: int) -> str:
         """Digest of the ids and contents of rows `[start, stop)`."""
-        return _inputs_digest(self.sample_ids[start:stop], self.digests[start:stop])
+        return inputs_digest(self.sample_ids[start:stop], self.digests[start:stop])
 
     def _computed(self, view: int) -> NDArray[np.bool_]:
         """Which rows `[N]` the teacher saw in a view."""
@@ -374,15 +371,9 @@ class TargetStore:
         except FileNotFoundError:
             return None if self._remote is None else self._remote.size(name)
 
-    @cached_property
-    def _rows(self) -> pa.Table:
+    def _read_rows(self) -> pa.Table:
         self._fetch(ROWS)
         return self.extent.read_rows(self.path)
-
-    @cached_property
-    def _sorted_ids(self) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
-        order = np.argsort(self.sample_ids, kind="stable")
-        return order, self.sample_ids[order]
 
     @cached_property
     def _manifest_digest(self) -> str:
@@ -411,12 +402,7 @@ def _forget_other_rows(records: CommitLog, sample_ids: NDArray[np.str_], digests
         record.key
         for record in records.values()
         if record.stop <= len(sample_ids)
-        and record.inputs == _inputs_digest(sample_ids[record.start : record.stop], digests[record.start : record.stop])
+        and record.inputs == inputs_digest(sample_ids[record.start : record.stop], digests[record.start : record.stop])
     }
     if len(same) < len(records):
         records.keep(same)
-
-
-def _inputs_digest(sample_ids: NDArray[np.str_], digests: NDArray[np.uint8]) -> str:
-    ids = "\0".join(sample_ids.tolist()).encode()
-    return hashlib.sha256(ids + digests.tobytes()).hexdigest()
