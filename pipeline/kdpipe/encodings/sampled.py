@@ -46,8 +46,7 @@ class Sampled:
     (i + 2) k + 2 for a head. The head's log-probs, r and the entropy are float16 (|error| <= |x| * 2^-11 + 2^-25).
     Draws depend on `seed`, the row's key and the token's position only (inverse CDF in float64, Philox).
 
-    Measured compact, 131,072 classes at 3.2 nats: 49 bytes for 50 draws, 61 for a head of 12 and 8 draws; error of the
-    gradient per token 0.64 and 0.46, or 0.37 and 0.45 stratified.
+    docs/benchmarks/encodings.md has compact bytes and gradient errors; stratified draws were the better choice there.
     """
 
     name: ClassVar[str] = "sampled"
