@@ -251,6 +251,22 @@ def test_a_lock_is_held_while_its_process_lives(tmp_path):
         assert is_held(lock_file)
 
 
+def test_who_looks_whether_a_lock_is_held_is_in_nobodys_way(tmp_path):
+    lock_file, stop = tmp_path / "lock", threading.Event()
+
+    def look():
+        while not stop.wait(0.002):
+            is_held(lock_file)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for _ in range(20):
+        with only_writer(lock_file, "writing"):
+            pass
+    stop.set()
+    looking.join()
+
+
 # Several workers
 
 

@@ -17,6 +17,8 @@ from kdpipe.errors import LockedError
 TEMPORARY_SUFFIX = ".tmp"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_GLANCE_S = 0.2
+"""Longer than `is_held` keeps a lock."""
 
 
 def write_bytes(path: Path, content: bytes | bytearray | memoryview) -> None:
@@ -77,12 +79,12 @@ def make_folder(folder: Path) -> None:
 def only_writer(lock_file: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock that the kernel releases when the process dies, however it dies.
 
-    When another process holds it, `wait` waits for it; else `LockedError` is raised at once.
+    When another process holds it, `wait` waits for it; else `LockedError` is raised.
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=-1 if wait else _GLANCE_S)
     except Timeout:
         raise LockedError(
             f"another process is {doing} (it holds {lock_file}). Wait for it to end, or stop it, and run again."
@@ -98,9 +100,9 @@ def is_held(lock_file: Path) -> bool:
     if not lock_file.is_file():
         return False
     try:
-        with only_writer(lock_file, "working"):
+        with FileLock(lock_file).acquire(timeout=0):
             return False
-    except LockedError:
+    except Timeout:
         return True
 
 

@@ -133,7 +133,6 @@ class _Workplace:
         if (self._work / "manifest.json").is_file():
             # A store that grows keeps the shard size that it was started with.
             manifest = replace(manifest, shard_rows=Manifest.load(self._work).shard_rows)
-        durable.make_folder(self._work)
         TargetStore.create(self._work, manifest, inputs.sample_ids, inputs.digests, views.num_views)
         return self.open(inputs)
 

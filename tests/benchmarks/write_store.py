@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from kdpipe.tasks.tabular import TabularClassification
 from kdpipe.teachers.torch import TorchTeacher
 
 NUM_FEATURES = 64
+QUIET_CORES = 0.25
+"""A pair is quiet when others used less of the machine; a capture overlaps only where a core is free."""
 
 
 class _Table:
@@ -72,16 +75,35 @@ def calibrated(inputs: PreparedInputs, num_classes: int, us_per_row: float) -> T
         teacher = teacher_of(inputs, hidden, num_classes)
         work = partial(run_bare, teacher, inputs, num_rows)
         work()
-        seconds = statistics.median(measured(work)[1] for _ in range(5))
+        seconds = statistics.median(measured(work).cpu for _ in range(5))
         hidden = max(16, round(hidden * (us_per_row * 1e-6 * num_rows / seconds) ** 0.5 / 16) * 16)
     return teacher_of(inputs, hidden, num_classes)
 
 
-def measured(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds."""
-    wall, cpu = time.perf_counter(), cpu_s()
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Wall and CPU seconds, and how many cores others used meanwhile (0 where the system does not say it)."""
+
+    wall: float
+    cpu: float
+    others: float
+
+
+def measured(work: Callable[[], object]) -> Cost:
+    """What some work costs."""
+    wall, cpu, machine_s = time.perf_counter(), cpu_s(), _machine_cpu_s()
     work()
-    return time.perf_counter() - wall, cpu_s() - cpu
+    wall, cpu = time.perf_counter() - wall, cpu_s() - cpu
+    return Cost(wall=wall, cpu=cpu, others=max(0.0, _machine_cpu_s() - machine_s - cpu) / wall)
+
+
+def _machine_cpu_s() -> float:
+    """CPU seconds of everybody, stolen ones too, since the machine began."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    user, nice, system, _idle, _waiting, *rest = map(int, path.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
 
 def write_shards(folder: Path, num_rows: int, num_classes: int, rounds: int) -> str:
@@ -103,16 +125,16 @@ def write_shards(folder: Path, num_rows: int, num_classes: int, rounds: int) -> 
             part = {name: each[shard.start : shard.stop] for name, each in arrays.items()}
             store.write(view, shard, part, BATCH_ROWS)
 
-    found: dict[str, list[tuple[float, float]]] = {"np.save + fsync": [], "store.write": []}
+    found: dict[str, list[Cost]] = {"np.save + fsync": [], "store.write": []}
     for _ in range(rounds + 1):
         for (name, costs), write in zip(found.items(), (by_numpy, by_store), strict=True):
             store = create(folder / name, num_rows, num_classes)
             costs.append(measured(partial(write, store)))
             shutil.rmtree(folder / name)
     lines = ["| writer | CPU us/row | x np.save | wall us/row |", "| --- | --- | --- | --- |"]
-    base = [cpu for _, cpu in found["np.save + fsync"][1:]]  # the first round warms up
+    base = [each.cpu for each in found["np.save + fsync"][1:]]  # the first round warms up
     for name, costs in found.items():
-        wall, cpu = ([each[index] for each in costs[1:]] for index in (0, 1))
+        wall, cpu = [each.wall for each in costs[1:]], [each.cpu for each in costs[1:]]
         ratios = shown([each / other for each, other in zip(cpu, base, strict=True)])
         per_row = [shown([each / num_rows * 1e6 for each in values]) for values in (cpu, wall)]
         lines.append(f"| {name} | {per_row[0]} | {ratios} | {per_row[1]} |")
@@ -120,31 +142,41 @@ def write_shards(folder: Path, num_rows: int, num_classes: int, rounds: int) -> 
 
 
 def capture_rows(folder: Path, num_rows: int, num_classes: int, rounds: int, us_per_row: float) -> str:
-    """Wall and CPU of a capture against the bare loop, in pairs."""
+    """Wall and CPU of a capture against the bare loop, in pairs of changing order; and of the quiet pairs alone."""
     inputs = prepared(folder / "prepared", num_rows)
     manifest = create(folder / "shape", num_rows, num_classes).manifest
     teacher = calibrated(inputs, num_classes, us_per_row)
 
-    def run_capture() -> tuple[float, float]:
+    def run_capture() -> Cost:
         shutil.rmtree(folder / "store", ignore_errors=True)
         store = TargetStore.create(folder / "store", manifest, inputs.sample_ids, inputs.digests)
         return measured(lambda: capture(store, teacher, inputs, BATCH_ROWS))
 
-    bare, kept = [], []
+    pairs: list[tuple[Cost, Cost]] = []
     for number in range(rounds + 1):
-        order = (True, False) if number % 2 else (False, True)
-        for is_bare in order:
-            if is_bare:
-                bare.append(measured(lambda: run_bare(teacher, inputs, num_rows)))
-            else:
-                kept.append(run_capture())
-    lines = ["| what | bare us/row | capture us/row | slower by: mean (95 % interval) |", "| --- | --- | --- | --- |"]
-    for index, what in enumerate(("wall", "CPU")):
-        pairs = [(one[index], other[index]) for one, other in zip(bare[1:], kept[1:], strict=True)]
-        per_row = [shown([each / num_rows * 1e6 for each in values]) for values in zip(*pairs, strict=True)]
-        mean, low, high = interval_95([100 * (other / one - 1) for one, other in pairs])
-        lines.append(f"| {what} | {per_row[0]} | {per_row[1]} | {mean:.1f} % ({low:.1f} to {high:.1f}) |")
-    return "\n".join(lines)
+        first = run_capture() if number % 2 else None
+        bare = measured(lambda: run_bare(teacher, inputs, num_rows))
+        pairs.append((bare, first or run_capture()))
+    pairs = pairs[1:]  # the first warms up
+    quiet = [pair for pair in pairs if max(each.others for each in pair) < QUIET_CORES]
+    lines = [
+        "| pairs | cores used by others | | bare us/row | capture us/row | slower by: mean (95 % interval) |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *_lines("all", pairs, num_rows),
+    ]
+    return "\n".join(lines + (_lines("quiet", quiet, num_rows) if len(quiet) > 1 else []))
+
+
+def _lines(name: str, pairs: Sequence[tuple[Cost, Cost]], num_rows: int) -> list[str]:
+    others = shown([max(each.others for each in pair) for pair in pairs])
+    lines = []
+    for what in ("wall", "cpu"):
+        seconds = [(getattr(bare, what), getattr(kept, what)) for bare, kept in pairs]
+        per_row = [shown([each / num_rows * 1e6 for each in values]) for values in zip(*seconds, strict=True)]
+        mean, low, high = interval_95([100 * (kept / bare - 1) for bare, kept in seconds])
+        slower = f"{mean:.1f} % ({low:.1f} to {high:.1f})"
+        lines.append(f"| {name}, {len(pairs)} | {others} | {what} | {per_row[0]} | {per_row[1]} | {slower} |")
+    return lines
 
 
 def main(

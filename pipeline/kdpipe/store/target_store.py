@@ -79,7 +79,7 @@ class TargetStore:
         still the same stays. `sweep` removes what killed writers left: only for one that is alone. Raises
         `StaleStoreError` for another manifest.
         """
-        path.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(path)
         if sweep:
             durable.sweep_temporaries(path)
         found = Manifest.load(path) if (path / "manifest.json").is_file() else None
