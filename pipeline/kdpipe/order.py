@@ -42,7 +42,7 @@ class Shuffle:
     def check_budget(self, row_bytes: int, batch_size: int, ram_budget_bytes: int) -> None:
         """Raise `ConfigError` for a budget that the pools do not fit in: one is learnt from while the next is read.
 
-        Each may take twice its rows' room, as chunks of which half is wanted are read whole.
+        Each may take its room twice, while somebody still holds batches of the one before.
         """
         needed = 2 * 2 * max(self.pool_rows, batch_size) * row_bytes
         if needed > ram_budget_bytes:
@@ -63,15 +63,19 @@ class Shuffle:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Whole batches that are read together: row numbers `[N]` of each, all of one epoch."""
+    """Whole batches that are read together: row numbers `[N]` of each, all of one epoch.
+
+    `tail` are rows of the same blocks that do not fill a batch: the next group begins with them.
+    """
 
     epoch: int
     batches: Sequence[Rows]
+    tail: Rows
 
     @property
     def rows(self) -> Rows:
-        """Every batch's rows, one after the other."""
-        return np.concatenate(self.batches)
+        """Every batch's rows, one after the other, then the tail."""
+        return np.concatenate([*self.batches, self.tail])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +104,19 @@ class BatchOrder:
             return
         for epoch in range(first // self.steps_per_epoch, -(-last // self.steps_per_epoch)):
             step = epoch * self.steps_per_epoch
-            for whole in self._batches(epoch):
+            for whole, tail in self._batches(epoch):
                 wanted = whole[max(0, first - step) : max(0, last - step)]
                 step += len(whole)
                 if wanted:
-                    yield Group(epoch=epoch, batches=[batch[self.rank :: self.world_size] for batch in wanted])
+                    batches = [batch[self.rank :: self.world_size] for batch in wanted]
+                    yield Group(epoch=epoch, batches=batches, tail=tail[self.rank :: self.world_size])
 
-    def _batches(self, epoch: int) -> Iterator[list[Rows]]:
+    def _batches(self, epoch: int) -> Iterator[tuple[list[Rows], Rows]]:
         rest = np.empty(0, np.int64)
         missing = len(self.rows)
         for pool in self.shuffle.pools(self.rows, self.seed, epoch):
             missing -= len(pool)
             ready = np.concatenate([rest, pool])
             stop = len(ready) if missing == 0 else len(ready) // self.batch_size * self.batch_size
-            yield [ready[start : min(start + self.batch_size, stop)] for start in range(0, stop, self.batch_size)]
             rest = ready[stop:]
+            yield [ready[start : min(start + self.batch_size, stop)] for start in range(0, stop, self.batch_size)], rest

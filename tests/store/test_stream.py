@@ -96,6 +96,12 @@ def test_memory_changes_nothing(store):
         check(rows, targets, view=1)
 
 
+def test_batches_that_somebody_keeps_stay_what_they_were(store, held):
+    stream = TargetStream(store, batch_size=50, **held)
+    for rows, targets in [*stream, *stream]:
+        check(rows, targets)
+
+
 def test_each_epoch_meets_its_view(store, held):
     if held["ram_budget_bytes"] == 2**30:
         held = {}

@@ -60,8 +60,10 @@ class AlignedTargets:
 
     def read_ahead(self, groups: Iterable[tuple[int, Group]]) -> Iterator[dict[str, Targets]]:
         """Targets of every batch of groups of (view, prepared row numbers), in their order."""
-        mapped = (
-            (view, replace(group, batches=[self._store_row[rows] for rows in group.batches])) for view, group in groups
-        )
+        mapped = ((view, self._mapped(group)) for view, group in groups)
         for _, said in TargetPools(self.store, self._outputs).batches(mapped):
             yield said
+
+    def _mapped(self, group: Group) -> Group:
+        batches = [self._store_row[rows] for rows in group.batches]
+        return replace(group, batches=batches, tail=self._store_row[group.tail])

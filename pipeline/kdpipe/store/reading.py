@@ -5,6 +5,7 @@ Shapes: B batch, N rows of a pool.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.store.layout import ArrayLayout
+from kdpipe.store.layout import CRC_BYTES, ArrayLayout
 from kdpipe.store.shard_file import ShardFile
 
 MAX_OPEN_SHARDS = 1024
-DENSE = 0.5
-SMALL_CHUNK_BYTES = 64 * 2**10
-"""A chunk is read whole when it is small, or when this share of it is wanted; of others the wanted rows are read."""
+DENSE = 1 / 8
+"""A chunk of which at least this share is wanted is read whole; of others the wanted rows are read."""
+_UNSHARED = 2
+"""References of an array that only a local variable and `getrefcount` know."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -67,64 +69,74 @@ class ShardReader:
 
 
 class RowPool:
-    """Rows that are read together and then taken batch by batch; its memory is used again by the next `load`."""
+    """Rows that are read together, each chunk once and each row straight to its place, and served as views.
+
+    A buffer is filled again by the next `load` unless somebody still holds a view of it.
+    """
 
     def __init__(self, reader: ShardReader, layouts: Sequence[ArrayLayout], *, verify_always: bool = False) -> None:
         self._reader, self._layouts, self._verify = reader, layouts, verify_always
-        self._arrays = {each.name: _PooledArray(each) for each in layouts}
+        self._buffers: Arrays = {each.name: np.empty((0, *each.shape), each.numpy_dtype) for each in layouts}
+        self._scratch = np.empty(0, np.uint8)
+        self._num_rows = 0
 
-    def load(self, view: int, rows: NDArray[np.int64]) -> None:
-        """Read rows `[N]` of every array: whole chunks where most of a chunk is wanted, single rows of the others."""
-        for array in self._arrays.values():
-            array.load(self._reader, view, rows, self._verify)
+    def load(self, view: int, rows: NDArray[np.int64], carried: Arrays | None = None) -> None:
+        """Read rows `[N]` of every array; the first of them are `carried`, which another pool had read."""
+        self._num_rows = len(rows)
+        for layout in self._layouts:
+            buffer = self._buffer_for(layout)
+            first = 0
+            if carried:
+                first = len(carried[layout.name])
+                buffer[:first] = carried[layout.name]
+            self._fill(buffer, layout, view, rows, first)
         self._reader.release()
 
-    def take(self, positions: slice | NDArray[np.int64]) -> Arrays:
+    def view(self, positions: slice) -> Arrays:
+        """The loaded rows at these positions of `rows`, `[B, …]`, not copied."""
+        return {name: buffer[positions] for name, buffer in self._buffers.items()}
+
+    def take(self, positions: NDArray[np.int64]) -> Arrays:
         """Copies of the loaded rows at these positions of `rows`, `[B, …]`."""
-        return {name: array.take(positions) for name, array in self._arrays.items()}
+        return {name: buffer.take(positions, axis=0) for name, buffer in self._buffers.items()}
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that is held."""
-        return sum(array.num_bytes for array in self._arrays.values())
+    def tail(self, num_rows: int) -> Arrays:
+        """Copies of the last loaded rows."""
+        stop = self._num_rows
+        return {name: buffer[stop - num_rows : stop].copy() for name, buffer in self._buffers.items()}
 
-
-class _PooledArray:
-    """One array's part of a pool: chunks one after the other, then single rows; `_position [N]` says where each is."""
-
-    def __init__(self, layout: ArrayLayout) -> None:
-        self._layout = layout
-        self._buffer: NDArray[Any] = np.empty((0, *layout.shape), layout.numpy_dtype)
-        self._position = np.empty(0, np.int64)
-
-    @property
-    def num_bytes(self) -> int:
-        return self._buffer.nbytes
-
-    def take(self, positions: slice | NDArray[np.int64]) -> NDArray[Any]:
-        return self._buffer.take(self._position[positions], axis=0)
-
-    def load(self, reader: ShardReader, view: int, rows: NDArray[np.int64], verify: bool) -> None:
-        layout = self._layout
-        chunk_of = rows // layout.chunk_rows
-        wanted = np.bincount(chunk_of)
-        least = 1 if layout.chunk_bytes <= SMALL_CHUNK_BYTES else DENSE * layout.chunk_rows
-        dense = np.flatnonzero(wanted >= least)
-        base = np.full(len(wanted), -1, np.int64)
-        base[dense] = np.arange(len(dense)) * layout.chunk_rows
-        single = np.flatnonzero(base[chunk_of] < 0)
-        in_chunks = len(dense) * layout.chunk_rows
-        self._reserve(in_chunks + len(single))
-        for chunk in dense.tolist():
+    def _fill(self, buffer: NDArray[Any], layout: ArrayLayout, view: int, rows: NDArray[np.int64], first: int) -> None:
+        chunk_of, position = np.divmod(rows[first:], layout.chunk_rows)
+        order = _sorted(chunk_of)
+        ordered = chunk_of[order]
+        starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+        for chunk, here in zip(ordered[starts].tolist(), np.split(order, starts[1:]), strict=True):
             shard, inner = divmod(chunk, layout.num_chunks)
-            file = reader.shard(layout, view, shard)
-            start = int(base[chunk])
-            file.read_chunk(inner, self._buffer[start : start + file.rows_of(inner)], verify=verify)
-        self._position = base[chunk_of] + rows - chunk_of * layout.chunk_rows
-        if len(single):
-            self._position[single] = np.arange(in_chunks, in_chunks + len(single))
-            self._buffer[in_chunks : in_chunks + len(single)] = reader.read([layout], view, rows[single])[layout.name]
+            file = self._reader.shard(layout, view, shard)
+            if len(here) < DENSE * file.rows_of(inner):
+                buffer[here + first] = file.read(inner * layout.chunk_rows + position[here])
+                continue
+            content = file.read_chunk(inner, self._scratch_for(layout), self._verify)
+            place = np.full(len(content), len(rows))  # one spare row takes what is not wanted
+            place[position[here]] = here + first
+            buffer[place] = content
 
-    def _reserve(self, num_rows: int) -> None:
-        if len(self._buffer) < num_rows:
-            self._buffer = np.empty((num_rows, *self._layout.shape), self._layout.numpy_dtype)
+    def _buffer_for(self, layout: ArrayLayout) -> NDArray[Any]:
+        buffer = self._buffers.pop(layout.name)
+        if len(buffer) <= self._num_rows or sys.getrefcount(buffer) > _UNSHARED:
+            buffer = np.empty((self._num_rows + 1, *layout.shape), layout.numpy_dtype)
+        self._buffers[layout.name] = buffer
+        return buffer
+
+    def _scratch_for(self, layout: ArrayLayout) -> NDArray[np.uint8]:
+        if len(self._scratch) < layout.chunk_bytes + CRC_BYTES:
+            self._scratch = np.empty(layout.chunk_bytes + CRC_BYTES, np.uint8)
+        return self._scratch
+
+
+def _sorted(chunk_of: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Positions by chunk; NumPy sorts 16 bits by radix, which is some times faster."""
+    if not len(chunk_of):
+        return np.empty(0, np.intp)
+    key = chunk_of - chunk_of.min()
+    return np.argsort(key.astype(np.uint16) if key.max() < 2**16 else key, kind="stable")

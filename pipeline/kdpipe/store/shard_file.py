@@ -107,17 +107,17 @@ class ShardFile:
         """Rows that a chunk holds; the last one of a shard may hold fewer than `chunk_rows`."""
         return min(self._layout.chunk_rows, self._num_rows - chunk * self._layout.chunk_rows)
 
-    def read_chunk(self, chunk: int, out: NDArray[Any], *, verify: bool = False) -> None:
-        """A whole chunk into `out [rows_of(chunk), …]` (contiguous, little-endian), by one `preadv`."""
+    def read_chunk(self, chunk: int, scratch: NDArray[np.uint8], verify: bool = False) -> NDArray[Any]:
+        """A chunk's rows `[rows_of(chunk), …]` by one `preadv`, in `scratch` (chunk and checksum) if uncompressed."""
         if self._layout.compressed:
-            out[...] = self._decode(chunk)[: len(out)]
-            return
-        padding = np.empty(self._layout.chunk_bytes - out.nbytes, np.uint8)
-        checksum = np.empty(CRC_BYTES, np.uint8)
-        with self._path.open("rb", buffering=0) as file:
-            os.preadv(file.fileno(), [out.data, padding.data, checksum.data], int(self._offsets[chunk]))
+            return self._decode(chunk)[: self.rows_of(chunk)]
+        content = scratch[: int(self._sizes[chunk])]
+        with open(self._path, "rb", buffering=0) as file:
+            os.preadv(file.fileno(), [content.data], int(self._offsets[chunk]))
         if verify or not self._verified[chunk]:
-            self._compare(chunk, crc32c(out, padding), checksum)
+            self._compare(chunk, crc32c(content[:-CRC_BYTES]), content[-CRC_BYTES:])
+        rows = content[:-CRC_BYTES].view(self._layout.numpy_dtype).reshape(-1, *self._layout.shape)
+        return rows[: self.rows_of(chunk)]
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Rows by their position in the shard, `[N, …]`, in the given order."""

@@ -48,29 +48,36 @@ class TargetPools:
         self._layouts = [store.layouts[name] for name in store.array_names(outputs)]
         self._kept = None if kept is None else np.sort(kept)
         self._memory: RowPool | None = None
+        self._free: list[RowPool] = []
 
     def batches(self, groups: Iterable[tuple[int, Group]]) -> Iterator[StreamedBatch]:
         """(row numbers, targets by output) of every batch of `groups` of (view, store rows), in their order."""
         if self._kept is not None:
             yield from self._from_memory(groups, self._kept)
             return
-        pools = [self._pool() for _ in range(_SLOTS)]
+        pools = self._free or [self._pool() for _ in range(_SLOTS)]
+        self._free = []
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdpipe-read-ahead") as thread:
             read: tuple[RowPool, Group] | None = None
             for number, (view, group) in enumerate(groups):
                 pool = pools[number % _SLOTS]
-                reading = thread.submit(pool.load, view, group.rows)
+                known = read if read is not None and read[1].epoch == group.epoch else None
+                carried = {} if known is None else known[0].tail(len(known[1].tail))
+                reading = thread.submit(pool.load, view, group.rows, carried)
                 if read is not None:
                     yield from self._serve(*read)
                 reading.result()
                 read = (pool, group)
             if read is not None:
                 yield from self._serve(*read)
+        self._free = pools
 
     def _serve(self, pool: RowPool, group: Group) -> Iterator[StreamedBatch]:
         start = 0
-        for rows in group.batches:
-            arrays = pool.take(slice(start, start + len(rows)))
+        for number, rows in enumerate(group.batches):
+            arrays = pool.view(slice(start, start + len(rows)))
+            if number == len(group.batches) - 1:  # whoever takes batches still holds this one when the pool is filled
+                arrays = {name: array.copy() for name, array in arrays.items()}
             yield rows, self._store.decode(arrays, self._outputs)
             start += len(rows)
 
@@ -79,8 +86,9 @@ class TargetPools:
             if self._memory is None:
                 self._memory = self._pool()
                 self._memory.load(view, kept)
+            every = len(kept) == self._store.num_rows
             for rows in group.batches:
-                arrays = self._memory.take(np.searchsorted(kept, rows))
+                arrays = self._memory.take(rows if every else np.searchsorted(kept, rows))
                 yield rows, self._store.decode(arrays, self._outputs)
 
     def _pool(self) -> RowPool:
