@@ -52,8 +52,8 @@ def test_cached_targets_beat_labels_only_and_shuffled_ones_do_not(demo, monkeypa
 
     aligned = AlignedTargets.__init__
 
-    def shuffled(self, store, inputs, rows):
-        aligned(self, store, inputs, rows)
+    def shuffled(self, store, inputs, rows, *others):
+        aligned(self, store, inputs, rows, *others)
         self._store_row[rows] = self._store_row[np.random.default_rng(0).permutation(rows)]
 
     settings = yaml.safe_load((demo / "params.yaml").read_text())
