@@ -31,7 +31,7 @@ from kdpipe.encodings import Dense, Int8, Sampled, TargetEncoding, TopK
 from kdpipe.encodings.class_ids import stored_ids
 from kdpipe.encodings.topk import tail_log_masses
 from kdpipe.losses import forward_kl
-from kdpipe.store.layout import ArrayLayout, choose_shard_rows
+from kdpipe.store.layout import CRC_BYTES, ArrayLayout, choose_shard_rows
 from kdpipe.store.shard_file import ShardFile, encode_shard
 from kdpipe.targets import DenseTargets, OutputSpec, SampledTargets, SparseTargets, Targets
 
@@ -643,8 +643,10 @@ def written_and_read(encoding: TargetEncoding, logits: Tensor, keys: np.ndarray,
     for suffix, layout in plan.items():
         file = ShardFile(folder / f"shard{suffix}", layout, num_rows, len(shards[suffix]))
         read[suffix] = np.empty((num_rows, *layout.shape), layout.numpy_dtype)
+        scratch = np.empty(layout.chunk_bytes + CRC_BYTES, np.uint8)
         for chunk in range(layout.num_chunks):
-            file.read_chunk(chunk, read[suffix][chunk * layout.chunk_rows : (chunk + 1) * layout.chunk_rows])
+            rows = slice(chunk * layout.chunk_rows, (chunk + 1) * layout.chunk_rows)
+            read[suffix][rows] = file.read_chunk(chunk, scratch)
     encoding.decode(read, OutputSpec(name="logits", shape=(num_classes,)))
     return wrote / num_rows * 1e6, (cpu_s() - began) / num_rows * 1e6
 
