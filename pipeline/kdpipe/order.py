@@ -93,6 +93,13 @@ class BatchOrder:
     rank: int = 0
     world_size: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse batches of nothing and ranks that do not exist."""
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; expected 1 or more")
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank {self.rank} of {self.world_size} processes does not exist (RANK, WORLD_SIZE)")
+
     @property
     def steps_per_epoch(self) -> int:
         """Batches per epoch."""

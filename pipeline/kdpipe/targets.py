@@ -54,6 +54,8 @@ class DenseTargets:
 
     def softened(self, temperature: float, allow_interpolation: bool = False) -> Tensor:
         """Softened logits `z / T [B, ..., C]`, up to a constant per row; exact, nothing is ever interpolated."""
+        if not 0 < temperature < math.inf:
+            raise ConfigError(f"temperature is {temperature}; expected a number above 0")
         return self._wide() / temperature
 
     def log_probs(self, temperature: float = 1.0, allow_interpolation: bool = False) -> Tensor:

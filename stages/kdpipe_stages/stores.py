@@ -40,7 +40,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
             spoken = store.read_arrays(rows, 0, [COVERED])[COVERED]
             description["covered"] = float(spoken.mean())
             said = {name: values[spoken] for name, values in said.items()}
-        for name in ("confidence", "entropy"):
+        for name in ("confidence", "entropy") if len(said["entropy"]) else ():
             quantiles = np.quantile(said[name], [0.05, 0.5, 0.95])
             description[name] = {
                 "mean": float(said[name].mean()),

@@ -131,6 +131,8 @@ class TableTargets:
             arrays, statistics = encoding.encode_kept(ids, log_probs, tails, self.num_classes), head.statistics()
         else:
             logits = rows.logits()
+            if not torch.isfinite(logits.amax(dim=-1)).all():
+                raise DataError(f"{self.table.path}: logits hold numbers that float32 cannot; expected smaller ones")
             arrays, statistics = encoding.encode(logits), teacher_statistics(logits)
         result = {f"logits{suffix}": each for suffix, each in arrays.items()}
         for output in self.outputs[1:]:
