@@ -68,6 +68,7 @@ class InUse:
             return Finding(kind=kind, what=described(path), state="current", why=why, cost=cost)
         if missing:
             what = f"{described(path)}, {done:,} of {done + missing:,} shards"
+            why = "of today's settings; `kdpipe cache-teacher` goes on with it" if self._is_todays(path) else why
             return Finding(kind=kind, what=what, state="unfinished", why=why, cost=f"those {done:,} shards")
         return Finding(kind=kind, what=described(path), state="earlier", why=why, cost=cost)
 
