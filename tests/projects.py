@@ -1,4 +1,4 @@
-"""Small real projects in a folder: scikit-learn's digits, a params.yaml, quick models."""
+"""Small real projects in a folder: scikit-learn's digits, a params.yaml, quick models; and what tests do with one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import yaml
 
+from kdpipe_stages import cache_teacher, prepare_data, train_teacher
+from kdpipe_stages.cache_teacher import Cached
+from kdpipe_stages.cli import run
 from kdpipe_stages.project import Project
 
 REPOSITORY = Path(__file__).parents[1]
@@ -92,6 +98,39 @@ def write_params(folder: Path, value: dict[str, Any]) -> Path:
 def project_in(folder: Path) -> Project:
     """The project of a folder."""
     return Project(folder / "params.yaml")
+
+
+def cache(folder: Path, **options: Any) -> Cached:
+    """Every stage up to the complete store of teacher `big`; `options` are those of `cache-teacher`."""
+    project = project_in(folder)
+    prepare_data.run(project)
+    train_teacher.run(project, "big")
+    return cache_teacher.run(project, "big", **options)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 1) -> str:
+    """Run a command that must fail; returns its message."""
+    capsys.readouterr()
+    assert run(arguments) == status
+    message = capsys.readouterr().err
+    assert status == 2 or message.startswith("error: ")
+    assert "Traceback" not in message
+    return message
+
+
+def digits(folder: Path) -> pa.Table:
+    """The project's source."""
+    return pq.read_table(folder / "data" / "raw" / "digits.parquet")
+
+
+def replace_digits(folder: Path, table: pa.Table) -> None:
+    """Write another source."""
+    pq.write_table(table, folder / "data" / "raw" / "digits.parquet")
+
+
+def with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    """A table with other values in one column."""
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values, table.schema.field(name).type))
 
 
 def rows_shown(folder: Path) -> int:

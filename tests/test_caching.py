@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -11,16 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdpipe import caching
-from kdpipe.caching import LOAD_AHEAD, WHOLE, Captured, Share, capture, row_keys, teacher_statistics
+from kdpipe.caching import WHOLE, Captured, Share, capture, loading, writing
+from kdpipe.caching.loading import LOAD_AHEAD
 from kdpipe.distributed import Shard
-from kdpipe.encodings import Dense
+from kdpipe.encodings import Dense, TopK
 from kdpipe.errors import ConfigError, DataError, TeacherError
 from kdpipe.store import TargetStore
+from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import OutputSpec
+from kdpipe.teachers.asking import OfCountedTokens
+from kdpipe.teachers.base import Teacher
+from kdpipe.views import row_keys
 from projects import tree
 from real_processes import folder_in_memory
-from toy_capture import LOGITS, NUM_CLASSES, MemoryRows, ToyTeacher, store_for
+from toy_capture import LOGITS, NUM_CLASSES, MemoryRows, ToyTeacher, manifest_for, store_for
 
 NUM_ROWS, SHARD_ROWS, BATCH_SIZE = 150, 16, 5
 
@@ -73,8 +78,8 @@ def no_thread_is_left():
     at_once=st.sampled_from([1, 200, 2**20]),
 )
 def test_the_bytes_are_those_of_one_thing_after_the_other(num_rows, shard_rows, batch_size, views, at_once):
-    at_once = {"LOAD_BYTES": at_once, "ENCODE_BYTES": at_once}
-    with folder_in_memory() as folder, patch.multiple(caching, **at_once):
+    load, encode = patch.object(loading, "LOAD_BYTES", at_once), patch.object(writing, "ENCODE_BYTES", at_once)
+    with folder_in_memory() as folder, load, encode:
         rows, teacher = MemoryRows(num_rows), ToyTeacher()
         one_after_the_other(folder / "expected", num_rows, shard_rows, batch_size, views)
         store = store_for(folder / "store", teacher, rows, shard_rows, views)
@@ -134,8 +139,8 @@ def test_the_teacher_runs_in_the_callers_thread_and_the_rest_beside_it(tmp_path,
     teacher, rows = ToyTeacher(), MemoryRows(40)
     store = store_for(tmp_path, teacher, rows)
     monkeypatch.setattr(teacher, "predict", noting("predict", teacher.predict))
-    monkeypatch.setattr(caching, "content_digests", noting("check", caching.content_digests))
-    monkeypatch.setattr(caching, "teacher_statistics", noting("encode", caching.teacher_statistics))
+    monkeypatch.setattr(loading, "content_digests", noting("check", loading.content_digests))
+    monkeypatch.setattr(writing, "teacher_statistics", noting("encode", writing.teacher_statistics))
     monkeypatch.setattr(store, "write", noting("write", store.write))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -153,7 +158,7 @@ def test_the_teacher_runs_in_the_callers_thread_and_the_rest_beside_it(tmp_path,
 def test_rows_are_read_a_few_batches_ahead(tmp_path, monkeypatch, per_block):
     rows, num_read, ahead = MemoryRows(NUM_ROWS), [0], []
     row_bytes = sum(each.nbytes for each in (rows.columns["features"], rows.columns["words"].values)) / NUM_ROWS
-    monkeypatch.setattr(caching, "LOAD_BYTES", int((per_block + 0.5) * BATCH_SIZE * row_bytes))
+    monkeypatch.setattr(loading, "LOAD_BYTES", int((per_block + 0.5) * BATCH_SIZE * row_bytes))
     read = rows.read
 
     def note_read(wanted):
@@ -194,8 +199,8 @@ def test_at_most_two_shards_are_in_work(tmp_path, monkeypatch):
 
 def test_what_waits_to_be_encoded_is_bounded(tmp_path, monkeypatch):
     batch_bytes = BATCH_SIZE * NUM_CLASSES * 4
-    monkeypatch.setattr(caching, "ENCODE_BYTES", 1)
-    monkeypatch.setattr(caching, "MAX_WAITING_BYTES", 2 * batch_bytes)
+    monkeypatch.setattr(writing, "ENCODE_BYTES", 1)
+    monkeypatch.setattr(writing, "MAX_WAITING_BYTES", 2 * batch_bytes)
     rows, said_to, encoded, waiting = MemoryRows(64), [], [], []
 
     def note(said, numbers):
@@ -208,15 +213,15 @@ def test_what_waits_to_be_encoded_is_bounded(tmp_path, monkeypatch):
         encoded.append(logits)
         return teacher_statistics(logits)
 
-    monkeypatch.setattr(caching, "teacher_statistics", encode_slowly)
+    monkeypatch.setattr(writing, "teacher_statistics", encode_slowly)
     teacher = ToyTeacher(note)
     capture(store_for(tmp_path, teacher, rows, shard_rows=64), teacher, rows, BATCH_SIZE)
     assert max(waiting) == 3  # two wait, one is being said
 
 
 def test_a_batch_larger_than_the_bound_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(caching, "ENCODE_BYTES", 1)
-    monkeypatch.setattr(caching, "MAX_WAITING_BYTES", 1)
+    monkeypatch.setattr(writing, "ENCODE_BYTES", 1)
+    monkeypatch.setattr(writing, "MAX_WAITING_BYTES", 1)
     assert captured(tmp_path / "store").path
     monkeypatch.undo()
     assert tree(tmp_path / "store") == tree(captured(tmp_path / "expected").path)
@@ -489,3 +494,141 @@ def test_captured_says_what_was_done(tmp_path):
     done = capture(store_for(tmp_path, teacher, rows), teacher, rows, BATCH_SIZE)
     assert isinstance(done, Captured)
     assert done.teacher_seconds >= 10 * 0.01
+
+
+# What fits in memory, and rows of many lengths
+
+
+def forgetful(at_most):
+    """A teacher that has memory for so many rows."""
+
+    def change(said, rows):
+        if len(rows) > at_most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return said
+
+    return ToyTeacher(change)
+
+
+@pytest.mark.parametrize(("at_most", "recorded"), [(5, 5), (4, 2), (1, 1)])
+def test_a_teacher_without_memory_is_shown_fewer_rows_which_is_recorded(tmp_path, at_most, recorded):
+    store = captured(tmp_path / "store", forgetful(at_most))
+    whole = captured(tmp_path / "whole")
+    assert {record.batch_size for record in store.records.values()} == {recorded}
+    for name in ("values", "row_max"):
+        found, expected = (getattr(each.targets(each.sample_ids), name) for each in (store, whole))
+        torch.testing.assert_close(found, expected)
+
+
+def test_memory_for_no_row_is_an_error_that_keeps_what_was_committed(tmp_path):
+    def change(said, rows):
+        if rows.max() >= 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return said
+
+    with pytest.raises(TeacherError, match="out of memory on a single row"):
+        captured(tmp_path, ToyTeacher(change))
+    assert committed(tmp_path) == set(range(96))
+
+
+class WordyTeacher(ToyTeacher):
+    """Row k has `lengths[k]` tokens."""
+
+    def __init__(self, change=lambda said, _: said):
+        super().__init__(change)
+        self.of_row = np.random.default_rng(0).integers(1, 30, NUM_ROWS)
+
+    def lengths(self, columns):
+        return self.of_row[columns["features"][:, 0].astype(int)]
+
+
+def test_batches_of_a_token_budget_hold_rows_of_like_length_and_every_row_once(tmp_path):
+    shown = []
+    teacher = WordyTeacher(lambda said, rows: shown.append(rows.numpy()) or said)
+    store = captured(tmp_path / "store", teacher, shard_rows=64, batch_size=16, batch_tokens=100)
+    assert sorted(np.concatenate(shown)) == list(range(NUM_ROWS))
+    longest = [teacher.of_row[rows].max() * len(rows) for rows in shown]
+    assert max(longest) <= 100 < sum(longest)
+    assert max(len(rows) for rows in shown) <= 16
+    padding = sum(longest) / teacher.of_row.sum()
+    in_order = [teacher.of_row[start : start + 7] for start in range(0, NUM_ROWS, 7)]
+    assert padding < sum(each.max() * len(each) for each in in_order) / teacher.of_row.sum()
+    whole = captured(tmp_path / "whole", shard_rows=64)
+    found, expected = (each.targets(each.sample_ids).values for each in (store, whole))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_budget_of_tokens_needs_a_teacher_that_counts_them(tmp_path):
+    with pytest.raises(ConfigError, match="batch_tokens: this teacher cannot tell"):
+        captured(tmp_path, batch_tokens=100)
+
+
+# Tokens that do not count, and teachers that know some classes only
+
+
+def test_only_tokens_that_count_are_covered(tmp_path):
+    tokens = OutputSpec(name="logits", shape=(3, NUM_CLASSES))
+
+    def labels(columns):
+        rows = columns["features"][:, 0].astype(np.int64)
+        return np.stack([rows, np.full_like(rows, -1), np.where(rows % 2, 7, -1)], axis=1)
+
+    speaks = ToyTeacher(lambda said, rows: {"logits": said["logits"].unsqueeze(1).expand(-1, 3, -1)}, (tokens,))
+    teacher, rows = OfCountedTokens(speaks, labels), MemoryRows(NUM_ROWS)
+    assert isinstance(teacher, Teacher)
+    store = store_for(tmp_path, teacher, rows)
+    capture(store, teacher, rows, BATCH_SIZE)
+    store.finish()
+    targets = TargetStore.open(tmp_path).targets(rows.sample_ids)
+    assert torch.equal(targets.covered, torch.from_numpy(labels(rows.columns) != -1))
+    assert (targets.values[~targets.covered] == 0).all()
+
+
+def kept_by(rows, k=2):
+    """What a server might say of row n: class n mod C at log 0.6, the next at log 0.3, 0.1 elsewhere."""
+    first = rows % NUM_CLASSES
+    ids, order = torch.stack([first, (first + 1) % NUM_CLASSES], dim=1).sort(dim=1)
+    head = torch.tensor([0.6, 0.3]).log().expand(len(rows), k).gather(1, order)
+    return {"class_ids": ids, "log_probs": head, "tail_log_mass": torch.full((len(rows),), 0.1).log()}
+
+
+def capture_kept(folder, change=lambda said: said, **parameters):
+    teacher, rows = ToyTeacher(lambda _, rows: change(kept_by(rows))), MemoryRows(NUM_ROWS)
+    encoding = TopK(**{"k": 2, "temperatures": (1.0,), "values": "float16"} | parameters).to_json()
+    manifest = replace(manifest_for(teacher, SHARD_ROWS), encodings={"logits": encoding})
+    store = TargetStore.create(folder, manifest, rows.sample_ids, rows.digests, 1)
+    capture(store, teacher, rows, BATCH_SIZE)
+    store.finish()
+    return TargetStore.open(folder), rows
+
+
+def test_a_teacher_that_knows_some_classes_is_stored_as_it_spoke(tmp_path):
+    store, rows = capture_kept(tmp_path)
+    targets = store.targets(rows.sample_ids)
+    first = torch.arange(NUM_ROWS) % NUM_CLASSES
+    probabilities = torch.zeros(NUM_ROWS, NUM_CLASSES).scatter(1, targets.ids.long(), targets.head.exp())
+    assert torch.allclose(probabilities.gather(1, first.unsqueeze(1)), torch.tensor(0.6), atol=1e-3)
+    assert torch.allclose(targets.tails.exp(), torch.tensor(0.1), atol=1e-3)
+    statistics = store.statistics(np.arange(NUM_ROWS))
+    assert statistics["top1"].tolist() == first.tolist()
+    assert statistics["confidence"] == pytest.approx(0.6)
+    assert statistics["entropy"] == pytest.approx(-sum(p * np.log(p) for p in (0.6, 0.3, 0.1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "parameters", "error", "message"),
+    [
+        (lambda said: said, {"temperatures": (1.0, 4.0)}, ConfigError, r"at temperature 1 only.*temperatures: \[1\]"),
+        (lambda said: said, {"k": 3}, TeacherError, r"class_ids have shape \[5, 2\]; expected \[5, 3\]"),
+        (
+            lambda said: {**said, "tail_log_mass": said["tail_log_mass"] + 1},
+            {},
+            TeacherError,
+            "another mass than 1 for 16 of .* such as 000000",
+        ),
+        (lambda said: {**said, "log_probs": said["log_probs"] * np.nan}, {}, TeacherError, "another mass than 1"),
+    ],
+)
+def test_what_such_a_teacher_may_not_say(tmp_path, change, parameters, error, message):
+    with pytest.raises(error, match=message):
+        capture_kept(tmp_path, change, **parameters)

@@ -5,50 +5,79 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
+import sklearn.metrics
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe import evaluation
-from kdpipe.encodings import Dense
+from kdpipe.answers import Answers, Distance
+from kdpipe.encodings import Sampled
+from kdpipe.errors import ConfigError
 from kdpipe.evaluation import (
-    Answers,
-    Said,
+    METRICS,
     answer_metrics,
-    classification_metrics,
+    check_metrics,
+    distance_metrics,
     expected_calibration_error,
+    keeps_probabilities,
     paired_gain,
-    predict,
     reliability,
 )
-from kdpipe.models.mlp import MLP
-from kdpipe.targets import OutputSpec
-from toy_rows import NUM_CLASSES, NUM_FEATURES, Features, prepared
+from kdpipe.store.manifest import STATISTICS
+from kdpipe.store.statistics import teacher_statistics
+from kdpipe.targets import DenseTargets, OutputSpec, Targets
+from toy_targets import dense_of, sparse_of
 
 
 def random_logits(seed: int, num_rows: int = 40, num_classes: int = 4) -> torch.Tensor:
     return 3 * torch.randn(num_rows, num_classes, generator=torch.Generator().manual_seed(seed))
 
 
-def said(logits: torch.Tensor) -> Said:
-    encoding, output = Dense(dtype="float32"), OutputSpec(name="logits", shape=logits.shape[1:])
-    return Said(answers=Answers.of_logits(logits), targets=encoding.decode(encoding.encode(logits), output))
+def random_labels(num_classes: int = 4) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, num_classes, 40))
+
+
+def answers_of(logits: torch.Tensor, labels: torch.Tensor) -> Answers:
+    return Answers.of_logits(logits, labels, keep_probabilities=True)
+
+
+def beside(logits: torch.Tensor, **teachers: torch.Tensor | DenseTargets) -> dict[str, float]:
+    """Agreement and distances of logits from teachers, given by their logits or targets."""
+    labels = torch.full((len(logits),), -1)
+    targets = {name: each if isinstance(each, DenseTargets) else dense_of(each) for name, each in teachers.items()}
+    said = {name: teacher_said(each, labels) for name, each in targets.items()}
+    distances = {name: Distance.of_logits(logits, each) for name, each in targets.items()}
+    return distance_metrics(Answers.of_logits(logits, labels), said, distances)
+
+
+def teacher_said(targets: Targets, labels: torch.Tensor, logits: torch.Tensor | None = None) -> Answers:
+    """A teacher's answers as its store has them."""
+    values = teacher_statistics(targets.logits() if logits is None else logits)
+    noted = dict(zip(STATISTICS, values.T, strict=True))
+    return Answers.of_targets(noted, targets, labels, keep_probabilities=True)
 
 
 def test_metrics_are_their_definitions():
-    logits, teacher = random_logits(0), random_logits(1)
-    labels = np.random.default_rng(0).integers(0, 4, 40)
+    logits, teacher, labels = random_logits(0), random_logits(1), random_labels()
     p = scipy.special.softmax(teacher.double().numpy(), axis=1)
     q = scipy.special.softmax(logits.double().numpy(), axis=1)
-    found = classification_metrics(logits, labels, {"big": said(teacher)})
+    truth, top1 = labels.numpy(), q.argmax(axis=1)
+    found = answer_metrics(answers_of(logits, labels), [*METRICS]) | beside(logits, big=teacher)
     assert found == pytest.approx(
         {
-            "accuracy": np.mean(q.argmax(axis=1) == labels),
-            "ece": expected_calibration_error(q.max(axis=1), q.argmax(axis=1) == labels),
+            "accuracy": sklearn.metrics.accuracy_score(truth, top1),
+            "ece": expected_calibration_error(q.max(axis=1), top1 == truth),
             "entropy": scipy.stats.entropy(q, axis=1).mean(),
-            "agreement": np.mean(q.argmax(axis=1) == p.argmax(axis=1)),
+            "macro_f1": sklearn.metrics.f1_score(truth, top1, average="macro"),
+            "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(truth, top1),
+            "auc": sklearn.metrics.roc_auc_score(truth, q, multi_class="ovr"),
+            "nll": sklearn.metrics.log_loss(truth, q),
+            "perplexity": scipy.stats.gmean(1 / q[np.arange(40), truth]),
+            "agreement": np.mean(top1 == p.argmax(axis=1)),
             "kl_to_teacher": scipy.stats.entropy(p, q, axis=1).mean(),
+            "reverse_kl_to_teacher": scipy.stats.entropy(q, p, axis=1).mean(),
         },
         abs=1e-6,
     )
@@ -56,58 +85,152 @@ def test_metrics_are_their_definitions():
     assert 0 < found["agreement"] < 1
 
 
+def test_two_classes_have_the_curve_of_the_second():
+    logits, labels = random_logits(0, num_classes=2), random_labels(2)
+    share_above = [
+        (labels[None, labels == 1] >= 0) & (logits[labels == 1, 1] - logits[labels == 1, 0] > each[1] - each[0])
+        for each in logits[labels == 0]
+    ]
+    found = answer_metrics(answers_of(logits, labels), ["auc"])["auc"]
+    assert found == pytest.approx(float(torch.stack(share_above).float().mean()), abs=1e-6)
+    assert 0.2 < found < 0.8
+
+
+def test_imbalance_shows_in_all_but_accuracy():
+    labels = torch.tensor([0] * 95 + [1] * 5)
+    always_0 = torch.tensor([1.0, 0.0]).expand(100, 2)
+    found = answer_metrics(answers_of(always_0, labels), ["macro_f1", "balanced_accuracy", "auc"])
+    assert found["accuracy"] == 0.95
+    assert found["balanced_accuracy"] == found["auc"] == 0.5
+    assert found["macro_f1"] == pytest.approx(0.95 / 1.95)
+
+
+def test_classes_without_rows():
+    """Class 3 has no row, so it has no curve. Recall is of the others, F1 of classes that are labels or answers."""
+    logits, labels = random_logits(0), random_labels().clamp(max=2)
+    found = answer_metrics(answers_of(logits, labels), ["macro_f1", "balanced_accuracy", "auc"])
+    top1 = logits.argmax(dim=-1)
+    assert math.isnan(found["auc"])
+    assert found["balanced_accuracy"] == pytest.approx(
+        np.mean([float((top1[labels == each] == each).float().mean()) for each in range(3)])
+    )
+    f1 = [
+        2 * int(((top1 == each) & (labels == each)).sum()) / int((top1 == each).sum() + (labels == each).sum())
+        for each in range(4)
+    ]
+    assert f1[3] == 0
+    assert found["macro_f1"] == pytest.approx(np.mean(f1))
+    only = answer_metrics(answers_of(logits, torch.zeros(40, dtype=torch.int64)), ["balanced_accuracy", "auc"])
+    assert math.isnan(only["auc"])
+    assert only["balanced_accuracy"] == only["accuracy"]
+
+
 @given(seed=st.integers(0, 1000))
 def test_a_teacher_agrees_with_itself(seed):
     logits = random_logits(seed)
-    found = classification_metrics(logits, logits.argmax(dim=-1).numpy(), {"itself": said(logits)})
-    assert found["agreement"] == found["accuracy"] == 1
+    found = beside(logits, itself=logits)
+    assert found["agreement"] == 1
     assert 0 <= found["kl_to_teacher"] < 1e-6
-    assert found["entropy"] > 0.01
+    assert 0 <= found["reverse_kl_to_teacher"] < 1e-6
+    assert answer_metrics(answers_of(logits, logits.argmax(dim=-1)))["accuracy"] == 1
 
 
 def test_missing_labels_are_ignored():
-    logits, teacher = random_logits(2), {"big": said(random_logits(3))}
-    labels = np.random.default_rng(0).integers(0, 4, 40)
-    some = np.where(np.arange(40) % 3 == 0, labels, -1)
-    found = classification_metrics(logits, some, teacher)
-    only = classification_metrics(logits[::3], labels[::3], teacher | {"big": said(random_logits(3)[::3])})
-    everyone = classification_metrics(logits, labels, teacher)
-    assert {key: found[key] for key in ("accuracy", "ece")} == {key: only[key] for key in ("accuracy", "ece")}
-    for key in ("entropy", "agreement", "kl_to_teacher"):
-        assert found[key] == everyone[key] != only[key]
-    assert found["accuracy"] != everyone["accuracy"]
+    logits, labels = random_logits(2), random_labels()
+    some = torch.where(torch.arange(40) % 3 == 0, labels, -1)
+    found = answer_metrics(answers_of(logits, some), [*METRICS])
+    only = answer_metrics(answers_of(logits[::3], labels[::3]), [*METRICS])
+    everyone = answer_metrics(answers_of(logits, labels), [*METRICS])
+    assert found["entropy"] == everyone["entropy"] != only["entropy"]
+    for key in {*found} - {"entropy"}:
+        assert found[key] == only[key] != everyone[key]
 
 
 def test_without_labels_there_is_no_accuracy():
-    found = classification_metrics(random_logits(0), np.full(40, -1), {})
-    assert math.isnan(found["accuracy"])
-    assert math.isnan(found["ece"])
+    found = answer_metrics(answers_of(random_logits(0), torch.full((40,), -1)), [*METRICS])
     assert math.isfinite(found["entropy"])
-    assert set(found) == {"accuracy", "ece", "entropy"}
+    assert all(math.isnan(found[key]) for key in {*found} - {"entropy"})
+    assert set(found) == {"accuracy", "ece", "entropy", *METRICS}
 
 
 def test_several_teachers_are_told_apart():
     logits = random_logits(0)
-    teachers = {"same": said(logits), "other": said(random_logits(1))}
-    found = classification_metrics(logits, np.zeros(40, np.int64), teachers)
+    found = beside(logits, same=logits, other=random_logits(1))
+    keys = ("agreement", "kl_to_teacher", "reverse_kl_to_teacher")
     assert found["agreement"] == 1 > found["agreement_other"]
     assert found["kl_to_teacher"] < 1e-6 < found["kl_to_teacher_other"]
-    assert not {"agreement_same", "kl_to_teacher_same"} & set(found)
+    assert found["reverse_kl_to_teacher"] < 1e-6 < found["reverse_kl_to_teacher_other"]
+    assert set(found) == {*keys, *(f"{key}_other" for key in keys)}
 
 
 def test_rows_that_the_teacher_abstains_from_are_left_out_of_what_is_about_it():
-    logits, labels = random_logits(0), np.random.default_rng(0).integers(0, 4, 40)
-    whole, spoken = said(random_logits(1)), np.arange(40) % 3 == 0
-    part = replace(whole, answers=replace(whole.answers, spoken=spoken))
-    found = classification_metrics(logits, labels, {"big": part})
-    there = classification_metrics(logits[spoken], labels[spoken], {"big": said(random_logits(1)[spoken])})
-    for key in ("agreement", "kl_to_teacher"):
-        assert found[key] == pytest.approx(there[key], abs=1e-9)
-        assert found[key] != classification_metrics(logits, labels, {"big": whole})[key]
-    assert found["accuracy"] == classification_metrics(logits, labels, {})["accuracy"]
-    assert answer_metrics(part.answers, labels) == answer_metrics(
-        Answers.of_logits(random_logits(1)[spoken]), labels[spoken]
-    )
+    logits, teacher, labels = random_logits(0), random_logits(1), random_labels()
+    covered = torch.arange(40) % 3 == 0
+    found, there = beside(logits, big=dense_of(teacher, covered)), beside(logits[covered], big=teacher[covered])
+    whole = beside(logits, big=teacher)
+    assert found == pytest.approx(there, abs=1e-9)
+    assert all(found[key] != whole[key] for key in found)
+    part = teacher_said(dense_of(teacher, covered), labels)
+    alone = teacher_said(dense_of(teacher[covered]), labels[covered])
+    assert answer_metrics(part, [*METRICS]) == answer_metrics(alone, [*METRICS])
+    nobody = dense_of(teacher, torch.zeros(40, dtype=torch.bool))
+    assert all(math.isnan(value) for value in beside(logits, big=nobody).values())
+
+
+def test_a_teachers_numbers_are_those_of_its_logits_where_the_targets_tell():
+    logits, labels = random_logits(0), random_labels()
+    alone = answer_metrics(answers_of(logits, labels), [*METRICS])
+    assert answer_metrics(teacher_said(dense_of(logits), labels), [*METRICS]) == pytest.approx(alone, abs=1e-6)
+    every_class = teacher_said(sparse_of(logits, 4, (1.0,)), labels, logits)
+    without_auc = {key: value for key, value in alone.items() if key != "auc"}
+    assert answer_metrics(every_class, [*METRICS]) == pytest.approx(without_auc, abs=1e-6)
+
+
+def test_what_the_targets_do_not_tell_of_a_teacher_is_left_out():
+    logits, labels = random_logits(0), random_labels()
+    for k in (1, 2, 3):
+        found = answer_metrics(teacher_said(sparse_of(logits, k, (1.0,)), labels, logits), [*METRICS])
+        assert set(found) == {"accuracy", "ece", "entropy", "macro_f1", "balanced_accuracy"}
+    right = answer_metrics(teacher_said(sparse_of(logits, 1, (1.0,)), logits.argmax(dim=-1), logits), ["nll"])
+    assert right["nll"] == pytest.approx(float(-torch.log_softmax(logits, dim=-1).amax(dim=-1).mean()), abs=1e-6)
+    covered = torch.arange(40) < 20
+    silent = replace(sparse_of(logits, 1, (1.0,)), covered=covered)
+    elsewhere = torch.where(covered, logits.argmax(dim=-1), logits.argmin(dim=-1))
+    assert "nll" in answer_metrics(teacher_said(silent, elsewhere, logits), ["nll"])
+    encoding, output = Sampled(draws=8), OutputSpec(name="logits", shape=(4,))
+    drawn = encoding.decode(encoding.encode(logits, np.arange(40, dtype=np.uint64)), output)
+    found = answer_metrics(teacher_said(drawn, labels, logits), [*METRICS])
+    assert set(found) == {"accuracy", "ece", "entropy", "macro_f1", "balanced_accuracy"}
+    assert Distance.of_logits(logits, drawn).reverse_kl is None
+    distance = {"big": Distance.of_logits(random_logits(1), drawn)}
+    assert set(
+        distance_metrics(answers_of(random_logits(1), labels), {"big": teacher_said(drawn, labels, logits)}, distance)
+    ) == {
+        "agreement",
+        "kl_to_teacher",
+    }
+
+
+def test_numbers_beyond_all_bounds_are_told_as_such():
+    impossible = torch.tensor([[0.0, -torch.inf], [-2000.0, 0.0]])
+    found = answer_metrics(answers_of(impossible, torch.tensor([1, 0])), ["nll", "perplexity"])
+    assert found["nll"] == found["perplexity"] == math.inf
+    far = answer_metrics(answers_of(impossible[1:], torch.tensor([0])), ["nll", "perplexity"])
+    assert (far["nll"], far["perplexity"]) == (2000, math.inf)
+
+
+def test_probabilities_are_kept_of_few_classes_only():
+    assert keeps_probabilities(["auc"], 100)
+    assert not keeps_probabilities(["auc"], 101)
+    assert not keeps_probabilities(["nll"], 2)
+    without = Answers.of_logits(random_logits(0), random_labels())
+    assert "auc" not in answer_metrics(without, ["auc"])
+
+
+def test_a_metric_that_does_not_exist_lists_those_that_do():
+    check_metrics([*METRICS])
+    with pytest.raises(ConfigError, match="the task names the metric 'f1'; there are macro_f1, balanced_accuracy, auc"):
+        check_metrics(["f1"])
 
 
 def test_ece_by_hand():
@@ -172,20 +295,3 @@ def test_pairing_matters():
     theirs = [0.5, 0.6, 0.7, 0.8]
     assert paired_gain([0.52, 0.62, 0.72, 0.821], theirs).verdict == "BEATS"
     assert paired_gain([0.821, 0.72, 0.62, 0.52], theirs).verdict == "NO DIFFERENCE"
-
-
-def test_predict_keeps_the_order_of_rows(tmp_path, monkeypatch):
-    data = prepared(tmp_path, 30, segments=[11])
-    model = MLP((NUM_FEATURES,), NUM_CLASSES, hidden=[8], dropout=0.5).double()
-    rows = np.random.default_rng(0).permutation(30)[:25]
-    preprocess = Features(np.float64)
-    whole = predict(model, data.inputs, rows, preprocess)
-    monkeypatch.setattr(evaluation, "PREDICT_ROWS", 4)
-    blocks = predict(model.train(), data.inputs, rows, preprocess)
-    assert preprocess.calls == 1 + 7
-    assert whole.dtype == torch.float32
-    assert not model.training
-    torch.testing.assert_close(blocks, whole)
-    with torch.inference_mode():
-        alone = torch.cat([model(preprocess(data.inputs.read(np.array([row])))) for row in rows]).float()
-    torch.testing.assert_close(whole, alone)

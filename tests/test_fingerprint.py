@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 import kdpipe
 from kdpipe.config import resolve
-from kdpipe.fingerprint import canonical_json, digest, digest_file, source_digests, uniform_by_id
+from kdpipe.fingerprint import (
+    brief,
+    canonical_json,
+    digest,
+    digest_file,
+    digest_path,
+    source_digests,
+    uniform_by_id,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -230,3 +238,23 @@ print(before["sklearn"])
 """
     done = subprocess.run([sys.executable, "-c", script, project], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == f"scikit-learn {importlib.metadata.version('scikit-learn')}"
+
+
+def test_a_folders_digest_is_of_names_and_bytes(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "sub" / "b").write_text("2")
+    before = digest_path(tmp_path)
+    assert digest_path(tmp_path / "a") == digest_file(tmp_path / "a")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "note").write_text("hidden")
+    assert digest_path(tmp_path) == before
+    (tmp_path / "sub" / "b").rename(tmp_path / "sub" / "c")
+    renamed = digest_path(tmp_path)
+    (tmp_path / "sub" / "c").write_text("3")
+    assert len({before, renamed, digest_path(tmp_path)}) == 3
+
+
+def test_a_long_state_is_told_by_its_digest():
+    state = {"mean": [0.5], "vocabulary": {str(number): number for number in range(2000)}}
+    assert brief(state) == {"mean": [0.5], "vocabulary": f"sha256:{digest(state['vocabulary'])}"}

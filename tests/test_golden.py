@@ -17,6 +17,7 @@ from kdpipe.encodings import FeaturesInt8, Int8, Sampled, TopK
 from kdpipe.encodings.topk import tail_log_masses
 from kdpipe.losses import DistillLoss, ForwardKL, ReverseKL, kd_loss
 from kdpipe.targets import DenseTargets, OutputSpec, SampledTargets, SparseTargets, Targets
+from toy_targets import dense_of
 
 GOLDEN = Path(os.environ.get("KDPIPE_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
@@ -76,11 +77,6 @@ def encoding_cases(section: str) -> list:
 
 def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(values, dtype=dtype)
-
-
-def dense_of(logits: Tensor, covered: Tensor | None = None) -> DenseTargets:
-    row_max = logits.amax(dim=-1)
-    return DenseTargets(values=logits - row_max.unsqueeze(-1), row_max=row_max, covered=covered)
 
 
 def sparse_of(inputs: dict[str, Any], dtype: torch.dtype) -> SparseTargets:

@@ -12,13 +12,9 @@ from torch import Tensor
 from kdpipe.errors import ConfigError
 from kdpipe.losses import DistillLoss, ForwardKL, ReverseKL, forward_kl, kd_loss, reverse_kl
 from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, SparseTargets, Targets
+from toy_targets import dense_of, sparse_of
 
 TEMPERATURES = st.floats(0.5, 20)
-
-
-def targets_of(logits: Tensor) -> DenseTargets:
-    row_max = logits.amax(dim=-1)
-    return DenseTargets(values=logits - row_max.unsqueeze(-1), row_max=row_max)
 
 
 def random_logits(seed: int, *shape: int, scale: float = 3.0) -> Tensor:
@@ -53,7 +49,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_forward_kl_is_its_definition(pair, temperature):
     student, teacher = pair
     expected = definition(student, teacher, temperature)
-    targets = targets_of(teacher)
+    targets = dense_of(teacher)
     assert relative(ForwardKL(temperature=temperature)(student, targets), expected) < 1e-10
     assert relative(forward_kl(student, targets, temperature) * temperature**2, expected) < 1e-10
     assert relative(kd_loss(student, targets, temperature=temperature), expected.mean()) < 1e-10
@@ -63,14 +59,14 @@ def test_forward_kl_is_its_definition(pair, temperature):
 def test_gradient_is_that_of_the_definition(pair, temperature):
     student, teacher = pair
     student.requires_grad_()
-    (ours,) = torch.autograd.grad(kd_loss(student, targets_of(teacher), temperature=temperature), student)
+    (ours,) = torch.autograd.grad(kd_loss(student, dense_of(teacher), temperature=temperature), student)
     p, q = (torch.softmax(each.detach() / temperature, dim=-1) for each in (teacher, student))
     assert relative(ours, temperature * (q - p) / len(student)) < 1e-10
 
 
 def test_the_definition_tells_wrong_formulas_apart():
     student, teacher, temperature = random_logits(0, 6, 5), random_logits(1, 6, 5, scale=9.0), 3.0
-    targets = targets_of(teacher)
+    targets = dense_of(teacher)
     ours = kd_loss(student, targets, temperature=temperature)
     log_p, log_q = (torch.log_softmax(each / temperature, dim=-1) for each in (teacher, student))
     kl_div = torch.nn.functional.kl_div
@@ -95,8 +91,8 @@ def test_the_definition_tells_wrong_formulas_apart():
 def test_a_constant_per_row_changes_nothing(pair, temperature, constant):
     student, teacher = pair
     shift = constant * torch.arange(1, len(student) + 1, dtype=torch.float64).unsqueeze(-1)
-    ours = ForwardKL(temperature=temperature)(student, targets_of(teacher))
-    assert relative(ForwardKL(temperature=temperature)(student + shift, targets_of(teacher)), ours) < 1e-9
+    ours = ForwardKL(temperature=temperature)(student, dense_of(teacher))
+    assert relative(ForwardKL(temperature=temperature)(student + shift, dense_of(teacher)), ours) < 1e-9
     shifted = DenseTargets(values=teacher + shift, row_max=torch.zeros(len(teacher)))
     assert relative(ForwardKL(temperature=temperature)(student, shifted), ours) < 1e-9
 
@@ -105,25 +101,25 @@ def test_a_constant_per_row_changes_nothing(pair, temperature, constant):
 def test_renaming_classes_changes_nothing(pair, temperature, data):
     student, teacher = pair
     order = data.draw(st.permutations(range(student.shape[1])))
-    ours = ForwardKL(temperature=temperature)(student, targets_of(teacher))
-    renamed = ForwardKL(temperature=temperature)(student[:, order], targets_of(teacher[:, order]))
+    ours = ForwardKL(temperature=temperature)(student, dense_of(teacher))
+    renamed = ForwardKL(temperature=temperature)(student[:, order], dense_of(teacher[:, order]))
     assert relative(renamed, ours) < 1e-10
 
 
 @given(pair=pairs(), temperature=TEMPERATURES, copies=st.integers(2, 4))
 def test_duplicating_a_batch_changes_nothing(pair, temperature, copies):
     student, teacher = pair
-    once = kd_loss(student, targets_of(teacher), temperature=temperature)
-    more = kd_loss(student.repeat(copies, 1), targets_of(teacher.repeat(copies, 1)), temperature=temperature)
+    once = kd_loss(student, dense_of(teacher), temperature=temperature)
+    more = kd_loss(student.repeat(copies, 1), dense_of(teacher.repeat(copies, 1)), temperature=temperature)
     assert relative(more, once) < 1e-12
 
 
 @given(pair=pairs(), temperature=TEMPERATURES)
 def test_never_negative_and_zero_at_equality(pair, temperature):
     student, teacher = pair
-    assert (forward_kl(student, targets_of(teacher), temperature) > -1e-13).all()
+    assert (forward_kl(student, dense_of(teacher), temperature) > -1e-13).all()
     same = teacher.clone().requires_grad_()
-    value = kd_loss(same, targets_of(teacher), temperature=temperature)
+    value = kd_loss(same, dense_of(teacher), temperature=temperature)
     assert abs(value.item()) < 1e-10
     (gradient,) = torch.autograd.grad(value, same)
     assert gradient.abs().max() < 1e-12
@@ -135,7 +131,7 @@ def test_infinite_temperature_is_half_the_mean_square_of_centred_logits():
     centred = difference - difference.mean(dim=-1, keepdim=True)
     limit = centred.square().sum(dim=-1) / (2 * 7)
     errors = [
-        relative(ForwardKL(temperature=temperature)(student, targets_of(teacher)), limit) for temperature in (1e2, 1e4)
+        relative(ForwardKL(temperature=temperature)(student, dense_of(teacher)), limit) for temperature in (1e2, 1e4)
     ]
     assert errors[1] < 1e-3
     assert errors[0] > 10 * errors[1]
@@ -148,7 +144,7 @@ def test_extreme_logits_are_finite(dtype, temperature, num_rows, num_classes):
     signs = torch.ones(num_rows, num_classes)
     signs[:, 1::2] = -1
     student = (1e4 * signs).to(dtype).requires_grad_()
-    loss = kd_loss(student, targets_of(-1e4 * signs), temperature=temperature)
+    loss = kd_loss(student, dense_of(-1e4 * signs), temperature=temperature)
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.isfinite(loss)
@@ -166,7 +162,7 @@ def test_a_class_that_the_teacher_masks_adds_nothing(student_masks_too):
     if student_masks_too:
         student[:, 1] = -torch.inf
     student.requires_grad_()
-    loss = ForwardKL(temperature=2.0)(student, targets_of(teacher))
+    loss = ForwardKL(temperature=2.0)(student, dense_of(teacher))
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     p, q = (torch.softmax(each.detach() / 2.0, dim=-1) for each in (teacher, student))
     assert relative(loss, definition(student.detach(), teacher, 2.0)) < 1e-10
@@ -174,21 +170,21 @@ def test_a_class_that_the_teacher_masks_adds_nothing(student_masks_too):
 
 
 def test_gradcheck():
-    student, targets = random_logits(6, 3, 4).requires_grad_(), targets_of(random_logits(7, 3, 4))
+    student, targets = random_logits(6, 3, 4).requires_grad_(), dense_of(random_logits(7, 3, 4))
     assert torch.autograd.gradcheck(ForwardKL(temperature=2.5), (student, targets))
 
 
 def test_tokens_are_rows():
     student, teacher = random_logits(8, 2, 3, 5), random_logits(9, 2, 3, 5)
-    per_token = ForwardKL(temperature=2.0)(student, targets_of(teacher))
+    per_token = ForwardKL(temperature=2.0)(student, dense_of(teacher))
     assert per_token.shape == (2, 3)
     assert relative(per_token, definition(student, teacher, 2.0)) < 1e-10
-    flat = kd_loss(student.flatten(0, 1), targets_of(teacher.flatten(0, 1)), temperature=2.0)
-    assert relative(kd_loss(student, targets_of(teacher), temperature=2.0), flat) < 1e-12
+    flat = kd_loss(student.flatten(0, 1), dense_of(teacher.flatten(0, 1)), temperature=2.0)
+    assert relative(kd_loss(student, dense_of(teacher), temperature=2.0), flat) < 1e-12
 
 
 def test_autocast_does_not_narrow_the_loss():
-    student, targets = random_logits(10, 8, 6).float(), targets_of(random_logits(11, 8, 6).float())
+    student, targets = random_logits(10, 8, 6).float(), dense_of(random_logits(11, 8, 6).float())
     plain = ForwardKL(temperature=4.0)(student, targets)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ForwardKL(temperature=4.0)(student, targets), plain)
@@ -196,7 +192,7 @@ def test_autocast_does_not_narrow_the_loss():
 
 def test_float16_targets_are_as_good_as_their_rounding():
     student, teacher = random_logits(12, 50, 10).float(), random_logits(13, 50, 10).float()
-    exact = targets_of(teacher)
+    exact = dense_of(teacher)
     narrow = DenseTargets(values=exact.values.half(), row_max=exact.row_max)
     assert relative(forward_kl(student, narrow, 2.0), forward_kl(student, exact, 2.0)) < 0.02
     assert not torch.equal(forward_kl(student, narrow, 2.0), forward_kl(student, exact, 2.0))
@@ -212,22 +208,6 @@ def test_forward_kl_is_a_distill_loss_with_a_positive_temperature():
 # Sparse targets: k + 1 buckets
 
 KINDS = pytest.mark.parametrize("kl", [forward_kl, reverse_kl])
-
-
-def sparse_of(teacher: Tensor, k: int, temperature: float) -> SparseTargets:
-    """Exact sparse targets of teacher logits `[B, ..., C]` that serve T = 1 and one other temperature."""
-    log_probs = torch.log_softmax(teacher, dim=-1)
-    ids = log_probs.topk(k, dim=-1).indices.sort(dim=-1).values
-    rest = log_probs.scatter(-1, ids, -torch.inf)
-    temperatures = (1.0, temperature)
-    tails = torch.stack([torch.logsumexp(rest / each, dim=-1) for each in temperatures], dim=-1)
-    return SparseTargets(
-        ids=ids,
-        head=log_probs.gather(-1, ids),
-        tails=tails,
-        temperatures=temperatures,
-        num_classes=teacher.shape[-1],
-    )
 
 
 def buckets(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -247,7 +227,7 @@ def bucket_definition(kl, student: Tensor, teacher: Tensor, ids: Tensor, tempera
 @given(pair=pairs(), temperature=TEMPERATURES, data=st.data())
 def test_sparse_kl_and_gradient_are_those_of_the_buckets(kl, pair, temperature, data):
     student, teacher = (each.clamp(-20, 20) for each in pair)
-    targets = sparse_of(teacher, data.draw(st.integers(1, teacher.shape[1] - 1)), temperature)
+    targets = sparse_of(teacher, data.draw(st.integers(1, teacher.shape[1] - 1)), (1.0, temperature))
     student.requires_grad_()
     ours = kl(student, targets, temperature)
     expected = bucket_definition(kl, student, teacher, targets.ids, temperature)
@@ -262,8 +242,8 @@ def test_sparse_kl_and_gradient_are_those_of_the_buckets(kl, pair, temperature, 
 def test_with_every_class_kept_sparse_is_dense(kl, pair, temperature):
     student, teacher = pair
     student.requires_grad_()
-    dense = kl(student, targets_of(teacher), temperature)
-    sparse = kl(student, sparse_of(teacher, teacher.shape[1], temperature), temperature)
+    dense = kl(student, dense_of(teacher), temperature)
+    sparse = kl(student, sparse_of(teacher, teacher.shape[1], (1.0, temperature)), temperature)
     assert relative(sparse, dense) < 1e-9
     gradients = [torch.autograd.grad(each.sum(), student)[0] for each in (sparse, dense)]
     assert relative(*gradients) < 1e-9
@@ -274,7 +254,7 @@ def test_with_every_class_kept_sparse_is_dense(kl, pair, temperature):
 def test_fewer_buckets_never_see_more(kl, pair, temperature):
     """Data processing: merging classes cannot raise a KL."""
     student, teacher = pair
-    seen = [kl(student, sparse_of(teacher, k, temperature), temperature) for k in range(1, teacher.shape[1] + 1)]
+    seen = [kl(student, sparse_of(teacher, k, (1.0, temperature)), temperature) for k in range(1, teacher.shape[1] + 1)]
     scale = 1 + seen[-1].abs()
     assert all((fewer <= full + 1e-9 * scale).all() for fewer, full in itertools.pairwise(seen))
 
@@ -283,7 +263,7 @@ def test_fewer_buckets_never_see_more(kl, pair, temperature):
 @given(pair=pairs(), temperature=TEMPERATURES, constant=st.floats(-50, 50))
 def test_sparse_loss_does_not_see_a_constant_per_row(kl, pair, temperature, constant):
     student, teacher = pair
-    targets = sparse_of(teacher, 1, temperature)
+    targets = sparse_of(teacher, 1, (1.0, temperature))
     assert relative(kl(student + constant, targets, temperature), kl(student, targets, temperature)) < 1e-9
 
 
@@ -291,7 +271,7 @@ def test_sparse_loss_does_not_see_a_constant_per_row(kl, pair, temperature, cons
 @given(pair=pairs(), temperature=TEMPERATURES, data=st.data())
 def test_an_unused_place_adds_nothing_whatever_id_it_holds(kl, pair, temperature, data):
     student, teacher = pair
-    exact = sparse_of(teacher, data.draw(st.integers(1, teacher.shape[1])), temperature)
+    exact = sparse_of(teacher, data.draw(st.integers(1, teacher.shape[1])), (1.0, temperature))
     filler = data.draw(st.integers(0, teacher.shape[1] - 1))
     padded = SparseTargets(
         ids=torch.cat([exact.ids, torch.full((len(teacher), 2), filler)], dim=-1),
@@ -319,7 +299,7 @@ def test_extreme_logits_are_finite_over_buckets(kl, dtype, temperature, num_clas
     signs[:, 1::2] = -1
     student = (1e4 * signs).to(dtype).requires_grad_()
     teacher = 1e4 * (signs if agree else -signs)
-    loss = kl(student, sparse_of(teacher, k, temperature), temperature)
+    loss = kl(student, sparse_of(teacher, k, (1.0, temperature)), temperature)
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     assert torch.isfinite(loss).all()
     assert torch.isfinite(gradient).all()
@@ -330,7 +310,7 @@ def test_extreme_logits_are_finite_over_buckets(kl, dtype, temperature, num_clas
 def test_a_student_certain_of_the_head_still_learns_from_the_tail(kl):
     """`log(1 - Q)` is -inf here and its gradient NaN."""
     student = torch.tensor([[60.0, 0.0, 1.0, 2.0]], requires_grad=True)
-    loss = kl(student, sparse_of(torch.tensor([[1.0, 0.5, 0.0, -0.5]]), 1, 2.0), 1.0)
+    loss = kl(student, sparse_of(torch.tensor([[1.0, 0.5, 0.0, -0.5]]), 1, (1.0, 2.0)), 1.0)
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     wanted = torch.autograd.grad(
         bucket_definition(
@@ -345,13 +325,13 @@ def test_a_student_certain_of_the_head_still_learns_from_the_tail(kl):
 @KINDS
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_gradcheck_over_buckets(kl, k):
-    student, targets = random_logits(6, 2, 3, 5).requires_grad_(), sparse_of(random_logits(7, 2, 3, 5), k, 2.5)
+    student, targets = random_logits(6, 2, 3, 5).requires_grad_(), sparse_of(random_logits(7, 2, 3, 5), k, (1.0, 2.5))
     assert torch.autograd.gradcheck(lambda logits: kl(logits, targets, 2.5), student)
 
 
 def test_a_student_may_mask_classes_of_the_tail():
     student = random_logits(8, 3, 6)
-    targets = sparse_of(random_logits(9, 3, 6), 2, 2.0)
+    targets = sparse_of(random_logits(9, 3, 6), 2, (1.0, 2.0))
     student[:, [each for each in range(6) if each not in targets.ids]] = -torch.inf
     student.requires_grad_()
     loss = reverse_kl(student, targets, 2.0)
@@ -362,7 +342,7 @@ def test_a_student_may_mask_classes_of_the_tail():
 
 def test_the_sparse_loss_keeps_one_buffer_of_all_classes():
     student = torch.randn(2, 4, 1000, requires_grad=True)
-    targets = sparse_of(torch.randn(2, 4, 1000), 10, 2.0)
+    targets = sparse_of(torch.randn(2, 4, 1000), 10, (1.0, 2.0))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda x: x):
         loss = ForwardKL(temperature=2.0)(student, targets)
@@ -371,7 +351,7 @@ def test_the_sparse_loss_keeps_one_buffer_of_all_classes():
 
 
 def test_autocast_does_not_narrow_the_sparse_loss():
-    student, targets = random_logits(10, 8, 6).float(), sparse_of(random_logits(11, 8, 6).float(), 2, 4.0)
+    student, targets = random_logits(10, 8, 6).float(), sparse_of(random_logits(11, 8, 6).float(), 2, (1.0, 4.0))
     plain = ForwardKL(temperature=4.0)(student, targets)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ForwardKL(temperature=4.0)(student, targets), plain)
@@ -379,22 +359,22 @@ def test_autocast_does_not_narrow_the_sparse_loss():
 
 def test_the_loss_asks_for_interpolation_only_where_told():
     student, teacher = random_logits(1, 4, 30), random_logits(2, 4, 30)
-    log_probs = torch.log_softmax(teacher, dim=-1)
-    exact = sparse_of(teacher, 5, 3.0)
-    rest = log_probs.scatter(-1, exact.ids, -torch.inf)
-    nodes = (1.0, 2.0, 4.0, 8.0)
-    targets = SparseTargets(
-        ids=exact.ids,
-        head=exact.head,
-        tails=torch.stack([torch.logsumexp(rest / each, dim=-1) for each in nodes], dim=-1),
-        temperatures=nodes,
-        num_classes=30,
-    )
+    exact, targets = (sparse_of(teacher, 5, stored) for stored in ((1.0, 3.0), (1.0, 2.0, 4.0, 8.0)))
     for loss in (ForwardKL, ReverseKL):
         with pytest.raises(ConfigError, match="temperature 3 is not stored"):
             loss(temperature=3.0)(student, targets)
         near = loss(temperature=3.0, allow_interpolation=True)(student, targets)
         assert relative(near, loss(temperature=3.0)(student, exact)) < 0.02
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl"])
+def test_ones_own_loop_may_ask_for_interpolation(loss):
+    student, teacher = random_logits(1, 4, 30), random_logits(2, 4, 30)
+    exact, targets = (sparse_of(teacher, 5, stored) for stored in ((1.0, 3.0), (1.0, 2.0, 4.0, 8.0)))
+    with pytest.raises(ConfigError, match=r"temperature 3 is not stored.*allow_interpolation"):
+        kd_loss(student, targets, temperature=3.0, loss=loss)
+    near = kd_loss(student, targets, temperature=3.0, loss=loss, allow_interpolation=True)
+    assert relative(near, kd_loss(student, exact, temperature=3.0, loss=loss)) < 0.02
 
 
 # Reverse KL
@@ -403,11 +383,11 @@ def test_the_loss_asks_for_interpolation_only_where_told():
 @given(pair=pairs(), temperature=TEMPERATURES)
 def test_reverse_kl_is_forward_kl_the_other_way_round(pair, temperature):
     student, teacher = (each.clamp(-20, 20) for each in pair)
-    expected = forward_kl(teacher, targets_of(student), temperature)
-    assert relative(reverse_kl(student, targets_of(teacher), temperature), expected) < 1e-10
+    expected = forward_kl(teacher, dense_of(student), temperature)
+    assert relative(reverse_kl(student, dense_of(teacher), temperature), expected) < 1e-10
     loss = ReverseKL(temperature=temperature)
-    assert relative(loss(student, targets_of(teacher)), temperature**2 * expected) < 1e-10
-    assert relative(loss.unscaled(loss(student, targets_of(teacher))), expected) < 1e-10
+    assert relative(loss(student, dense_of(teacher)), temperature**2 * expected) < 1e-10
+    assert relative(loss.unscaled(loss(student, dense_of(teacher))), expected) < 1e-10
 
 
 @pytest.mark.parametrize("student_masks_too", [False, True])
@@ -417,10 +397,10 @@ def test_reverse_kl_compares_on_the_classes_that_the_teacher_does_not_mask(stude
     if student_masks_too:
         student[:, 1] = -torch.inf
     student.requires_grad_()
-    loss = reverse_kl(student, targets_of(teacher), 2.0)
+    loss = reverse_kl(student, dense_of(teacher), 2.0)
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     kept = [0, 2, 3, 4]
-    assert relative(loss, reverse_kl(student[:, kept], targets_of(teacher[:, kept]), 2.0)) < 1e-12
+    assert relative(loss, reverse_kl(student[:, kept], dense_of(teacher[:, kept]), 2.0)) < 1e-12
     assert (gradient[:, 1] == 0).all()
     assert torch.isfinite(gradient).all()
 
@@ -439,7 +419,7 @@ def test_sampled_kl_with_the_exact_weights_is_the_dense_one(pair):
     p = torch.softmax(teacher, dim=-1)
     targets = sampled_of(p, torch.arange(p.shape[1]).expand_as(p), p)
     student.requires_grad_()
-    ours, dense = ForwardKL(temperature=1.0)(student, targets), forward_kl(student, targets_of(teacher))
+    ours, dense = ForwardKL(temperature=1.0)(student, targets), forward_kl(student, dense_of(teacher))
     assert relative(ours, dense) < 1e-9
     gradients = [torch.autograd.grad(each.sum(), student)[0] for each in (ours, dense)]
     assert relative(*gradients) < 1e-9
@@ -451,7 +431,7 @@ def test_the_mean_over_all_draws_is_the_dense_loss_and_gradient():
     p = torch.softmax(teacher, dim=-1)
     draws = [sampled_of(p, torch.tensor([[c, 0]]), torch.tensor([[1.0, 0.0]], dtype=p.dtype)) for c in range(6)]
     mean = sum(p[0, c] * forward_kl(student, draws[c]) for c in range(6))
-    dense = forward_kl(student, targets_of(teacher))
+    dense = forward_kl(student, dense_of(teacher))
     assert relative(mean, dense) < 1e-12
     gradients = [torch.autograd.grad(each.sum(), student)[0] for each in (mean, dense)]
     assert relative(*gradients) < 1e-12
@@ -483,9 +463,9 @@ def test_draws_serve_forward_kl_at_temperature_one_only():
 def every_kind(covered: Tensor | None) -> dict[str, Targets]:
     """Targets of six classes for logits `[2, 3, 6]`; what does not count is zero, as a store leaves it."""
     teacher = random_logits(2, 2, 3, 6)
-    p, sparse = torch.softmax(teacher, dim=-1), sparse_of(teacher, 2, 4.0)
+    p, sparse = torch.softmax(teacher, dim=-1), sparse_of(teacher, 2, (1.0, 4.0))
     used = torch.ones(2, 3, dtype=torch.bool) if covered is None else covered
-    dense = targets_of(teacher)
+    dense = dense_of(teacher)
     return {
         "dense": DenseTargets(values=dense.values * used[..., None], row_max=dense.row_max * used, covered=covered),
         "sparse": SparseTargets(
@@ -543,7 +523,7 @@ def test_features_are_no_logits():
 
 def test_an_unknown_loss_is_refused():
     with pytest.raises(ConfigError, match="'mse' is unknown; the choices are forward_kl, reverse_kl"):
-        kd_loss(torch.zeros(1, 2), targets_of(torch.zeros(1, 2)), loss="mse")
+        kd_loss(torch.zeros(1, 2), dense_of(torch.zeros(1, 2)), loss="mse")
     assert isinstance(ReverseKL(), DistillLoss)
     with pytest.raises(ConfigError, match="temperature is"):
         ReverseKL(temperature=0.0)

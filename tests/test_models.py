@@ -9,8 +9,10 @@ from torch import nn
 from kdpipe.checkpoint import num_parameters
 from kdpipe.errors import ConfigError
 from kdpipe.models.linear import Linear
+from kdpipe.models.lstm import LSTM
 from kdpipe.models.mlp import MLP
 from kdpipe.models.resnet import ResNet
+from kdpipe.models.transformer import Transformer
 
 MODELS = {
     "linear": lambda shape: Linear(shape, 7),
@@ -111,3 +113,107 @@ def test_stages_halve_the_resolution(stem_stride):
 def test_resnet_refuses_other_depths(depth):
     with pytest.raises(ConfigError, match=rf"depth is {depth}; expected 6n \+ 2: 8, 14, 20"):
         ResNet((1, 8, 8), 3, depth=depth)
+
+
+# Text
+
+TEXT_MODELS = {
+    "lstm": lambda: LSTM(30, 7, width=12, hidden=10),
+    "lstm, deep": lambda: LSTM(30, 7, width=12, hidden=10, layers=2, dropout=0.2),
+    "lstm, one way": lambda: LSTM(30, 7, width=12, hidden=10, bidirectional=False),
+    "transformer": lambda: Transformer(30, 7, max_length=16, width=12, heads=2),
+}
+EVERY_TEXT_MODEL = pytest.mark.parametrize("build", TEXT_MODELS.values(), ids=TEXT_MODELS)
+LENGTHS = torch.tensor([6, 1, 3, 4])
+
+
+def texts(lengths=LENGTHS, width=6, padding=0):
+    """Token ids `[B, T]` and their mask."""
+    ids = torch.randint(1, 30, (len(lengths), 16), generator=torch.Generator().manual_seed(0))[:, :width]
+    mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
+    return {"input_ids": torch.where(mask == 1, ids, padding), "attention_mask": mask}
+
+
+@EVERY_TEXT_MODEL
+def test_padding_changes_nothing(build):
+    model = build().eval()
+    with torch.inference_mode():
+        logits = model(**texts())
+        torch.testing.assert_close(model(**texts(width=16)), logits)
+        torch.testing.assert_close(model(**texts(padding=29)), logits)
+        alone = [model(**texts(LENGTHS[row : row + 1], int(LENGTHS[row]))) for row in (0,)]
+    torch.testing.assert_close(torch.cat(alone), logits[:1])
+    assert logits.shape == (4, 7)
+
+
+@EVERY_TEXT_MODEL
+def test_texts_do_not_meet_in_evaluation(build):
+    model, inputs = build().eval(), texts()
+    with torch.inference_mode():
+        together = model(**inputs)
+        for row, length in enumerate(LENGTHS.tolist()):
+            alone = model(**{name: each[row : row + 1, :length] for name, each in inputs.items()})
+            torch.testing.assert_close(alone, together[row : row + 1])
+
+
+@EVERY_TEXT_MODEL
+def test_every_token_counts_and_so_does_its_place(build):
+    model, inputs = build().eval(), texts()
+    with torch.inference_mode():
+        logits = model(**inputs)
+        for place in range(6):
+            other = inputs["input_ids"].clone()
+            other[0, place] = other[0, place] % 29 + 1
+            changed = (model(other, inputs["attention_mask"])[0] - logits[0]).abs().max()
+            assert changed > 1e-5, place
+        swapped = inputs["input_ids"].clone()
+        swapped[0, :2] = swapped[0, :2].flip(0)
+        assert (model(swapped, inputs["attention_mask"])[0] - logits[0]).abs().max() > 1e-5
+
+
+@EVERY_TEXT_MODEL
+def test_a_text_without_tokens_has_finite_logits_and_gradients(build):
+    model = build()
+    logits = model(**texts(torch.tensor([0, 2]), width=3))
+    nn.functional.cross_entropy(logits, torch.tensor([1, 2])).backward()
+    assert torch.isfinite(logits).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@EVERY_TEXT_MODEL
+def test_every_parameter_of_a_text_model_learns(build):
+    torch.manual_seed(0)
+    model = build()
+    nn.functional.cross_entropy(model(**texts()), torch.arange(4)).backward()
+    idle = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
+    assert not idle
+    embedding = model.embedding if isinstance(model, LSTM) else model.tokens
+    assert not embedding.weight.grad[0].any(), "padding is no token"
+
+
+def test_the_backward_direction_reads_each_row_from_its_last_token():
+    torch.manual_seed(0)
+    model, reference = LSTM(30, 7, width=12, hidden=10).eval(), nn.LSTM(12, 10, batch_first=True, bidirectional=True)
+    forward, backward = model.layers[0].directions
+    weights = {f"{name}{suffix}": each for layer, suffix in ((forward, ""), (backward, "_reverse"))
+               for name, each in layer.state_dict().items()}  # fmt: skip
+    reference.load_state_dict(weights)
+    inputs = texts()
+    embedded = model.embedding(inputs["input_ids"])
+    packed = nn.utils.rnn.pack_padded_sequence(embedded, LENGTHS, batch_first=True, enforce_sorted=False)
+    states, _ = nn.utils.rnn.pad_packed_sequence(reference(packed)[0], batch_first=True)
+    means = states.sum(dim=1) / LENGTHS.unsqueeze(1)
+    torch.testing.assert_close(model(**inputs), model.head(means))
+
+
+def test_parameter_counts_of_an_lstm():
+    one_direction = 4 * 10 * (12 + 10 + 2)
+    assert num_parameters(LSTM(30, 7, width=12, hidden=10)) == 30 * 12 + 2 * one_direction + 21 * 7
+    second_layer = 2 * 4 * 10 * (20 + 10 + 2)
+    expected = 30 * 12 + 2 * one_direction + second_layer + 21 * 7
+    assert num_parameters(LSTM(30, 7, width=12, hidden=10, layers=2)) == expected
+
+
+def test_a_transformers_width_is_divided_among_its_heads():
+    with pytest.raises(ConfigError, match="width is 10; expected a multiple of heads, 4"):
+        Transformer(30, 7, max_length=8, width=10)

@@ -9,23 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
-from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, SparseTargets
+from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets
+from toy_targets import dense_of, sparse_of
 
 LOGITS_BTC = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
 
 
-def targets_of(logits: Tensor, dtype: torch.dtype = torch.float64) -> DenseTargets:
-    row_max = logits.amax(dim=-1)
-    return DenseTargets(values=(logits - row_max.unsqueeze(-1)).to(dtype), row_max=row_max)
-
-
 def test_logits_are_those_of_the_teacher():
-    torch.testing.assert_close(targets_of(LOGITS_BTC).logits(), LOGITS_BTC, rtol=0, atol=1e-14)
+    torch.testing.assert_close(dense_of(LOGITS_BTC).logits(), LOGITS_BTC, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 10.0])
 def test_softened_and_log_probs_are_those_of_the_teacher_at_every_temperature(temperature):
-    targets = targets_of(LOGITS_BTC)
+    targets = dense_of(LOGITS_BTC)
     expected = torch.softmax(LOGITS_BTC / temperature, dim=-1)
     torch.testing.assert_close(torch.softmax(targets.softened(temperature), dim=-1), expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(targets.log_probs(temperature).exp(), expected, rtol=0, atol=1e-14)
@@ -34,7 +30,7 @@ def test_softened_and_log_probs_are_those_of_the_teacher_at_every_temperature(te
 def test_a_masked_class_has_no_probability():
     logits = LOGITS_BTC.clone()
     logits[..., 2] = -torch.inf
-    targets = targets_of(logits)
+    targets = dense_of(logits)
     assert (targets.log_probs(4.0).exp()[..., 2] == 0).all()
     assert torch.equal(targets.logits()[..., 2], logits[..., 2])
     kept = [0, 1, 3, 4]
@@ -47,7 +43,7 @@ def test_a_masked_class_has_no_probability():
     [(torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
 )
 def test_computes_in_float32_or_wider(stored, wide):
-    targets = targets_of(LOGITS_BTC, stored)
+    targets = dense_of(LOGITS_BTC, dtype=stored)
     assert targets.values.dtype == stored
     assert targets.softened(4.0).dtype == targets.log_probs(4.0).dtype == wide
     exact = torch.log_softmax(targets.values.double() / 3.0, dim=-1)
@@ -56,32 +52,17 @@ def test_computes_in_float32_or_wider(stored, wide):
 
 @pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([2, 0, 2])])
 def test_rows_keep_values_and_maximum_together(rows):
-    part = targets_of(LOGITS_BTC)[rows]
+    part = dense_of(LOGITS_BTC)[rows]
     torch.testing.assert_close(part.logits(), LOGITS_BTC[rows], rtol=0, atol=1e-14)
     assert part.row_max.shape == (len(LOGITS_BTC[rows]), 2)
 
 
 def test_num_classes_and_device():
-    targets = targets_of(LOGITS_BTC)
+    targets = dense_of(LOGITS_BTC)
     assert targets.num_classes == 5
     moved = targets.to(torch.device("meta"))
     assert moved.values.device.type == moved.row_max.device.type == "meta"
     assert torch.equal(targets.to(torch.device("cpu")).logits(), targets.logits())
-
-
-def sparse_of(log_probs: Tensor, k: int, temperatures: tuple[float, ...]) -> SparseTargets:
-    """Exact sparse targets of log-probs `[B, ..., C]`."""
-    ids = log_probs.topk(k, dim=-1).indices.sort(dim=-1).values
-    kept = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, ids, True)
-    rest = log_probs.masked_fill(kept, -torch.inf)
-    tails = torch.stack([torch.logsumexp(rest / each, dim=-1) for each in temperatures], dim=-1)
-    return SparseTargets(
-        ids=ids,
-        head=log_probs.gather(-1, ids),
-        tails=tails,
-        temperatures=temperatures,
-        num_classes=log_probs.shape[-1],
-    )
 
 
 def buckets_of(log_probs: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -155,6 +136,21 @@ def test_interpolation_is_within_its_bound(seed, scale, k, nodes, share, num_mas
     assert (error <= (upper - lower) / 4 + 1e-9).all()
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, -2.0, math.inf, math.nan])
+@pytest.mark.parametrize("allow_interpolation", [False, True])
+def test_a_temperature_that_means_nothing_is_refused(temperature, allow_interpolation):
+    for targets in (dense_of(LOGITS_BTC), sparse_of(LOG_PROBS_BTC, 7, (1.0, 2.0, 4.0))):
+        for ask in (targets.softened, targets.log_probs):
+            with pytest.raises(ConfigError, match="expected a number above 0"):
+                ask(temperature, allow_interpolation)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9, 4.1])
+def test_there_is_no_bound_outside_the_stored_temperatures(temperature):
+    with pytest.raises(ConfigError, match=r"cannot be interpolated from 1, 2, 4; expected three or more"):
+        sparse_of(LOG_PROBS_BTC, 7, (1.0, 2.0, 4.0)).tail_bounds(temperature)
+
+
 def test_the_bound_shrinks_with_more_nodes():
     gaps = []
     for temperatures in ((1.0, 4.0, 8.0), (1.0, 2.0, 4.0, 8.0), (1.0, 2.0, 3.0, 4.0, 8.0)):
@@ -172,7 +168,7 @@ def test_interpolation_meets_the_stored_temperatures():
 
 
 def test_dense_targets_need_no_interpolation():
-    targets = targets_of(LOGITS_BTC)
+    targets = dense_of(LOGITS_BTC)
     assert torch.equal(targets.log_probs(3.3, allow_interpolation=True), targets.log_probs(3.3))
 
 
@@ -217,5 +213,5 @@ def test_rows_and_devices_take_every_tensor_along(targets):
 def test_masked_classes_are_named():
     logits = LOGITS_BTC.clone()
     logits[..., 2] = -torch.inf
-    assert torch.equal(targets_of(logits).masked, torch.isneginf(logits))
-    assert targets_of(logits, torch.float16).masked.sum() == logits.shape[0] * logits.shape[1]
+    assert torch.equal(dense_of(logits).masked, torch.isneginf(logits))
+    assert dense_of(logits, dtype=torch.float16).masked.sum() == logits.shape[0] * logits.shape[1]

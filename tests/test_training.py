@@ -450,6 +450,7 @@ def test_two_ranks_train_the_model_of_one(data, tmp_path):
 
 def test_refuses_peers_that_accelerate_does_not_know(rows, monkeypatch):
     trained(rows, PLAN)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match=r"there are 2 processes .* Accelerate was set up for 1"):
         trained(rows, PLAN)

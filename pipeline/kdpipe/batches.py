@@ -1,11 +1,11 @@
 """Batches of rows for training: inputs, labels and targets in step, in an order that depends on (seed, epoch) only.
 
-Shapes: N rows, B batch.
+Shapes: N rows, B batch, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdpipe.data.prepared import PreparedInputs
+from kdpipe.data.columns import Columns
+from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
 from kdpipe.errors import ConfigError
+from kdpipe.inputs import Inputs, changed, tensors_of
 from kdpipe.order import BatchOrder, Group, Shuffle
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import Targets
@@ -43,10 +45,13 @@ class TargetReader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Some rows: their numbers, model input `[B, …]`, labels `[B]` (-1: none) and targets by teacher and output."""
+    """Some rows: their numbers, model inputs `[B, …]`, labels and targets by teacher and output.
+
+    Labels are `[B]`, or `[B, T]` of tokens; -1: there is none.
+    """
 
     rows: NDArray[np.int64]
-    inputs: Tensor
+    inputs: Inputs
     labels: Tensor
     targets: Mapping[str, TargetsByOutput] = field(default_factory=dict)
 
@@ -58,7 +63,8 @@ class Batch:
         targets = {
             teacher: {name: each[rows] for name, each in outputs.items()} for teacher, outputs in self.targets.items()
         }
-        return Batch(rows=self.rows[rows], inputs=self.inputs[rows], labels=self.labels[rows], targets=targets)
+        inputs = changed(self.inputs, lambda each: each[rows])
+        return Batch(rows=self.rows[rows], inputs=inputs, labels=self.labels[rows], targets=targets)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -66,15 +72,16 @@ class Batch:
             teacher: {name: each.to(device) for name, each in outputs.items()}
             for teacher, outputs in self.targets.items()
         }
-        inputs, labels = self.inputs.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(rows=self.rows, inputs=inputs, labels=labels, targets=targets)
+        inputs = changed(self.inputs, lambda each: each.to(device, non_blocking=True))
+        return Batch(rows=self.rows, inputs=inputs, labels=self.labels.to(device, non_blocking=True), targets=targets)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """What a model learns from: which rows, as what input, with which labels and targets.
 
-    `labels [len(inputs)]` by row number, -1 where the model must not know it.
+    `labels [len(inputs)]` by row number, -1 where the model must not know it. Where `token_labels` is given, it makes
+    the labels `[B, T]` of rows that the model may know.
     """
 
     inputs: PreparedInputs
@@ -83,6 +90,7 @@ class Rows:
     labels: NDArray[np.int64]
     targets: Mapping[str, TargetReader] = field(default_factory=dict)
     views: ViewSpec = field(default_factory=ViewSpec)
+    token_labels: Callable[[Columns], NDArray[np.int64]] | None = None
 
     def batch(self, rows: NDArray[np.int64], view: int = 0) -> Batch:
         """The given rows as a batch."""
@@ -92,9 +100,16 @@ class Rows:
         return Batch(
             rows=rows,
             inputs=self.preprocess(columns),
-            labels=torch.from_numpy(self.labels[rows]),
+            labels=torch.from_numpy(self.labels_of(rows, columns)),
             targets={teacher: reader.read(rows, view) for teacher, reader in self.targets.items()},
         )
+
+    def labels_of(self, rows: NDArray[np.int64], columns: Columns) -> NDArray[np.int64]:
+        """Labels of the given rows `[B]`, or of their tokens `[B, T]`; `columns` is what the rows hold."""
+        labels = self.labels[rows]
+        if self.token_labels is None:
+            return labels
+        return np.where(labels[:, np.newaxis] == MISSING_LABEL, MISSING_LABEL, self.token_labels(columns))
 
 
 class BatchStream:
@@ -156,7 +171,7 @@ class BatchStream:
     def _stream(self, first: int, last: int) -> Iterator[Batch]:
         if self._ram_budget_bytes:
             width = sum(reader.row_bytes for reader in self._rows.targets.values())
-            self._order.shuffle.check_budget(width, self._order.batch_size, self._ram_budget_bytes)
+            self._order.check_budget(width, self._ram_budget_bytes)
         without_targets = replace(self._rows, targets={})
         loader: DataLoader[Batch] = DataLoader(
             _BatchesOf(without_targets),
@@ -213,7 +228,8 @@ class _ReadyRows:
             teacher: {name: each[position] for name, each in outputs.items()}
             for teacher, outputs in ready.targets.items()
         }
-        return Batch(rows=rows, inputs=ready.inputs[position], labels=ready.labels[position], targets=targets)
+        inputs = changed(ready.inputs, lambda each: each[position])
+        return Batch(rows=rows, inputs=inputs, labels=ready.labels[position], targets=targets)
 
 
 def shuffle_of(readers: Iterable[TargetReader]) -> Shuffle:
@@ -222,7 +238,7 @@ def shuffle_of(readers: Iterable[TargetReader]) -> Shuffle:
 
 
 def _num_bytes(batch: Batch) -> int:
-    tensors = [batch.inputs, batch.labels]
+    tensors = [*tensors_of(batch.inputs), batch.labels]
     parts = [part for outputs in batch.targets.values() for each in outputs.values() for part in vars(each).values()]
     return sum(each.nbytes for each in [*tensors, *parts] if isinstance(each, Tensor))
 

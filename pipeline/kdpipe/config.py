@@ -1,4 +1,7 @@
-"""From text to objects: YAML files, and factories (`module:Name` plus keyword arguments) that a run chooses."""
+"""From text to objects: YAML files, and factories (`module:Name` plus keyword arguments) that a run chooses.
+
+Values are taken as JSON would say them, strictly: 3 may stand for 3.0, but "3", true and 3.0 are no whole numbers.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
+import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BeforeValidator, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from kdpipe.errors import ConfigError
+from kdpipe.errors import ConfigError, KdpipeError
 from kdpipe.fingerprint import digest, digest_file
 
 T = TypeVar("T")
@@ -51,10 +56,23 @@ FactoryField = Annotated[Factory, BeforeValidator(_parse_factory)]
 """A params.yaml field `{factory: "module:Name", argument: value, …}`."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values only; 1e-3 is a number and 2024-01-31 a text, as in YAML 1.2 (and in DVC), unlike PyYAML's 1.1."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def load_yaml(path: Path) -> Any:
     """Content of a YAML file. Raises `ConfigError` when it is absent, unreadable or no YAML."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(
             f"no {path}: expected the run's parameters there. `kdpipe demo DIR` writes an example."
@@ -68,7 +86,7 @@ def load_yaml(path: Path) -> Any:
 def parse(cls: type[T], value: Any, where: str) -> T:
     """`value` as the pydantic dataclass `cls`. Raises `ConfigError` naming each wrong key and the choices."""
     try:
-        return TypeAdapter(cls).validate_python(value)
+        return TypeAdapter(cls).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         lines = [_explain(cls, problem) for problem in error.errors(include_url=False)]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
@@ -78,12 +96,36 @@ def _explain(cls: Any, problem: Any) -> str:
     location = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
     if problem["type"] == "unexpected_keyword_argument":
         choices = _keys_at(cls, problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(problem["loc"][-1], choices)
         return f"{location}: unknown key (the keys here are {', '.join(choices)}){hint}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{location}: missing"
-    return f"{location}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r})"
+    return f"{location}: {_expected(problem)}".removeprefix(": ")
+
+
+_KINDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "dataclass_type": "a mapping",
+}
+
+
+def _expected(problem: Any) -> str:
+    """What a value had to be, and what it is, in the words of YAML."""
+    kind, found = _KINDS.get(problem["type"]), json.dumps(problem["input"], ensure_ascii=False, default=str)
+    message = f"expected {kind}" if kind else problem["msg"].removeprefix("Value error, ")
+    return f"{message} (found {found})"
+
+
+def did_you_mean(key: str, choices: Iterable[str]) -> str:
+    """The end of a message about an unknown key: the nearest one that exists, or nothing."""
+    close = difflib.get_close_matches(str(key), list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _keys_at(cls: Any, location: tuple[Any, ...]) -> list[str]:
@@ -165,21 +207,28 @@ def _load_file(path: Path, where: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Bound:
-    """A factory whose arguments fit: `make()` calls it."""
+    """A factory whose arguments fit: `make()` calls it. `name` is its key in params.yaml and its path."""
 
+    name: str
     target: Callable[..., Any]
     arguments: Mapping[str, Any]
 
     def make(self) -> Any:
-        """Call the factory."""
-        return self.target(**self.arguments)
+        """Call the factory. Raises `ConfigError` where it fails."""
+        try:
+            return self.target(**self.arguments)
+        except KdpipeError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{self.name} fails: {type(error).__name__}: {error}") from error
 
 
-def bind(factory: Factory, root: Path, where: str, **offered: Any) -> Bound:
+def bind(factory: Factory, root: Path, where: str, beside: Sequence[str] = (), /, **offered: Any) -> Bound:
     """Check a factory's arguments against its signature, without calling it.
 
     `offered` are values that the pipeline knows (class count, input shape): passed when the signature names them and
-    params.yaml does not. Raises `ConfigError` for unknown, missing or wrongly typed arguments.
+    params.yaml does not. `beside` are keys that may stand beside the arguments. Arguments annotated `Path` are files
+    and folders relative to `root`. Raises `ConfigError` for unknown, missing or wrongly typed arguments.
     """
     target = resolve(factory.path, root, where)
     signature = inspect.signature(target)
@@ -191,29 +240,46 @@ def bind(factory: Factory, root: Path, where: str, **offered: Any) -> Bound:
     if unknown:
         raise ConfigError(
             f"{where}.{unknown[0]}: {factory.path} does not take it; it takes {', '.join(names) or 'nothing'}"
+            f"{did_you_mean(unknown[0], [*names, *beside])}"
         )
     missing = [name for name in names if name not in arguments and accepts[name].default is inspect.Parameter.empty]
     if missing:
         raise ConfigError(f"{where}.{missing[0]}: missing; {factory.path} needs it")
-    checked = {key: _checked(target, key, value, where) for key, value in factory.arguments.items()}
-    return Bound(target, arguments | checked)
+    checked = {key: _below(root, _checked(target, key, value, where)) for key, value in factory.arguments.items()}
+    return Bound(f"{where}: {factory.path}", target, arguments | checked)
+
+
+def _below(root: Path, value: Any) -> Any:
+    return root / value if isinstance(value, Path) else value
 
 
 def _checked(target: Callable[..., Any], name: str, value: Any, where: str) -> Any:
     """`value` validated against the annotation of a factory's argument, where it has one that can be validated."""
     function = target.__init__ if inspect.isclass(target) else target
     try:
-        hint = typing.get_type_hints(function).get(name)
-        adapter = TypeAdapter(hint) if hint is not None else None
+        hint = typing.get_type_hints(function, include_extras=True).get(name)
+        adapter, text = TypeAdapter(hint) if hint is not None else None, json.dumps(value)
     except (NameError, TypeError, PydanticSchemaGenerationError):
         return value
     if adapter is None:
         return value
     try:
-        return adapter.validate_python(value)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise ConfigError(f"{where}.{name}: {problem['msg']} (found {value!r})") from None
+        place = "".join(f".{part}" for part in problem["loc"] if isinstance(part, int))
+        expected = f"missing (found {text})" if problem["type"] == "missing" else _expected(problem)
+        raise ConfigError(f"{where}.{name}{place}: {expected}") from None
+
+
+def package(name: str, extra: str) -> ModuleType:
+    """A package that only some runs need. Raises `ConfigError` naming the extra of kdpipe that brings it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, name.partition(".")[0]):
+            raise
+        raise ConfigError(f"this needs the package {name}: pip install 'kdpipe[{extra}]'") from None
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kdpipe.errors import TrainingError
+from kdpipe.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -37,13 +37,24 @@ def shards_of(num_rows: int, shard_rows: int) -> list[Shard]:
 
 
 def rank() -> int:
-    """This process's number under torchrun; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's number under torchrun; 0 without it. Raises `ConfigError` for half of torchrun's variables."""
+    return _place()[0]
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun started; 1 without it. Raises `ConfigError` for half of torchrun's variables."""
+    return _place()[1]
+
+
+def _place() -> tuple[int, int]:
+    """Rank and world size: torchrun sets both variables."""
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    if not any(found.values()):
+        return 0, 1
+    if not all(value.isdecimal() for value in found.values()):
+        said = ", ".join(f"{name} is {value!r}" if value else f"{name} is not set" for name, value in found.items())
+        raise ConfigError(f"{said}; torchrun sets both, to numbers. Unset them, or use torchrun")
+    return int(found["RANK"]), int(found["WORLD_SIZE"])
 
 
 @contextmanager

@@ -21,21 +21,29 @@ _GLANCE_S = 0.2
 """Longer than `is_held` keeps a lock."""
 
 
-def write_bytes(path: Path, content: bytes | bytearray | memoryview) -> None:
-    """Write a file so that `path` holds all of `content` or what it held before, even after a power cut.
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file for `path`, which holds all that the block writes, or what it held before, even after a power cut.
 
-    Returns once file and folder are on disk. Raises `OSError` (disk full, read-only); no temporary file is left then.
+    File and folder are on disk after the block. Raises `OSError` (disk full, read-only); no temporary file is left
+    when the block or the disk fails.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             fsync_file(file)
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes | bytearray | memoryview) -> None:
+    """Write a file whole: see `writing`."""
+    with writing(path) as file:
+        file.write(content)
 
 
 def write_text(path: Path, content: str) -> None:

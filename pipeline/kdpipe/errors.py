@@ -2,6 +2,7 @@
 
     KdpipeError
     ├── ConfigError            (ValueError)         params.yaml, a factory, a loss that does not fit
+    │   └── UsageError                              a command's options
     ├── DataError              (ValueError)         a source, prepared rows, labels, splits
     ├── TeacherError           (ValueError)         a teacher's weights or outputs
     ├── TrainingError          (RuntimeError)       a training that cannot go on
@@ -24,6 +25,10 @@ class KdpipeError(Exception):
 
 class ConfigError(KdpipeError, ValueError):
     """params.yaml, a factory or a combination of settings is wrong."""
+
+
+class UsageError(ConfigError):
+    """An option of a command has no such value, or does not go with another one."""
 
 
 class DataError(KdpipeError, ValueError):

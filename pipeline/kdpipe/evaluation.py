@@ -1,103 +1,71 @@
 """What is measured, always beside each other: accuracy, agreement with the teacher, KL, entropy, calibration.
 
-Shapes: N rows, C classes. All at T = 1, in nats.
+Shapes: N positions (rows, or tokens that count), C classes. All at T = 1, in nats.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
-from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
-from kdpipe.losses import forward_kl
-from kdpipe.preprocess import Preprocess
-from kdpipe.targets import Targets
+from kdpipe.answers import Answers, Distance
+from kdpipe.errors import ConfigError
 
 CALIBRATION_BINS = 15
-PREDICT_ROWS = 1024
+KEPT_CLASSES = 100
+"""For the AUC the probabilities of every class are kept; of more classes than these they are not."""
 
 
-@torch.inference_mode()
-def predict(model: nn.Module, inputs: PreparedInputs, rows: NDArray[np.int64], preprocess: Preprocess) -> Tensor:
-    """Logits `[N, C]` of prepared rows, in the given order, on the CPU in float32."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.eval().to(device)
-    blocks = [rows[start : start + PREDICT_ROWS] for start in range(0, len(rows), PREDICT_ROWS)]
-    return torch.cat([model(preprocess(inputs.read(block)).to(device)).float().cpu() for block in blocks])
+def keeps_probabilities(names: Sequence[str], num_classes: int) -> bool:
+    """Whether metrics need the probability of every class, and there are few enough of them."""
+    return "auc" in names and num_classes <= KEPT_CLASSES
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What a model says about rows at T = 1: its class `[N]`, the class's probability, and the entropy in nats.
+def check_metrics(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a metric that does not exist."""
+    for name in names:
+        if name not in METRICS:
+            raise ConfigError(f"the task names the metric {name!r}; there are {', '.join(METRICS)}")
 
-    `spoken [N]` is False where it abstained.
+
+def answer_metrics(answers: Answers, names: Sequence[str] = ()) -> dict[str, float]:
+    """Accuracy, calibration and those of `METRICS` on labelled positions, entropy on all; NaN where there are none.
+
+    A metric that cannot be known from what is stored of a teacher is left out.
     """
-
-    top1: NDArray[np.int64]
-    confidence: NDArray[np.float64]
-    entropy: NDArray[np.float64]
-    spoken: NDArray[np.bool_]
-
-    @classmethod
-    def of_logits(cls, logits: Tensor) -> Answers:
-        """Answers of logits `[N, C]`."""
-        log_probs = torch.log_softmax(logits.double(), dim=-1)
-        confidence, top1 = log_probs.exp().max(dim=-1)
-        entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
-        spoken = np.ones(len(logits), np.bool_)
-        return cls(top1=top1.numpy(), confidence=confidence.numpy(), entropy=entropy.numpy(), spoken=spoken)
-
-    @classmethod
-    def of_statistics(cls, statistics: Mapping[str, NDArray[np.float32]], covered: Tensor | None) -> Answers:
-        """A teacher's answers, as its store keeps them whatever the encoding."""
-        spoken = np.ones(len(statistics["top1"]), np.bool_) if covered is None else covered.numpy()
-        confidence, entropy = (statistics[name].astype(np.float64) for name in ("confidence", "entropy"))
-        return cls(top1=statistics["top1"].astype(np.int64), confidence=confidence, entropy=entropy, spoken=spoken)
-
-    def correct(self, labels: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Confidence, and whether the class is right, of the rows that are labelled and spoken about."""
-        known = (labels != MISSING_LABEL) & self.spoken
-        return self.confidence[known], self.top1[known] == labels[known]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Said:
-    """A teacher's answers, and the targets that a student is compared with, for the same rows."""
-
-    answers: Answers
-    targets: Targets
-
-
-def answer_metrics(answers: Answers, labels: NDArray[np.int64]) -> dict[str, float]:
-    """Accuracy and calibration on labelled rows, entropy on all; NaN where there are none."""
-    confidence, correct = answers.correct(labels)
-    return {
-        "accuracy": float(correct.mean()) if len(correct) else math.nan,
-        "ece": expected_calibration_error(confidence, correct),
-        "entropy": float(answers.entropy[answers.spoken].mean()) if answers.spoken.any() else math.nan,
+    labelled = answers.labelled()
+    correct = labelled.top1 == labelled.labels
+    result = {
+        "accuracy": _mean(correct),
+        "ece": expected_calibration_error(labelled.confidence, correct),
+        "entropy": _mean(answers.entropy[answers.spoken]),
     }
+    further = {name: METRICS[name](labelled) for name in names}
+    return result | {name: value for name, value in further.items() if value is not None}
 
 
-def classification_metrics(logits: Tensor, labels: NDArray[np.int64], teachers: Mapping[str, Said]) -> dict[str, float]:
-    """Accuracy and calibration on labelled rows; agreement with, and KL to, each teacher on the rows it speaks about.
+def distance_metrics(
+    answers: Answers, teachers: Mapping[str, Answers], distances: Mapping[str, Distance]
+) -> dict[str, float]:
+    """Agreement with, and KL to and from, each teacher at the positions it speaks about.
 
-    `agreement` and `kl_to_teacher` are about the first teacher; those of further ones end in the teacher's name.
+    `agreement`, `kl_to_teacher` (teacher || model) and `reverse_kl_to_teacher` (model || teacher) are about the first
+    teacher; those of further ones end in the teacher's name.
     """
-    answers = Answers.of_logits(logits)
-    result = answer_metrics(answers, labels)
+    result = {}
     for index, (name, said) in enumerate(teachers.items()):
         suffix = f"_{name}" if index else ""
-        spoken = said.answers.spoken
-        same = answers.top1 == said.answers.top1
-        kl = forward_kl(logits.double(), said.targets).numpy()
-        result[f"agreement{suffix}"] = float(same[spoken].mean()) if spoken.any() else math.nan
-        result[f"kl_to_teacher{suffix}"] = max(0.0, float(kl[spoken].mean())) if spoken.any() else math.nan
+        distance = distances[name]
+        result[f"agreement{suffix}"] = _mean((answers.top1 == said.top1)[said.spoken])
+        for key, values in (("kl_to_teacher", distance.kl), ("reverse_kl_to_teacher", distance.reverse_kl)):
+            if values is not None:
+                result[f"{key}{suffix}"] = float(np.maximum(0.0, _mean(values[said.spoken])))
     return result
 
 
@@ -155,3 +123,60 @@ def paired_gain(ours: Sequence[float], theirs: Sequence[float]) -> Gain:
     low, high = mean - half, mean + half
     verdict = "BEATS" if low > 0 else "WORSE" if high < 0 else "NO DIFFERENCE"
     return Gain(mean=mean, low=low, high=high, verdict=verdict)
+
+
+def _macro_f1(labelled: Answers) -> float:
+    """Mean F1 of the classes that are labels or answers, as scikit-learn has it."""
+    if not len(labelled.labels):
+        return math.nan
+    return float(f1_score(labelled.labels, labelled.top1, average="macro", zero_division=0.0))
+
+
+def _balanced_accuracy(labelled: Answers) -> float:
+    """Mean recall of the classes that are labels (Brodersen et al. 2010)."""
+    if not len(labelled.labels):
+        return math.nan
+    present = np.unique(labelled.labels)
+    return float(recall_score(labelled.labels, labelled.top1, labels=present, average="macro", zero_division=0.0))
+
+
+def _auc(labelled: Answers) -> float | None:
+    """Area under the ROC curve of class 1; of more than two classes the mean of each against the rest.
+
+    NaN where a class is no row's label.
+    """
+    if labelled.probabilities is None:
+        return None
+    num_classes = labelled.probabilities.shape[-1]
+    if len(np.unique(labelled.labels)) < num_classes:
+        return math.nan
+    if num_classes == 2:
+        return float(roc_auc_score(labelled.labels, labelled.probabilities[:, 1]))
+    return float(roc_auc_score(labelled.labels, labelled.probabilities, multi_class="ovr", average="macro"))
+
+
+def _label_nll(labelled: Answers) -> float | None:
+    """Mean negative log-likelihood of the labels."""
+    return None if labelled.nll is None else _mean(labelled.nll)
+
+
+def _perplexity(labelled: Answers) -> float | None:
+    """The exponential of the mean negative log-likelihood per token."""
+    nll = _label_nll(labelled)
+    with np.errstate(over="ignore"):
+        return None if nll is None else float(np.exp(nll))
+
+
+METRICS: Mapping[str, Callable[[Answers], float | None]] = {
+    "macro_f1": _macro_f1,
+    "balanced_accuracy": _balanced_accuracy,
+    "auc": _auc,
+    "nll": _label_nll,
+    "perplexity": _perplexity,
+}
+"""What a task may name in `metrics`, of labelled positions; None where it cannot be known."""
+
+
+def _mean(values: NDArray[Any]) -> float:
+    """NaN of nothing."""
+    return float(values.mean()) if len(values) else math.nan

@@ -21,6 +21,8 @@ from kdpipe import __version__
 RECORDED_ELSEWHERE = frozenset({"numpy", "torch"})
 """Packages whose version may change last bits only: a store records it, the fingerprint does not cover it."""
 
+_LONG = 4096
+
 
 def canonical_json(value: Any) -> str:
     """One text per value: sorted keys, no spaces. Raises `TypeError` for what JSON cannot hold."""
@@ -36,6 +38,24 @@ def digest_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_path(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, or of the names and bytes of a folder's files; hidden ones do not count."""
+    if path.is_file():
+        return digest_file(path)
+    names = sorted(
+        each.relative_to(path).as_posix()
+        for each in path.rglob("*")
+        if each.is_file() and not any(part.startswith(".") for part in each.relative_to(path).parts)
+    )
+    return digest({name: digest_file(path / name) for name in names})
+
+
+def brief(state: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values, each longer than 4,096 characters (a vocabulary, say) as its digest."""
+    is_long = {key: len(canonical_json(value)) > _LONG for key, value in state.items()}
+    return {key: f"sha256:{digest(value)}" if is_long[key] else value for key, value in state.items()}
 
 
 def uniform_by_id(sample_ids: Sequence[str], seed: int, purpose: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdpipe.errors import ConfigError
-from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, SparseTargets, Targets
+from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, SparseTargets, Targets, check_temperature
 
 
 @runtime_checkable
@@ -60,7 +60,7 @@ class ForwardKL:
 
     def __post_init__(self) -> None:
         """Refuse a temperature that means nothing."""
-        _check_temperature(self.temperature)
+        check_temperature(self.temperature)
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`."""
@@ -85,7 +85,7 @@ class ReverseKL:
 
     def __post_init__(self) -> None:
         """Refuse a temperature that means nothing."""
-        _check_temperature(self.temperature)
+        check_temperature(self.temperature)
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`."""
@@ -128,26 +128,28 @@ def reverse_kl(logits: Tensor, targets: Targets, temperature: float = 1.0, allow
     return (log_q.exp() * difference).sum(dim=-1)
 
 
-def kd_loss(logits: Tensor, targets: Targets, *, temperature: float = 4.0, loss: str = "forward_kl") -> Tensor:
+def kd_loss(
+    logits: Tensor,
+    targets: Targets,
+    *,
+    temperature: float = 4.0,
+    loss: str = "forward_kl",
+    allow_interpolation: bool = False,
+) -> Tensor:
     """Distillation loss for your own loop: the mean over covered rows (or tokens) of `T^2 KL`, a scalar; 0 if none is.
 
     Student logits `[B, ..., C]`; targets from `store.targets(sample_ids)`; `loss` is "forward_kl" (Hinton's) or
-    "reverse_kl".
+    "reverse_kl"; `allow_interpolation` between the temperatures of sparse targets, see `SparseTargets.tail_bounds`.
     """
     if loss not in _LOSSES:
         raise ConfigError(f"loss {loss!r} is unknown; the choices are {', '.join(_LOSSES)}")
-    values = _LOSSES[loss](temperature=temperature)(logits, targets)
+    values = _LOSSES[loss](temperature=temperature, allow_interpolation=allow_interpolation)(logits, targets)
     if targets.covered is None:
         return values.sum() / max(1, values.numel())
     return torch.where(targets.covered, values, 0.0).sum() / targets.covered.sum().clamp(min=1)
 
 
 _LOSSES: Mapping[str, type[ForwardKL] | type[ReverseKL]] = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
-
-
-def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ConfigError(f"temperature is {temperature}; expected a number above 0")
 
 
 def _student_softened(logits: Tensor, targets: Targets, temperature: float) -> Tensor:

@@ -21,6 +21,22 @@ BLOCK_BYTES = 2 * 2**20
 POOL_BLOCKS = 16
 
 
+def batches_within(lengths: NDArray[np.int64], num_rows: int, num_tokens: int) -> list[NDArray[np.int64]]:
+    """Positions `[B]` of rows of these lengths `[N]` in batches that are as long as their longest row each.
+
+    Shorter rows come first, so that rows of a batch are about as long; ties in the given order. A batch has at most
+    `num_rows` rows and `num_tokens` tokens with its padding, but at least one row.
+    """
+    order = np.argsort(lengths, kind="stable")
+    batches, start = [], 0
+    for stop in range(1, len(order) + 1):
+        is_full = stop - start == num_rows or stop == len(order)
+        if is_full or (stop - start + 1) * lengths[order[stop]] > num_tokens:
+            batches.append(order[start:stop])
+            start = stop
+    return batches
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shuffle:
     """How far rows move: `block_rows` stay neighbours on disk, `pool_blocks` blocks are mixed with each other."""
@@ -38,18 +54,6 @@ class Shuffle:
     def pool_rows(self) -> int:
         """Rows that are mixed with each other."""
         return self.block_rows * self.pool_blocks
-
-    def check_budget(self, row_bytes: int, batch_size: int, ram_budget_bytes: int) -> None:
-        """Raise `ConfigError` for a budget that the pools do not fit in: one is learnt from while the next is read.
-
-        Each may take its room twice, while somebody still holds batches of the one before.
-        """
-        needed = 2 * 2 * max(self.pool_rows, batch_size) * row_bytes
-        if needed > ram_budget_bytes:
-            raise ConfigError(
-                f"the RAM budget is {ram_budget_bytes:,} bytes; reading rows of {row_bytes:,} bytes ahead needs up to "
-                f"{needed:,}. Raise it."
-            )
 
     def pools(self, rows: Rows, seed: int, epoch: int) -> Iterator[Rows]:
         """A permutation of `rows`, pool by pool."""
@@ -104,6 +108,18 @@ class BatchOrder:
     def steps_per_epoch(self) -> int:
         """Batches per epoch."""
         return -(-len(self.rows) // self.batch_size)
+
+    def check_budget(self, row_bytes: int, ram_budget_bytes: int) -> None:
+        """Raise `ConfigError` for a budget that the pools do not fit in: one is learnt from while the next is read.
+
+        Each may take its room twice, while somebody still holds batches of the one before.
+        """
+        needed = 2 * 2 * min(max(self.shuffle.pool_rows, self.batch_size), len(self.rows)) * row_bytes
+        if needed > ram_budget_bytes:
+            raise ConfigError(
+                f"the RAM budget is {ram_budget_bytes:,} bytes; reading rows of {row_bytes:,} bytes ahead needs up to "
+                f"{needed:,}. Raise it."
+            )
 
     def groups(self, first: int, last: int) -> Iterator[Group]:
         """Batches of steps `[first, last)`, in groups of about a pool; a group ends with its last full batch."""

@@ -26,6 +26,12 @@ class OutputSpec:
     kind: Literal["logits", "features"] = "logits"
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise `ConfigError` for a temperature that means nothing."""
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature}; expected a number above 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DenseTargets:
     """Teacher logits of every class: `z - max` as `values [B, ..., C]`, the row's maximum as `row_max [B, ...]`.
@@ -53,9 +59,11 @@ class DenseTargets:
         return self._wide() + self.row_max.unsqueeze(-1)
 
     def softened(self, temperature: float, allow_interpolation: bool = False) -> Tensor:
-        """Softened logits `z / T [B, ..., C]`, up to a constant per row; exact, nothing is ever interpolated."""
-        if not 0 < temperature < math.inf:
-            raise ConfigError(f"temperature is {temperature}; expected a number above 0")
+        """Softened logits `z / T [B, ..., C]`, up to a constant per row; exact, nothing is ever interpolated.
+
+        Raises `ConfigError` for a temperature that is no number above 0.
+        """
+        check_temperature(temperature)
         return self._wide() / temperature
 
     def log_probs(self, temperature: float = 1.0, allow_interpolation: bool = False) -> Tensor:
@@ -91,8 +99,10 @@ class SparseTargets:
     def softened(self, temperature: float, allow_interpolation: bool = False) -> Tensor:
         """Softened logits of K + 1 buckets, the tail last: `[B, ..., K + 1]`, up to a constant per row.
 
-        Raises `ConfigError` for a temperature that is not stored, unless `allow_interpolation`: see `tail_bounds`.
+        Raises `ConfigError` for a temperature that is no number above 0, and for one that is not stored, unless
+        `allow_interpolation`: see `tail_bounds`.
         """
+        check_temperature(temperature)
         tail = self._tail(temperature, allow_interpolation)
         return torch.cat([self.head / temperature, tail.unsqueeze(-1)], dim=-1)
 
@@ -113,7 +123,14 @@ class SparseTargets:
         log R is convex in beta = 1 / T (a logsumexp of lines). So it lies under the chord of the two nodes around
         beta, and above the chords of the nodes further out, extended. The interpolated value is clamped to both, so
         its error is at most upper - lower, and the head's mass is off by at most a quarter of that.
+
+        Raises `ConfigError` with fewer than three stored temperatures, or for T that is not between them.
         """
+        if len(self.temperatures) < 3 or not min(self.temperatures) < temperature < max(self.temperatures):
+            raise ConfigError(
+                f"temperature {temperature:g} cannot be interpolated from {self._choices}; expected three or more "
+                "stored temperatures and one between the smallest and the largest"
+            )
         beta, nodes, values = 1 / temperature, *self._nodes()
         right = next(index for index, node in enumerate(nodes) if node >= beta)
         upper = _line(nodes, values, right - 1, right, beta)
@@ -125,18 +142,16 @@ class SparseTargets:
         for index, stored in enumerate(self.temperatures):
             if math.isclose(stored, temperature, rel_tol=1e-9):
                 return self.tails[..., index]
-        choices = ", ".join(f"{stored:g}" for stored in self.temperatures)
         if not allow_interpolation:
             raise ConfigError(
-                f"temperature {temperature:g} is not stored; these targets have {choices}. Cache it (temperatures: of "
-                "the encoding), or set allow_interpolation: true for one between them"
-            )
-        if len(self.temperatures) < 3 or not min(self.temperatures) < temperature < max(self.temperatures):
-            raise ConfigError(
-                f"temperature {temperature:g} cannot be interpolated from {choices}; expected three or more stored "
-                "temperatures and one between the smallest and the largest"
+                f"temperature {temperature:g} is not stored; these targets have {self._choices}. Cache it "
+                "(temperatures: of the encoding), or set allow_interpolation: true for one between them"
             )
         return self._interpolated(temperature)
+
+    @property
+    def _choices(self) -> str:
+        return ", ".join(f"{stored:g}" for stored in self.temperatures)
 
     def _interpolated(self, temperature: float) -> Tensor:
         """The polynomial in beta through the nearest nodes, clamped to what convexity allows.

@@ -1,7 +1,7 @@
 """One loop for teacher and student: `fit`.
 
 Means run over the valid rows of the whole effective batch, so that accumulation and ranks change nothing.
-Shapes: B batch, C classes.
+Shapes: B batch, T tokens, C classes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.distributed import cpu_threads, join_peers
 from kdpipe.errors import TrainingError
 from kdpipe.fingerprint import digest
+from kdpipe.inputs import Head, call, trimmed
 from kdpipe.losses import LossTerm
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGS_PER_FIT = 100
+LOGITS_ALONE = Head()
+"""For a model that gives its logits, or names them so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +75,10 @@ class TrainingTerm(Protocol):
         """What its mean is multiplied with."""
 
     def valid(self, batch: Batch) -> Tensor:
-        """Which rows count, bool `[B]`."""
+        """Which rows count, bool `[B]`; or which tokens, `[B, T]`."""
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        """One value per row `[B]`; rows that do not count may hold anything finite."""
+        """One value per row `[B]` or token `[B, T]`; those that do not count may hold anything finite."""
 
     def unscaled(self, values: Tensor) -> Tensor:
         """The values without the term's own factor, for the log."""
@@ -95,7 +98,7 @@ class LabelTerm:
         return batch.labels != MISSING_LABEL
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The task's label loss `[B]`."""
+        """The task's label loss, shaped as the labels."""
         return self.loss(logits, batch.labels, self.smoothing)
 
     def unscaled(self, values: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ class DistillTerm:
         return torch.ones_like(batch.labels, dtype=torch.bool) if covered is None else covered
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The loss `[B]`."""
+        """The loss, one value per row or token."""
         return self.term.loss(logits, batch.targets[self.term.teacher][self.term.output])
 
     def unscaled(self, values: Tensor) -> Tensor:
@@ -159,14 +162,17 @@ def fit(
     plan: TrainPlan,
     checkpoint: Path,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    head: Head = LOGITS_ALONE,
 ) -> Fitted:
     """Train `model` in place for `plan.steps` steps; goes on from `checkpoint` where there is one.
+
+    `head` takes the logits out of what the model gives.
 
     A resumed training ends with the weights of an uninterrupted one (bitwise on a CPU with the same threads). Raises
     `TrainingError` when the loss is no finite number.
     """
     with cpu_threads(plan.threads):
-        return _fit(_Loop(model, terms, plan), stream, plan, checkpoint, on_progress)
+        return _fit(_Loop(model, terms, plan, head), stream, plan, checkpoint, on_progress)
 
 
 def _fit(
@@ -191,14 +197,14 @@ def _fit(
 class _Loop:
     """The state of one training: model, optimiser, step, log."""
 
-    def __init__(self, model: nn.Module, terms: Sequence[TrainingTerm], plan: TrainPlan) -> None:
+    def __init__(self, model: nn.Module, terms: Sequence[TrainingTerm], plan: TrainPlan, head: Head) -> None:
         self.step = 0
         self.loss = math.nan
         self.history: list[dict[str, float]] = []
         join_peers()
         # Accelerate fixes one mixed precision per process, and a process may train with several: autocast is done here.
         self._accelerator = Accelerator(mixed_precision="no")
-        self._terms, self._plan = terms, plan
+        self._terms, self._plan, self._head = terms, plan, head
         self._bare = model
         self._model, self._optimizer = self._accelerator.prepare(model, _optimizer(model, plan))
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=plan.precision == "float16")
@@ -236,7 +242,7 @@ class _Loop:
         """Add a micro-batch's gradients; returns its part of the loss and of each term, in the order of `_names`."""
         autocast = _AUTOCAST[self._plan.precision]
         with torch.autocast(self._device.type, autocast, enabled=autocast is not None):
-            logits = self._model(batch.inputs)
+            logits = self._head(call(self._model, trimmed(batch.inputs)))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = logits.new_zeros((), dtype=torch.float32)
         parts = []

@@ -23,8 +23,9 @@ from kdpipe.distributed import join_peers
 from kdpipe.encodings import Features, FeaturesInt8, TargetEncoding
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json, digest, digest_file
+from kdpipe.inputs import Head, Inputs
 from kdpipe.order import BatchOrder
-from kdpipe.preprocess import Preprocess
+from kdpipe.preprocess import Preprocess, offers
 from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task
 from kdpipe.training import TrainPlan
@@ -38,15 +39,24 @@ _FIT_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A module by factory and its preprocess; `where` is its key in params.yaml."""
+    """A module by factory and its preprocess; `where` is its key in params.yaml.
+
+    `logits` says which part of what it gives they are (see `Head`).
+    """
 
     where: str
     model: Factory
     preprocess: Factory | None
+    logits: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Both factories as they stand in params.yaml."""
-        return {"model": self.model.to_json(), "preprocess": self.preprocess and self.preprocess.to_json()}
+        """As it stands in params.yaml."""
+        factories = {"model": self.model.to_json(), "preprocess": self.preprocess and self.preprocess.to_json()}
+        return factories if self.logits is None else {**factories, "logits": self.logits}
+
+    def head(self, task: Task) -> Head:
+        """What takes the logits out of what the module gives."""
+        return Head(self.logits, task.num_classes)
 
     def sources(self, project: Project) -> dict[str, str]:
         """Digests of the code that model and preprocess reach; a default preprocess is kdpipe's own."""
@@ -56,15 +66,21 @@ class ModelSpec:
     def build(
         self, project: Project, task: Task, preprocess: Preprocess, inputs: PreparedInputs, seed: int
     ) -> nn.Module:
-        """A freshly initialised module; `input_shape` and `num_classes` are offered to its factory."""
-        shape = tuple(preprocess(inputs.read(np.zeros(1, np.int64))).shape[1:])
+        """A freshly initialised module; its factory is offered what `model_offers` says."""
         where = f"{self.where}.model"
-        bound = project.bind(self.model, where, input_shape=shape, num_classes=task.num_classes)
+        offered = model_offers(preprocess, preprocess(inputs.read(np.zeros(1, np.int64))), task)
+        bound = project.bind(self.model, where, **offered)
         torch.manual_seed(seed)
         model = bound.make()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"{where}: {self.model.path} gave {type(model).__name__}; expected a torch.nn.Module")
         return model
+
+
+def model_offers(preprocess: Preprocess, inputs: Inputs, task: Task) -> dict[str, Any]:
+    """What a model's factory may ask for: `num_classes`, `input_shape` of one tensor, what the preprocess offers."""
+    shape = {"input_shape": tuple(inputs.shape[1:])} if isinstance(inputs, torch.Tensor) else {}
+    return {"num_classes": task.num_classes, **shape, **offers(preprocess)}
 
 
 def fit_preprocess(preprocess: Preprocess, inputs: PreparedInputs, rows: NDArray[np.int64]) -> None:
@@ -145,24 +161,29 @@ def adopt_model(project: Project, published: Path, work: Path, fingerprint: str)
 
 
 def teacher_fingerprint(project: Project, name: str) -> str:
-    """Whatever changes the teacher's weights: settings, code, and the rows and labels of its own split."""
+    """Whatever changes what a teacher learns: settings, code, and the rows and labels of its own split."""
     section = project.teacher(name)
-    assert section.train is not None
-    assert section.model is not None
-    spec = ModelSpec(where=f"teachers.{name}", model=section.model, preprocess=section.preprocess)
-    split_file = project.prepared / "splits" / f"{section.train.split}.json"
+    where, split = f"teachers.{name}", section.fit_on
+    if section.train is not None:
+        split = section.train.split
+    assert split is not None
+    factory = section.model or section.teacher
+    assert factory is not None
+    spec = ModelSpec(where=where, model=factory, preprocess=section.preprocess, logits=section.logits)
+    split_file = project.prepared / "splits" / f"{split}.json"
     if not split_file.is_file():
         names = ", ".join(sorted(path.stem for path in split_file.parent.glob("*.json"))) or "none"
+        key = "fit_on" if section.train is None else "train.split"
         raise ConfigError(
-            f"teachers.{name}.train.split: there is no split {section.train.split!r}; prepared are {names}. "
-            "Run `kdpipe prepare-data`, or name one of those."
+            f"{where}.{key}: there is no split {split!r}; prepared are {names}. Run `kdpipe prepare-data`, or name one "
+            "of those."
         )
     return digest(
         {
             "kind": "teacher",
             "spec": spec.to_json(),
             "sources": spec.sources(project) | project.sources(project.params.task, "task"),
-            "train": plan_json(section.train),
+            "train": plan_json(section.train) if section.train is not None else None,
             "task": project.params.task.to_json(),
             "split": split_file.read_text(),
         }

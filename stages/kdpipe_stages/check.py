@@ -1,26 +1,33 @@
-"""`kdpipe check`: what can be wrong in params.yaml, found before any work starts: no training, a few rows, no GPU."""
+"""`kdpipe check`: what can be wrong in params.yaml, found before any work starts: no training, a few rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
 from kdpipe.checkpoint import load_weights
-from kdpipe.config import Factory
-from kdpipe.data.columns import Columns
+from kdpipe.data.columns import Columns, take
 from kdpipe.data.prepared import PreparedData
 from kdpipe.data.preparing import column_of
-from kdpipe.data.sources import Source
+from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, DataError, KdpipeError
+from kdpipe.inputs import call, described, num_rows
+from kdpipe.preprocess import Preprocess
+from kdpipe.store.manifest import Manifest
 from kdpipe.targets import OutputSpec
-from kdpipe.tasks.base import Task
-from kdpipe_stages.building import encodings_of
+from kdpipe.tasks.base import Task, TokenTask, rows_of
+from kdpipe.teachers.base import Teacher, abstains
+from kdpipe.teachers.torch import TorchTeacher
+from kdpipe_stages.building import ModelSpec, encodings_of, model_offers
 from kdpipe_stages.lesson import check_term, known_labels, loss_term
+from kdpipe_stages.params import source_columns
+from kdpipe_stages.prepare_data import source_of
 from kdpipe_stages.project import Project
 from kdpipe_stages.tables import TableTeacher
+from kdpipe_stages.teachers import bind_teacher, checked_teacher, parts_made_by, section_with_model
 
 SAMPLE_ROWS = 64
 
@@ -34,10 +41,13 @@ def run(project: Project) -> Sequence[str]:
         task = project.task()
         checked.append(f"task: {project.params.task.path}, {task.num_classes} classes")
         sample = _first_rows(project, task)
-        checked.append(f"data: {project.params.data.path} by {project.params.data.source.path}")
+        checked.append(f"data: {_data(project)}")
     except KdpipeError as error:
         problems.append(str(error))
-    checks: dict[str, Callable[[Project], str]] = {"splits": _check_splits}
+    checks: dict[str, Callable[[Project], str]] = {
+        "splits": _check_splits,
+        "views": partial(_check_views, sample=sample),
+    }
     if task is not None:
         checks["losses"] = partial(_check_losses, task=task)
         checks["teachers"] = partial(_check_teachers, task=task, sample=sample)
@@ -48,84 +58,170 @@ def run(project: Project) -> Sequence[str]:
         except KdpipeError as error:
             problems.append(str(error))
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return checked
 
 
-def _first_rows(project: Project, task: Task) -> Columns:
-    """The source's first rows as the task prepares them: columns, types and labels are right, in those at least."""
+def _data(project: Project) -> str:
     section = project.params.data
-    path = project.root / section.path
-    source = project.bind(section.source, "data.source", path=path).make()
-    if not isinstance(source, Source):
-        raise ConfigError(f"data.source: {section.source.path} is no Source (see kdpipe.data.sources.Source)")
-    if not path.exists():
-        raise ConfigError(f"data.path: there is no {path}")
-    batch = next(iter(source.batches()), None)
+    return section.source.path if section.path is None else f"{section.path} by {section.source.path}"
+
+
+def _first_rows(project: Project, task: Task) -> Columns | None:
+    """The source's first rows as the task prepares them: columns, types and labels are right, in those at least.
+
+    None where a vocabulary is to be learnt from all of them first.
+    """
+    section = project.params.data
+    source = source_of(project)
+    if section.path is not None and not (project.root / section.path).exists():
+        raise ConfigError(f"data.path: there is no {project.root / section.path}")
+    if isinstance(task, TokenTask) and not task.knows_its_tokens:
+        return None
+    rows, columns = rows_of(task, source, source_columns(section.columns))
+    batch = next(iter(rows.batches()), None)
     if batch is None or batch.num_rows == 0:
-        raise DataError(f"{path} has no rows")
+        raise DataError(f"{_data(project)} has no rows")
     batch = batch.slice(0, SAMPLE_ROWS)
-    for name in (section.columns.id, section.columns.split):
+    for name in (columns.id, columns.split):
         if name is not None:
             column_of(batch, name)
-    if section.columns.label is not None:
-        task.to_labels(column_of(batch, section.columns.label), lambda row: f"row {row}")
+    if columns.label is not None:
+        task.to_labels(column_of(batch, columns.label), lambda row: f"row {row}")
     return task.to_inputs(batch, lambda row: f"row {row}")
 
 
 def _check_teachers(project: Project, task: Task, sample: Columns | None) -> str:
     for name, section in project.params.teachers.items():
-        where = f"teachers.{name}"
-        if section.model is None:
-            TableTeacher(project, name)
+        if section.table is not None:
+            _check_layout(project, name, TableTeacher(project, name), task)
             continue
-        model = _check_model(project, task, section.model, section.preprocess, where, sample, section.weights is None)
-        if section.weights is not None and model is not None:
-            load_weights(model, project.root / section.weights)
+        teacher = _teacher(project, name, task, sample)
+        if teacher is not None:
+            _check_layout(project, name, teacher, task)
     return ", ".join(project.params.teachers)
+
+
+def _teacher(
+    project: Project, name: str, task: Task, sample: Columns | None, above: Sequence[str] = ()
+) -> Teacher | None:
+    """A teacher that takes its weights and has the outputs that are to be stored; what it learns here is not learnt.
+
+    None where there are no rows to try it on. `above` are the teachers that are made of it.
+    """
+    section = section_with_model(project, name)
+    if section.model is not None:
+        return _module(project, name, task, sample)
+    preprocess = project.preprocess(section.preprocess, task, f"teachers.{name}.preprocess")
+    here = [*above, name]
+
+    def part(other: str) -> Teacher:
+        made = _teacher(project, other, task, sample, here)
+        assert made is not None
+        return made
+
+    bound = bind_teacher(project, name, task, preprocess, _first(sample), parts_made_by(part, here))
+    if sample is None:
+        return None
+    if section.fit_on is not None:
+        preprocess.fit([sample])
+    return checked_teacher(project, name, bound.make())
+
+
+def _module(project: Project, name: str, task: Task, sample: Columns | None) -> TorchTeacher | None:
+    section, targets = project.teacher(name), project.targets(name)
+    assert section.model is not None
+    spec = ModelSpec(
+        where=f"teachers.{name}", model=section.model, preprocess=section.preprocess, logits=section.logits
+    )
+    checked = _check_model(project, task, spec, sample, is_fitted_here=section.weights is None)
+    if checked is None:
+        return None
+    model, preprocess = checked
+    if section.weights is not None:
+        load_weights(model, project.root / section.weights)
+    probe = _first(sample)
+    assert probe is not None
+    try:
+        return TorchTeacher(
+            model, preprocess, task.num_classes, {}, probe, targets.outputs, targets.precision, spec.logits
+        )
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}.outputs: {error}") from None
+
+
+def _first(sample: Columns | None) -> Columns | None:
+    return None if sample is None else {name: take(column, np.arange(1)) for name, column in sample.items()}
+
+
+def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, task: Task) -> None:
+    """That shards of what a teacher says divide into chunks."""
+    section, encodings = project.targets(name), _encodings(project, name, teacher.outputs)
+    if section.shard_rows is None:
+        return
+    manifest = Manifest(
+        ingredients={},
+        outputs=teacher.outputs,
+        encodings={output: encoding.to_json() for output, encoding in encodings.items()},
+        temperatures=section.temperatures,
+        num_classes=task.num_classes,
+        class_names=None,
+        shard_rows=section.shard_rows,
+        coverage=isinstance(teacher, TableTeacher) or abstains(teacher),
+    )
+    try:
+        manifest.layouts()
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}: {error}") from None
+
+
+def _encodings(project: Project, name: str, outputs: Sequence[OutputSpec]) -> dict[str, TargetEncoding]:
+    try:
+        return encodings_of(project.targets(name), outputs)
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}: {error}") from None
 
 
 def _check_student(project: Project, task: Task, sample: Columns | None) -> str:
     section = project.params.student
-    _check_model(project, task, section.model, section.preprocess, "student", sample, True)
+    spec = ModelSpec(where="student", model=section.model, preprocess=section.preprocess, logits=section.logits)
+    checked = _check_model(project, task, spec, sample, True)
+    if section.init_from is not None and checked is not None:
+        load_weights(checked[0], project.root / section.init_from)
     return f"{section.model.path}, {section.seeds} seeds"
 
 
 def _check_model(
-    project: Project,
-    task: Task,
-    model: Factory,
-    preprocess: Factory | None,
-    where: str,
-    sample: Columns | None,
-    is_fitted_here: bool,
-) -> torch.nn.Module | None:
-    """That a model's factories bind, make a module, and that it gives logits for the first rows."""
-    to_input = project.preprocess(preprocess, task, f"{where}.preprocess")
+    project: Project, task: Task, spec: ModelSpec, sample: Columns | None, is_fitted_here: bool
+) -> tuple[torch.nn.Module, Preprocess] | None:
+    """That a model's factories bind, make a module, and that it gives logits for the first rows; both are returned."""
+    where, model = spec.where, spec.model
+    to_input = project.preprocess(spec.preprocess, task, f"{where}.preprocess")
     if sample is None:
-        project.bind(model, f"{where}.model", input_shape=(), num_classes=task.num_classes)
         return None
     if is_fitted_here:
         to_input.fit([sample])
     inputs = to_input(sample)
-    offered = {"input_shape": tuple(inputs.shape[1:]), "num_classes": task.num_classes}
-    module = project.bind(model, f"{where}.model", **offered).make()
+    module = project.bind(model, f"{where}.model", **model_offers(to_input, inputs, task)).make()
     if not isinstance(module, torch.nn.Module):
         raise ConfigError(f"{where}.model: {model.path} gave {type(module).__name__}; expected a torch.nn.Module")
     try:
         with torch.inference_mode():
-            logits = module.eval()(inputs)
-        if where != "student" and isinstance(logits, Mapping):  # a teacher may name its outputs
-            logits = logits.get("logits")
+            returned = call(module.eval(), inputs)
     except Exception as error:
         raise ConfigError(
-            f"{where}.model: forward fails on an input of shape {list(inputs.shape)}: {type(error).__name__}: {error}"
+            f"{where}.model: forward fails on an input of shape {described(inputs)}: {type(error).__name__}: {error}"
         ) from error
-    expected = (len(inputs), task.num_classes)
-    if not isinstance(logits, torch.Tensor) or logits.shape[:1] + logits.shape[-1:] != expected:
-        found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ConfigError(f"{where}.model: forward gives {found}; expected logits of shape {list(expected)}")
-    return module
+    try:
+        logits = spec.head(task)(returned)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    expected = (num_rows(inputs), task.num_classes)
+    if logits.shape[:1] + logits.shape[-1:] != expected:
+        raise ConfigError(
+            f"{where}.model: forward gives {list(logits.shape)}; expected logits of shape {list(expected)}"
+        )
+    return module, to_input
 
 
 def _check_losses(project: Project, task: Task) -> str:
@@ -134,9 +230,20 @@ def _check_losses(project: Project, task: Task) -> str:
     logits = OutputSpec(name="logits", shape=(task.num_classes,))
     for index, term in enumerate(terms):
         if term.output == logits.name:
-            encoding = encodings_of(project.targets(term.teacher), [logits])[logits.name]
+            encoding = _encodings(project, term.teacher, [logits])[logits.name]
             check_term(f"student.losses.{index}", term, encoding, logits, logits)
     return ", ".join(f"{type(each.loss).__name__} of {each.teacher}" for each in terms)
+
+
+def _check_views(project: Project, sample: Columns | None) -> str:
+    """That the transform binds, and shows the same row for the same key."""
+    section, views = project.params.views, project.views()
+    if section.transform is None:
+        return "the clean rows"
+    if sample is not None:
+        views.probe(sample, [f"row {row}" for row in range(len(next(iter(sample.values()))))])
+    of = "all rows" if section.splits is None else ", ".join(section.splits)
+    return f"{section.count} of {of} by {section.transform.path}"
 
 
 def _check_splits(project: Project) -> str:
@@ -151,9 +258,14 @@ def _check_splits(project: Project) -> str:
         if each.train
     }
     wanted |= {
+        f"teachers.{name}.fit_on": [each.fit_on] for name, each in project.params.teachers.items() if each.fit_on
+    }
+    wanted |= {
         "student.distil_on": list(project.params.student.distil_on),
         "evaluate.split": [project.params.evaluate.split],
     }
+    if project.params.views.count:
+        wanted["views.splits"] = list(project.params.views.splits or ())
     for where, names in wanted.items():
         for name in names:
             if name not in data.split_names:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdpipe.errors import KdpipeError
+from kdpipe.errors import KdpipeError, UsageError
 
 if TYPE_CHECKING:
     from kdpipe_stages.project import Project
@@ -92,7 +92,7 @@ def evaluate(params: ParamsFile = PARAMS) -> None:
 
 @app.command("check")
 def check(params: ParamsFile = PARAMS) -> None:
-    """Validate params.yaml: keys, types, factories, losses, files; no training."""
+    """Validate params.yaml: keys, types, factories, losses, outputs, views, files; no training."""
     from kdpipe_stages import check as stage
     from kdpipe_stages.terminal import answer
 
@@ -103,23 +103,28 @@ def check(params: ParamsFile = PARAMS) -> None:
 @app.command("estimate")
 def estimate(
     name: TeacherName = None,
-    rows: Annotated[int | None, typer.Option("--rows", help="How many rows to measure on (512).")] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="How many rows to measure on (512).")] = None,
     params: ParamsFile = PARAMS,
     as_json: Json = False,
 ) -> None:
     """Before caching: bytes, write rate, hours, and what each encoding loses, on a sample of the rows."""
     from kdpipe_stages import commands
-    from kdpipe_stages.terminal import answer, answer_json, answer_table, estimate_lines, estimate_table
+    from kdpipe_stages.terminal import answer, answer_json, answer_table, estimate_lines, estimate_table, say
 
     project = _project(params)
-    names = [each for each in project.teacher_names(name) if name or project.teacher(each).table is None]
-    estimates = {each: commands.estimate(project, each, rows) for each in names}
+    estimates = {}
+    for each in project.teacher_names(name):
+        table = project.teacher(each).table
+        if name is None and table is not None:
+            say(f"estimate       {each}: what it said is in {table}; there is nothing to estimate")
+        else:
+            estimates[each] = commands.estimate(project, each, rows)
     if as_json:
         answer_json(estimates)
         return
-    for each in estimates.values():
-        answer_table(estimate_table(each))
-        for line in estimate_lines(each):
+    for found in estimates.values():
+        answer_table(estimate_table(found))
+        for line in estimate_lines(found):
             answer(line)
 
 
@@ -140,7 +145,7 @@ def inspect(store: StorePath, as_json: Json = False) -> None:
 def verify(
     store: StorePath,
     deep: Annotated[bool, typer.Option("--deep", help="Show sampled rows to the teacher again, and compare.")] = False,
-    rows: Annotated[int | None, typer.Option("--rows", help="How many rows to show it again (2,048).")] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="How many rows to show it again (2,048).")] = None,
     params: ParamsFile = PARAMS,
 ) -> None:
     """Check every byte of a store against its checksums; lists bad shards."""
@@ -149,7 +154,7 @@ def verify(
     from kdpipe_stages.terminal import answer
 
     if rows is not None and not deep:
-        raise typer.BadParameter("--rows belongs to --deep")
+        raise UsageError("--rows belongs to --deep")
     for line in check_store(store):
         answer(line)
     for line in commands.verify_deep(store, _project(params), rows) if deep else ():
@@ -177,10 +182,12 @@ def export_targets(
 def import_targets(
     table: Annotated[Path, typer.Argument(help="Parquet, Arrow, npz or JSON Lines.")],
     store: Annotated[Path, typer.Argument(help="The folder to make.")],
-    num_classes: Annotated[int | None, typer.Option("--num-classes", help="Where the table does not say it.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option("--num-classes", min=1, help="Where the table does not say it.")
+    ] = None,
     encoding: Annotated[str | None, typer.Option("--encoding", help="dense, int8 or topk.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Of dense: float16 or float32.")] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Of topk: classes per row.")] = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Of topk: classes per row.")] = None,
     values: Annotated[str | None, typer.Option("--values", help="Of topk: float16 or int8.")] = None,
     temperatures: Annotated[
         list[float] | None, typer.Option("--temperature", help="Of tail_log_mass, one by one, in its order.")
@@ -188,10 +195,10 @@ def import_targets(
 ) -> None:
     """A store of a table alone, for your own loop. In a project, name the table as teachers.NAME.table instead."""
     from kdpipe_stages.tables import import_targets as import_
-    from kdpipe_stages.terminal import answer
+    from kdpipe_stages.terminal import answer, say
 
     parameters = {"dtype": dtype, "k": k, "values": values}
-    made = import_(
+    done = import_(
         table,
         store,
         num_classes=num_classes,
@@ -199,6 +206,11 @@ def import_targets(
         parameters=parameters,
         temperatures=temperatures or (),
     )
+    if done.columns_not_read:
+        say(f"import-targets  columns that are not read: {', '.join(done.columns_not_read)}")
+    if done.num_not_covered:
+        say(f"import-targets  {done.num_not_covered:,} of {done.num_places:,} {done.places} are not covered")
+    made = done.store
     answer(f"{store}: {made.num_rows:,} rows, {made.num_views} views, {made.num_bytes:,} bytes")
 
 
@@ -208,7 +220,9 @@ def gc(
         list[str] | None,
         typer.Argument(metavar="FINGERPRINT", help="Folders of data/.work by their first characters; else all."),
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove those; never one that is in use.")] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove those, unfinished ones too; never what is current or in use.")
+    ] = False,
     remove_earlier: Annotated[
         bool, typer.Option("--remove-earlier", help="Remove finished work of other settings, and leftovers.")
     ] = False,
@@ -220,7 +234,7 @@ def gc(
     from kdpipe_stages.work_area import WorkArea
 
     if (remove and not fingerprints) or (remove_earlier and (remove or fingerprints)):
-        raise typer.BadParameter("--remove takes fingerprints, --remove-earlier takes none")
+        raise UsageError("--remove takes fingerprints, --remove-earlier takes none")
     area = WorkArea(_project(params))
     if remove or remove_earlier:
         done = (area.remove(fingerprints or []) if remove else area.remove_earlier()).to_json()
@@ -274,6 +288,8 @@ def run(arguments: Sequence[str]) -> int:
         status = app(list(arguments), standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         status = _INTERRUPTED
+    except UsageError as error:
+        return _fail(str(error), status=2)
     except KdpipeError as error:
         if verbose:
             raise
@@ -297,9 +313,9 @@ def _usage_errors() -> type:
     return next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 1) -> int:
     sys.stderr.write(f"error: {message}\n")
-    return 1
+    return status
 
 
 def _explain_os_error(error: OSError) -> str:

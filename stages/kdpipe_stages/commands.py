@@ -56,16 +56,21 @@ def cache_teacher(project: Project, name: str, repair: bool = False, shards: str
             advance(now.rows_done, now.rows_total, f"{now.rows_per_s:,.0f} rows/s")
 
         done = stage.run(project, name, on_progress, repair=repair, share=share)
-    computed = f"{done.rows_computed:,} rows computed in {done.teacher_seconds:.2f} s of teacher"
+    table = project.teacher(name).table
+    computed = f"{done.rows_computed:,} rows "
+    computed += f"read from {table}" if table else f"computed in {done.teacher_seconds:.2f} s of teacher"
     if done.shards_owed:
         say(
             f"cache-teacher  {name}: shards {shards}: {computed}; others still owe {done.shards_owed:,} shards, "
             "and the last of them publishes the store"
         )
         return
-    nothing = "every byte is as committed" if repair else "complete already, nothing to do"
+    intact = "every shard is as committed" if repair else "complete already"
+    nothing = f"{intact}, {'published' if done.published else 'nothing to do'}"
     what = computed if done.rows_computed else nothing
     say(f"cache-teacher  {name}: {what}; store of {done.num_rows:,} rows, {done.num_bytes:,} bytes")
+    if done.rows_computed and done.columns_not_read:
+        say(f"cache-teacher  {name}: columns of its table that are not read: {', '.join(done.columns_not_read)}")
     if done.rows_not_covered:
         say(f"cache-teacher  {name}: its table has no line for {done.rows_not_covered:,} rows; they are not covered")
 

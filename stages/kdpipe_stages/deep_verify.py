@@ -4,7 +4,8 @@ Number 1: how far what is stored is from what the teacher says now, in the batch
 Number 2, the control: the same for what it says about the same rows among other neighbours, encoded but not stored.
 Results of floats differ between batches, devices and versions in their last bits, so number 1 may be as large as the
 control, plus the encoding's own error on what is said now. On another device or torch than the store's, which the
-control cannot show, it may be larger by what rounding in the teacher's precision explains.
+control cannot show, it may be larger by what rounding in the teacher's precision explains. A teacher whose answers to
+other batches no rounding explains is refused: nothing can be said about what is stored.
 
 Shapes: B rows, C classes, D width; `...` stands for further axes (tokens).
 """
@@ -25,24 +26,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.data.prepared import ANEW, PreparedInputs
-from kdpipe.data.segments import content_digests
+from kdpipe.caching import read_intact, refuse_nonfinite, zero_where_abstained
+from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import cpu_threads
-from kdpipe.errors import ConfigError, CorruptStoreError, DataError, StaleStoreError
+from kdpipe.errors import ConfigError, CorruptStoreError, StaleStoreError, TeacherError
 from kdpipe.estimating import kl_to_targets
 from kdpipe.fingerprint import canonical_json, uniform_by_id
 from kdpipe.store import TargetStore
 from kdpipe.store.manifest import COVERED
-from kdpipe.targets import FeatureTargets, SampledTargets, Targets
-from kdpipe.teachers.base import Teacher
+from kdpipe.store.rows import SampleIndex
+from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, Targets
+from kdpipe.teachers.base import CLASS_IDS, Teacher
 from kdpipe.teachers.torch import device
 from kdpipe.views import ViewSpec, row_keys
-from kdpipe_stages.cache_teacher import build_teacher, manifest_of
+from kdpipe_stages.cache_teacher import manifest_of
 from kdpipe_stages.project import Project
+from kdpipe_stages.teachers import build_teacher
 
 SAMPLE_ROWS = 2048
 ROUNDING = {"float32": 2.0**-16, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Precision -> the share of a logit by which devices may differ, in units in the last place: 256, one, one."""
+BETWEEN_BATCHES = 2.0**-6
+"""The share of a logit by which answers may differ between batches: two units in the last place of bfloat16."""
 _NAMED, _SHOWN = 5, 20
 
 OnProgress = Callable[[int, int, str], None]
@@ -54,7 +59,7 @@ def run(
     """Compare a store whose bytes are intact with its teacher; returns what was found, a line each.
 
     Raises `StaleStoreError` when the teacher of params.yaml is another one than the store's, `CorruptStoreError` when
-    what is stored is not what the teacher says.
+    what is stored is not what the teacher says, `TeacherError` when that depends on which rows it sees together.
     """
     if num_rows < 1:
         raise ConfigError(f"--rows is {num_rows}; expected 1 or more")
@@ -82,6 +87,9 @@ def run(
     wrong = [each.wrong(store) for each in found.values() if each.wrong(store)]
     if wrong:
         raise CorruptStoreError("\n".join([_what_is_wrong(path, store, name), *lines, *wrong]))
+    dependent = [each.batch_dependence() for each in found.values() if each.batch_dependence()]
+    if dependent:
+        raise TeacherError("\n".join([_what_depends(path, name), *lines, *dependent]))
     return [*lines, f"{path} is what {name} says"]
 
 
@@ -168,18 +176,16 @@ class _Again:
             "own": self.store.decode(encoded),
         }
         for name, each in found.items():
-            each.add(batch, live[name], {key: targets[name] for key, targets in says.items()}, rounding)
+            targets = {key: decoded[name] for key, decoded in says.items()}
+            each.add(batch, live[name], other[name], targets, rounding)
         same = [(encoded[name] == stored[name]).reshape(len(batch.rows), -1).all(axis=1) for name in stored]
         return int(np.logical_and.reduce(same).sum())
 
     def _prepared_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the rows of a store stand among the prepared ones; their content must be the one that it is about."""
-        ids, order = self.store.sample_ids[rows], self._order
-        found = np.searchsorted(self.inputs.sample_ids, ids, sorter=order)
-        places: NDArray[np.int64] = order[np.minimum(found, len(order) - 1)]
-        same = (self.inputs.sample_ids[places] == ids) & (self.inputs.digests[places] == self.store.digests[rows]).all(
-            1
-        )
+        ids = self.store.sample_ids[rows]
+        places = self._prepared.find(ids)
+        same = (places >= 0) & (self.inputs.digests[places] == self.store.digests[rows]).all(axis=1)
         if not same.all():
             raise StaleStoreError(
                 f"{self.store.path} is about rows that are not prepared here, or of other content, such as "
@@ -188,19 +194,21 @@ class _Again:
         return places
 
     @cached_property
-    def _order(self) -> NDArray[np.int64]:
-        return np.argsort(self.inputs.sample_ids, kind="stable")
+    def _prepared(self) -> SampleIndex:
+        return SampleIndex(self.inputs.sample_ids)
 
     def _say(self, batch: _Batch, places: NDArray[np.int64]) -> dict[str, Tensor]:
         """What the teacher says about prepared rows, zero where it abstains."""
-        columns = self.inputs.read(places)
-        found = np.frombuffer(b"".join(content_digests(columns)), np.uint8).reshape(len(places), -1)
-        if (found != self.inputs.digests[places]).any():
-            raise DataError(f"the prepared content of some rows differs from its digest. {ANEW}")
-        ids = self.inputs.sample_ids[places].tolist()
-        said = self.teacher.predict(self.views.of(dict(columns), ids, batch.view))
-        covered = said.get(COVERED)
-        return {name: each if name == COVERED else _zero_outside(each, covered) for name, each in said.items()}
+        ids = self.inputs.sample_ids[places]
+        said = self.teacher.predict(self.views.of(read_intact(self.inputs, places), ids.tolist(), batch.view))
+        if CLASS_IDS in said:
+            raise ConfigError(
+                "--deep compares logits of all classes, and this teacher gives its most probable ones only"
+            )
+        for output in self.teacher.outputs:
+            said[output.name] = zero_where_abstained(said[output.name], said.get(COVERED))
+            refuse_nonfinite(said[output.name], output, ids)
+        return said
 
     def _say_among_others(self, batch: _Batch, places: NDArray[np.int64]) -> dict[str, Tensor]:
         """The same rows in half as large batches of mixed order; a batch of one is doubled."""
@@ -221,15 +229,6 @@ class _Again:
         return arrays
 
 
-def _zero_outside(values: Tensor, covered: Tensor | None) -> Tensor:
-    """`values [B, ...]` as `capture` encodes them: zero where the teacher abstains."""
-    if covered is None:
-        return values
-    if values.shape[: covered.ndim] != covered.shape:
-        covered = covered.flatten(1).any(dim=1)
-    return torch.where(covered.reshape(*covered.shape, *[1] * (values.ndim - covered.ndim)), values, 0)
-
-
 @dataclass(kw_only=True)
 class _Found:
     """One output of the sampled rows: batch by batch their shards, row numbers, distances and allowance."""
@@ -240,15 +239,19 @@ class _Found:
     shards: list[NDArray[np.int64]] = field(default_factory=list)
     parts: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, batch: _Batch, live: Tensor, says: Mapping[str, Targets], rounding: float) -> None:
-        """Add a batch: what the teacher says now `[B, ...]`, and targets to compare it with."""
-        live, own = live.cpu(), says["own"]
+    def add(self, batch: _Batch, live: Tensor, other: Tensor, says: Mapping[str, Targets], rounding: float) -> None:
+        """Add a batch: what the teacher says now `[B, ...]`, also in other batches, and targets to compare it with."""
+        live, other, own = live.cpu(), other.cpu(), says["own"]
         self.kind = type(own)
         self.rows.append(batch.rows)
         self.shards.append(np.full(len(batch.rows), batch.shard))
         for name, targets in says.items():
             self.parts[name].append(_per_row(distance(live, targets, own), targets, own))
         self.parts["rounding"].append(_per_row(allowance(live, own, rounding), own, own))
+        between = distance(live, _unencoded(other, own), own)
+        self.parts["between batches"].append(_per_row(between, says["control"], own))
+        explained = allowance(live, _unencoded(live, own), BETWEEN_BATCHES)
+        self.parts["explained between batches"].append(_per_row(explained, own, own))
 
     def line(self) -> str:
         """Both numbers, for a person."""
@@ -274,6 +277,14 @@ class _Found:
             f"are further off than any of the control, in shards {', '.join(map(str, shards[:_SHOWN])) or '-'}; "
             f"the worst: {named}"
         )
+
+    def batch_dependence(self) -> str:
+        """How far today's answers to the same rows in other batches are apart, beyond any rounding; empty otherwise."""
+        found, explained = self._mean("between batches"), self._mean("explained between batches")
+        if found <= explained:
+            return ""
+        unit = "|live - live| / |live|" if self.kind is FeatureTargets else "KL(live || live), nats,"
+        return f"{self.name}: {unit} in other batches {found:.2g}; rounding explains up to {explained:.2g}"
 
     def _all(self, name: str) -> Tensor:
         return torch.cat(self.parts[name])
@@ -318,6 +329,14 @@ def allowance(live: Tensor, own: Targets, rounding: float) -> Tensor:
     return (probs * shift.square()).sum(dim=-1) / 2
 
 
+def _unencoded(said: Tensor, own: Targets) -> Targets:
+    """What the teacher says `[B, ..., C]` or `[B, ..., D]`, as targets that lose nothing."""
+    if isinstance(own, FeatureTargets):
+        return FeatureTargets(values=said)
+    row_max = said.amax(dim=-1)
+    return DenseTargets(values=said - row_max.unsqueeze(-1), row_max=row_max)
+
+
 def _cross_entropy(log_probs: Tensor, targets: SampledTargets) -> Tensor:
     weights = targets.weights.double()
     return -torch.where(weights > 0, weights * log_probs.gather(-1, targets.ids), 0.0).sum(dim=-1)
@@ -351,4 +370,12 @@ def _what_is_wrong(path: Path | str, store: TargetStore, name: str) -> str:
         f"{path}: what is stored is not what its teacher {name!r} says, though every checksum matches. Remove "
         f"{path} and data/.work/{store.fingerprint}, and run `kdpipe cache-teacher {name}`. (Captured on {then}; "
         f"compared on {', '.join(_here().values())}.)"
+    )
+
+
+def _what_depends(path: Path | str, name: str) -> str:
+    return (
+        f"what {name!r} says about a row depends on the other rows of its batch, so {path} holds what it says in one "
+        "choice of batches only. Look for what mixes rows: views.transform, or a layer such as batch normalisation in "
+        f"training mode. Mend it, and run `kdpipe cache-teacher {name}`."
     )

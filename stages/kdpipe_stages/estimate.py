@@ -41,13 +41,13 @@ from kdpipe.fingerprint import uniform_by_id
 from kdpipe.losses import LossTerm
 from kdpipe.store.manifest import COVERED, STATISTICS
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import Teacher, abstains
+from kdpipe.teachers.base import CLASS_IDS, Teacher, abstains
 from kdpipe.views import row_keys
 from kdpipe_stages.building import encodings_of
-from kdpipe_stages.cache_teacher import build_teacher
 from kdpipe_stages.lesson import check_term, loss_term
 from kdpipe_stages.params import PARAMETERS, TargetsSection
 from kdpipe_stages.project import Project
+from kdpipe_stages.teachers import build_teacher
 
 SAMPLE_ROWS = 512
 MAX_LOGITS = 2**22
@@ -56,7 +56,6 @@ PROBE_BYTES = 32 * 2**20
 """What the disk is measured with: as much as a large shard."""
 _FEWEST_PROBES, _MOST_PROBES, _PROBE_S = 3, 8, 4.0
 _ALWAYS = (1.0, 4.0)
-_DEFAULTS = {"masked_classes": False, "top_p": None, "min_k": 1, "head": 0, "seed": 0}
 
 OnProgress = Callable[[int, int, str], None]
 """(rows done, rows in all, a note)."""
@@ -121,7 +120,10 @@ class _Heard:
 def _listen(
     teacher: Teacher, inputs: PreparedInputs, rows: NDArray[np.int64], batch_size: int, on_progress: OnProgress
 ) -> _Heard:
-    """Run the teacher. The first batch is not timed (libraries warm up); a single one is run again for that."""
+    """Run the teacher. The first batch is not timed (libraries warm up); a single one is run again for that.
+
+    Raises `ConfigError` for a teacher that knows its most probable classes only.
+    """
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     (output,) = [each for each in teacher.outputs if each.name == "logits"]
     most = max(1, MAX_LOGITS // output.shape[-1] // len(batches))
@@ -129,6 +131,10 @@ def _listen(
     for number, batch in enumerate(batches + batches[:1] * (len(batches) == 1)):
         columns, before = inputs.read(batch), time.perf_counter()
         said = {each: value.cpu() for each, value in teacher.predict(columns).items()}
+        if CLASS_IDS in said:
+            raise ConfigError(
+                "this teacher gives its most probable classes only, so that nothing can be compared with all of them"
+            )
         timed.append((len(batch), time.perf_counter() - before))
         if number < len(batches):
             kept_logits, kept_keys = _positions(said, inputs.sample_ids[batch], most)
@@ -339,7 +345,7 @@ def _recommended_json(found: Recommendation) -> dict[str, Any]:
 def settings_of(encoding: TargetEncoding) -> dict[str, Any]:
     """An encoding as it stands in a `targets` section of params.yaml."""
     value = encoding.to_json()
-    own = {key: value[key] for key in PARAMETERS[value["name"]] if value.get(key) != _DEFAULTS.get(key, "")}
+    own = {key: value[key] for key, default in PARAMETERS[value["name"]].items() if value[key] != default}
     profile = {"profile": "compact"} if value.get("compact") else {}
     temperatures = {"temperatures": value["temperatures"]} if "temperatures" in value else {}
     return {"encoding": value["name"], **own, **temperatures, **profile}

@@ -6,34 +6,35 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
 from kdpipe import durable
+from kdpipe.answers import Answers, Distance, examine, teacher_answers
+from kdpipe.batches import Rows
 from kdpipe.checkpoint import load_weights
-from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
+from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.distributed import cpu_threads
 from kdpipe.errors import ConfigError
 from kdpipe.evaluation import (
-    Answers,
-    Said,
     answer_metrics,
-    classification_metrics,
+    check_metrics,
+    distance_metrics,
+    keeps_probabilities,
     paired_gain,
-    predict,
     reliability,
 )
 from kdpipe.fingerprint import canonical_json
+from kdpipe.preprocess import Preprocess
 from kdpipe.store import TargetStore
 from kdpipe.store.aligned import AlignedTargets
+from kdpipe.tasks.base import metrics_of, token_labels
 from kdpipe_stages.building import WEIGHTS, describe_model
-from kdpipe_stages.lesson import ARMS, Lesson
+from kdpipe_stages.lesson import ARMS, STUDENT, Lesson
 from kdpipe_stages.project import Project
 
 PerSeed = dict[str, list[dict[str, float]]]
@@ -41,51 +42,84 @@ PerSeed = dict[str, list[dict[str, float]]]
 
 def run(project: Project) -> dict[str, Any]:
     """Measure everything on split `evaluate.split`, view 0, T = 1; returns what metrics.json holds."""
-    lesson = Lesson(project)
-    data, stores = lesson.data, lesson.stores
-    rows = data.rows_of([project.params.evaluate.split])
-    labels = data.labels[rows]
-    if not (labels != MISSING_LABEL).any():
-        raise ConfigError(f"evaluate.split: no row of {project.params.evaluate.split!r} has a label")
-    said = {name: _said(store, data.inputs, rows) for name, store in stores.items()}
-    logits = {arm: _logits_per_seed(project, lesson, rows, arm) for arm in ("student", *lesson.section.baselines)}
-    per_seed = {
-        ARMS[arm]: [classification_metrics(each, labels, said) for each in runs] for arm, runs in logits.items()
-    }
+    exam = _Exam(project)
+    arms = (STUDENT, *exam.lesson.section.baselines)
+    teachers = exam.teachers()
+    per_seed: PerSeed = {ARMS[arm]: [] for arm in arms}
+    first: dict[str, Answers] = {}
+    for arm in arms:
+        for seed in range(exam.lesson.section.seeds):
+            answers, distances = exam.student(arm, seed)
+            beside = distance_metrics(answers, teachers, distances)
+            per_seed[ARMS[arm]].append(answer_metrics(answers, exam.names) | beside)
+            first.setdefault(ARMS[arm], answers)
     metrics: dict[str, Any] = {key: _summary(runs) for key, runs in per_seed.items()}
-    for arm in logits:
+    for arm in arms:
         metrics[ARMS[arm]] |= _sizes(project.student_models / arm / "seed-0")
-    metrics |= _teacher_metrics(stores, said, labels)
+    metrics |= _teacher_metrics(exam.lesson.stores, teachers, exam.names)
     metrics["gain"] = _gains(per_seed)
     _write(project, metrics, per_seed)
-    _write_plots(project, logits, said, labels)
+    _write_plots(
+        project, first | {"teacher": next(iter(teachers.values()))}, of_tokens=exam.rows.token_labels is not None
+    )
     return metrics
 
 
-def _said(store: TargetStore, inputs: PreparedInputs, rows: NDArray[np.int64]) -> Said:
-    aligned = AlignedTargets(store, inputs, rows, outputs=["logits"])
-    targets = aligned.read(rows)["logits"]
-    return Said(answers=Answers.of_statistics(aligned.statistics(rows), targets.covered), targets=targets)
+class _Exam:
+    """The rows that everybody is measured on, and who is measured."""
 
+    def __init__(self, project: Project) -> None:
+        """Raises `ConfigError` for a metric that does not exist."""
+        self._project = project
+        self.lesson = lesson = Lesson(project)
+        self.names = metrics_of(lesson.task)
+        check_metrics(self.names)
+        self._keep_probabilities = keeps_probabilities(self.names, lesson.task.num_classes)
+        self._batch_size = lesson.section.train.micro_batch_size or lesson.section.train.batch_size
+        inputs = lesson.data.inputs
+        rows = lesson.data.rows_of([project.params.evaluate.split])
+        self._targets = {
+            name: AlignedTargets(each, inputs, rows, outputs=["logits"]) for name, each in lesson.stores.items()
+        }
+        self.rows = Rows(
+            inputs=inputs,
+            rows=rows,
+            preprocess=self._preprocess(),
+            labels=lesson.data.labels,
+            targets=self._targets,
+            token_labels=token_labels(lesson.task),
+        )
 
-def _logits_per_seed(project: Project, lesson: Lesson, rows: NDArray[np.int64], arm: str) -> list[Tensor]:
-    """Logits `[N, C]` of each seed's student. Raises `ConfigError` for students of other settings, rows or targets."""
-    section, inputs, fingerprint = lesson.section, lesson.data.inputs, lesson.fingerprint
-    result = []
-    for seed in range(section.seeds):
+    def teachers(self) -> dict[str, Answers]:
+        """What each teacher said, out of its store. Raises `ConfigError` where no row has a label."""
+        teachers = {
+            name: teacher_answers(self.rows, each, self._batch_size, keep_probabilities=self._keep_probabilities)
+            for name, each in self._targets.items()
+        }
+        if not any((each.labels != MISSING_LABEL).any() for each in teachers.values()):
+            raise ConfigError(f"evaluate.split: no row of {self._project.params.evaluate.split!r} has a label")
+        return teachers
+
+    def student(self, arm: str, seed: int) -> tuple[Answers, dict[str, Distance]]:
+        """What a student says. Raises `ConfigError` for one of other settings, rows or targets."""
+        project, lesson = self._project, self.lesson
         folder = project.student_models / arm / f"seed-{seed}"
         description = describe_model(folder, "kdpipe train-student")
-        if description["fingerprint"] != fingerprint:
+        if description["fingerprint"] != lesson.fingerprint:
             raise ConfigError(
                 f"{folder} was trained with other settings, rows or targets than today's. Run `kdpipe train-student`."
             )
-        preprocess = project.preprocess(section.preprocess, lesson.task, "student.preprocess")
+        preprocess = self._preprocess()
         preprocess.load_state(description["preprocess_state"])
-        model = lesson.spec.build(project, lesson.task, preprocess, inputs, seed)
+        model = lesson.spec.build(project, lesson.task, preprocess, lesson.data.inputs, seed)
         load_weights(model, folder / WEIGHTS)
-        with cpu_threads(section.train.threads):
-            result.append(predict(model, inputs, rows, preprocess))
-    return result
+        rows, head = replace(self.rows, preprocess=preprocess), lesson.spec.head(lesson.task)
+        with cpu_threads(lesson.section.train.threads):
+            return examine(model, rows, self._batch_size, head, keep_probabilities=self._keep_probabilities)
+
+    def _preprocess(self) -> Preprocess:
+        """The student's, as it is before it is fitted."""
+        return self._project.preprocess(self.lesson.section.preprocess, self.lesson.task, "student.preprocess")
 
 
 def _summary(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -104,15 +138,13 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _teacher_metrics(
-    stores: Mapping[str, TargetStore], said: Mapping[str, Said], labels: NDArray[np.int64]
+    stores: Mapping[str, TargetStore], teachers: Mapping[str, Answers], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Keys `teacher` (the first one) and, of several, `teacher_<name>`; from the stores' statistics alone.
-
-    They are those of the teacher before its targets were encoded; it agrees with itself by definition.
-    """
+    """Keys `teacher` (the first one) and, of several, `teacher_<name>`; it agrees with itself by definition."""
     result = {}
     for index, (name, store) in enumerate(stores.items()):
-        metrics = _summary([answer_metrics(said[name].answers, labels) | {"agreement": 1.0, "kl_to_teacher": 0.0}])
+        itself = {"agreement": 1.0, "kl_to_teacher": 0.0, "reverse_kl_to_teacher": 0.0}
+        metrics = _summary([answer_metrics(teachers[name], names) | itself])
         about = store.manifest.teacher
         metrics |= {key: about[key] for key in ("parameters", "size_bytes") if key in about}
         result["teacher" if index == 0 else f"teacher_{name}"] = metrics
@@ -121,7 +153,7 @@ def _teacher_metrics(
 
 def _gains(per_seed: PerSeed) -> dict[str, Any]:
     """The student's accuracy above each baseline's, paired by seed."""
-    ours = [each["accuracy"] for each in per_seed["student"]]
+    ours = [each["accuracy"] for each in per_seed[ARMS[STUDENT]]]
     gains = {}
     for key, runs in per_seed.items():
         if key != "student":
@@ -154,20 +186,20 @@ def _timings(project: Project) -> dict[str, Any]:
     return found
 
 
-def _write_plots(
-    project: Project, logits: Mapping[str, list[Tensor]], said: Mapping[str, Said], labels: NDArray[np.int64]
-) -> None:
-    """calibration.csv (confidence against accuracy, per model) and confusion.csv (the student's first seed)."""
+def _write_plots(project: Project, models: Mapping[str, Answers], of_tokens: bool) -> None:
+    """calibration.csv (confidence against accuracy, per model) and confusion.csv (the student's first seed).
+
+    The latter stays empty for tokens, which are too many of too many classes to be looked at.
+    """
     project.plots.mkdir(parents=True, exist_ok=True)
-    models = {ARMS[arm]: Answers.of_logits(runs[0]) for arm, runs in logits.items()}
-    student, models["teacher"] = models["student"], next(iter(said.values())).answers
     lines: list[list[object]] = [["model", "confidence", "accuracy", "share"]]
     for name, each in models.items():
-        bins = reliability(*each.correct(labels))
+        known = each.labelled()
+        bins = reliability(known.confidence, known.top1 == known.labels)
         lines += [[name, *(f"{value:.5f}" for value in (bin_.confidence, bin_.accuracy, bin_.share))] for bin_ in bins]
     _write_csv(project.plots / "calibration.csv", lines)
-    labelled = labels != MISSING_LABEL
-    pairs = zip(labels[labelled].tolist(), student.top1[labelled].tolist(), strict=True)
+    student = models["student"].labelled()
+    pairs = [] if of_tokens else zip(student.labels.tolist(), student.top1.tolist(), strict=True)
     _write_csv(project.plots / "confusion.csv", [["actual", "predicted"], *map(list, pairs)])
 
 

@@ -63,13 +63,16 @@ class InUse:
             state: State = "current" if published else "unreadable"
             return Finding(kind=kind, what=described(path), state=state, why=str(error), cost="what is intact of it")
         done = len(store.shards) * store.num_views - missing
-        cost = f"the teacher runs on {store.num_rows:,} rows again"
+        cost = _cost_of(store)
         if published or (not missing and self._is_todays(path)):
             return Finding(kind=kind, what=described(path), state="current", why=why, cost=cost)
         if missing:
             what = f"{described(path)}, {done:,} of {done + missing:,} shards"
-            why = "of today's settings; `kdpipe cache-teacher` goes on with it" if self._is_todays(path) else why
-            return Finding(kind=kind, what=what, state="unfinished", why=why, cost=f"those {done:,} shards")
+            cost = f"those {done:,} shards"
+            if self._is_todays(path):
+                why = "of today's settings: `kdpipe cache-teacher` goes on with it"
+                cost += " of today's settings, which are computed again"
+            return Finding(kind=kind, what=what, state="unfinished", why=why, cost=cost)
         return Finding(kind=kind, what=described(path), state="earlier", why=why, cost=cost)
 
     def of_teacher(self, path: Path) -> Finding:
@@ -136,11 +139,22 @@ class InUse:
 
 
 def kind_of(path: Path) -> Kind:
+    """What a folder of the work area is, by the files in it."""
     if (path / "manifest.json").is_file():
         return "targets"
     if (path / DESCRIPTION).is_file() or (path / CHECKPOINT).is_file():
         return "teacher"
     return "student" if any(path.glob("*/seed-*")) else "unknown"
+
+
+def _cost_of(store: TargetStore) -> str:
+    """What it takes to make a store again; rows are counted once per view."""
+    table = store.manifest.teacher.get("table")
+    if table:
+        return f"{table} is read again"
+    shown = sum(int(record.rows_computed.sum()) for record in store.records.values())
+    views = f", in {store.num_views} views" if store.num_views > 1 else ""
+    return f"the teacher runs on {shown:,} rows again{views}"
 
 
 def described(path: Path) -> str:

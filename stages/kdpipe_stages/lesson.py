@@ -12,13 +12,13 @@ from kdpipe.config import Factory
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, StaleStoreError, StoreNotFoundError
-from kdpipe.fingerprint import digest, uniform_by_id
+from kdpipe.fingerprint import digest, digest_file, uniform_by_id
 from kdpipe.losses import DistillLoss, LossTerm
 from kdpipe.store import TargetStore
 from kdpipe.targets import OutputSpec, SampledTargets
 from kdpipe.tasks.base import Task
 from kdpipe_stages.building import ModelSpec, plan_json
-from kdpipe_stages.params import LossSection, StudentSection, first_difference, store_sections, to_json
+from kdpipe_stages.params import LOSS_KEYS, LossSection, StudentSection, first_difference, store_sections, to_json
 from kdpipe_stages.project import Project
 
 STUDENT = "student"
@@ -36,7 +36,12 @@ class Lesson:
         self.data: PreparedData = project.prepared_data()
         self.rows = self.data.rows_of(self.section.distil_on)
         self.labels = known_labels(self.data, self.rows, self.section)
-        self.spec = ModelSpec(where="student", model=self.section.model, preprocess=self.section.preprocess)
+        self.spec = ModelSpec(
+            where="student",
+            model=self.section.model,
+            preprocess=self.section.preprocess,
+            logits=self.section.logits,
+        )
         self.terms = [loss_term(project, index, each) for index, each in enumerate(self.section.losses)]
         self.stores = {name: open_checked_store(project, name) for name in teachers_of(self.section)}
         for index, term in enumerate(self.terms):
@@ -78,9 +83,16 @@ class Lesson:
                 "task": self._project.params.task.to_json(),
                 "views": to_json(views) if views.count else None,
                 "stores": {name: store.state_digest() for name, store in self.stores.items()},
+                "init_from": None if self.section.init_from is None else self._digest_of(self.section.init_from),
                 "rows": digest([self.rows.tolist(), ids, content, self.labels[self.rows].tolist()]),
             }
         )
+
+    def _digest_of(self, weights: str) -> str:
+        path = self._project.root / weights
+        if not path.is_file():
+            raise ConfigError(f"student.init_from: there is no file {path}")
+        return digest_file(path)
 
     def _check_labels(self) -> None:
         if len(self.labelled):
@@ -99,7 +111,7 @@ def teachers_of(section: StudentSection) -> list[str]:
 def loss_term(project: Project, index: int, section: LossSection) -> LossTerm:
     """One entry of student.losses. Raises `ConfigError` when its factory makes no `DistillLoss`."""
     where = f"student.losses.{index}"
-    loss = project.bind(Factory(path=section.factory, arguments=section.arguments), where).make()
+    loss = project.bind(Factory(path=section.factory, arguments=section.arguments), where, LOSS_KEYS).make()
     if not isinstance(loss, DistillLoss):
         raise ConfigError(f"{where}: {section.factory} is no DistillLoss (see kdpipe.losses.DistillLoss)")
     return LossTerm(teacher=section.teacher, output=section.output, loss=loss, weight=section.weight)
@@ -147,7 +159,9 @@ def known_labels(data: PreparedData, rows: NDArray[np.int64], section: StudentSe
 
 
 def open_checked_store(project: Project, name: str) -> TargetStore:
-    """A published store, if it was made from today's settings; no teacher is needed to tell.
+    """A published store, if it was made from today's settings, and from the weights or table that params.yaml names.
+
+    No teacher is needed to tell: weights or a table that are absent are not missed.
 
     Raises `StoreNotFoundError`, `IncompleteStoreError` or `StaleStoreError` naming the command to run.
     """
@@ -156,10 +170,27 @@ def open_checked_store(project: Project, name: str) -> TargetStore:
         store = TargetStore.open(project.store(name))
     except StoreNotFoundError:
         raise StoreNotFoundError(f"there is no target store at {project.store(name)}. Run `{command}`.") from None
+    if not store.manifest.sections:
+        raise StaleStoreError(
+            f"{store.path} is a store of a table alone, which tells nothing of this project's rows. Name the table as "
+            f"teachers.{name}.table, remove the store and run `{command}`."
+        )
     difference = first_difference(store.manifest.sections, store_sections(project.params, name))
     if difference:
         raise StaleStoreError(
             f"{store.path} was made from other settings: {difference}. Restore them, or run "
             f"`kdpipe train-teacher {name}` and `{command}`."
         )
+    _check_made_from(store, project, name, command)
     return store
+
+
+def _check_made_from(store: TargetStore, project: Project, name: str, command: str) -> None:
+    section = project.teacher(name)
+    for kind, given in (("weights", section.weights), ("table", section.table)):
+        path = project.root / (given or "")
+        if given and path.is_file() and digest_file(path) != store.manifest.ingredients["teacher"].get(kind):
+            raise StaleStoreError(
+                f"{store.path} was made from another file than {path}, teachers.{name}.{kind} of today. Put the "
+                f"earlier one back, or run `{command}`."
+            )

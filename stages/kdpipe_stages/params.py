@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field
-from typing import Any, Literal
+from dataclasses import MISSING, asdict, field, fields
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kdpipe.config import FactoryField
+from kdpipe.config import FactoryField, did_you_mean
 from kdpipe.data.preparing import SourceColumns, SplitPlan
 from kdpipe.encodings import ENCODINGS, TargetEncoding
 from kdpipe.errors import ConfigError
@@ -40,10 +42,10 @@ class ColumnsSection:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataSection:
-    """data: where rows come from, and how they are split."""
+    """data: where rows come from, and how they are split; `path` for sources that read a file or a folder."""
 
     source: FactoryField
-    path: str
+    path: str | None = None
     columns: ColumnsSection = field(default_factory=ColumnsSection)
     splits: SplitsSection = field(default_factory=SplitsSection)
 
@@ -75,26 +77,40 @@ class TeacherTrainSection(TrainSection):
     """teachers.<name>.train: label-only training on one split."""
 
     split: str = "train"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**64)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+OutputName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""A part of what a module gives: a key, or a position."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TeacherSection:
-    """teachers.<name>: a module that is trained here (`train`) or is ready (`weights`), or what one said (`table`)."""
+    """teachers.<name>: a module that is trained here (`train`) or is ready (`weights`), or what one said (`table`).
+
+    Or any other `teacher`, which learns from the rows of `fit_on` where it has something to learn. `logits` says which
+    part of what the module gives they are.
+    """
 
     model: FactoryField | None = None
+    teacher: FactoryField | None = None
     preprocess: FactoryField | None = None
     train: TeacherTrainSection | None = None
+    fit_on: str | None = None
     weights: str | None = None
     table: str | None = None
+    logits: OutputName | None = None
+
+
+LogitsEncoding = Literal["dense", "int8", "topk", "sampled"]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TargetsSection:
     """targets.<name>: what is stored of a teacher, and how. Keys below `outputs` belong to one encoding or two."""
 
-    encoding: Literal["dense", "int8", "topk", "sampled"] = "dense"
+    encoding: LogitsEncoding = "dense"
     temperatures: tuple[float, ...] = (1.0,)
     outputs: tuple[str, ...] = ("logits",)
     profile: Literal["fast", "compact"] = "fast"
@@ -102,6 +118,7 @@ class TargetsSection:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     shard_rows: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=256, gt=0)
+    batch_tokens: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
     dtype: Literal["float16", "float32"] | None = None
     masked_classes: bool | None = None
@@ -115,14 +132,13 @@ class TargetsSection:
     stratified: bool | None = None
 
 
-PARAMETERS = {
-    "dense": ("dtype",),
-    "int8": ("masked_classes",),
-    "topk": ("k", "values", "top_p", "min_k"),
-    "sampled": ("draws", "head", "seed", "stratified"),
-}
-"""Encoding -> the keys of a `targets` section that are its own."""
-REQUIRED = {"dense": (), "int8": (), "topk": ("k",), "sampled": ("draws",)}
+def _parameters(encoding: str) -> dict[str, Any]:
+    own = (each for each in fields(cast("Any", ENCODINGS[encoding])) if each.name not in ("compact", "temperatures"))
+    return {each.name: each.default for each in own}
+
+
+PARAMETERS: Mapping[str, Mapping[str, Any]] = {name: _parameters(name) for name in get_args(LogitsEncoding)}
+"""Encoding -> the keys of a `targets` section that are its own, with their defaults; `MISSING` where it needs one."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -130,7 +146,7 @@ class ViewsSection:
     """views: `count` augmented versions of the rows of `splits` (null: of all rows), by `transform`, beside view 0."""
 
     count: int = Field(default=0, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     transform: FactoryField | None = None
     splits: tuple[str, ...] | None = ("train",)
 
@@ -146,6 +162,10 @@ class LossSection:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+LOSS_KEYS = ("factory", "teacher", "output", "weight")
+"""Keys of an entry of student.losses that are not the loss's own."""
+
+
 Baseline = Literal["labels_only", "label_smoothing"]
 
 
@@ -157,6 +177,8 @@ class StudentSection:
     losses: tuple[LossSection, ...]
     train: TrainSection
     preprocess: FactoryField | None = None
+    logits: OutputName | None = None
+    init_from: str | None = None
     distil_on: tuple[str, ...] = ("train",)
     labelled_rows: int | None = Field(default=None, ge=0)
     labelled_fraction: float | None = Field(default=None, ge=0, le=1)
@@ -212,13 +234,15 @@ def with_loss_arguments(raw: Any) -> Any:
     losses = student.get("losses") if isinstance(student, Mapping) else None
     if not isinstance(losses, Sequence) or not all(isinstance(each, Mapping) for each in losses):
         return raw
-    own = ("factory", "teacher", "output", "weight")
-    gathered = [
-        {key: each[key] for key in own if key in each}
-        | {"arguments": {key: value for key, value in each.items() if key not in own}}
-        for each in losses
-    ]
-    return {**raw, "student": {**student, "losses": gathered}}
+    return {**raw, "student": {**student, "losses": [_gathered(each) for each in losses]}}
+
+
+def _gathered(loss: Mapping[str, Any]) -> dict[str, Any]:
+    own = set(LOSS_KEYS)
+    for lacking in {"factory", "teacher"} - set(loss):  # stays an unknown key, and so a clear error
+        own |= set(difflib.get_close_matches(lacking, [str(key) for key in loss], n=1))
+    arguments = {key: value for key, value in loss.items() if key not in own}
+    return {key: value for key, value in loss.items() if key in own} | {"arguments": arguments}
 
 
 def logits_encoding(section: TargetsSection) -> TargetEncoding:
@@ -232,12 +256,15 @@ def logits_encoding(section: TargetsSection) -> TargetEncoding:
 
 def check_params(params: Params) -> None:
     """What no single field can say."""
+    if not params.teachers:
+        raise ConfigError("teachers: empty; expected at least one, by its name")
     for name, teacher in params.teachers.items():
         _check_teacher(name, teacher)
     for name, section in params.targets.items():
         if name not in params.teachers:
             raise ConfigError(
                 f"targets.{name}: there is no such teacher; the teachers are {', '.join(params.teachers)}"
+                f"{did_you_mean(name, params.teachers)}"
             )
         _check_targets(name, section)
     _check_views(params)
@@ -254,17 +281,27 @@ def check_params(params: Params) -> None:
     _check_student(params)
 
 
+_TEACHERS = ("train", "weights", "teacher", "table")
+_NOT_WITH = {
+    "train": ("fit_on",),
+    "weights": ("fit_on",),
+    "teacher": ("model", "logits"),
+    "table": ("model", "preprocess", "logits", "fit_on"),
+}
+
+
 def _check_teacher(name: str, teacher: TeacherSection) -> None:
-    given = [key for key in ("train", "weights", "table") if getattr(teacher, key) is not None]
+    given = [key for key in _TEACHERS if getattr(teacher, key) is not None]
     if len(given) != 1:
         raise ConfigError(
-            f"teachers.{name}: give one of train (it is trained here), weights (it is ready) and table (what it said "
-            f"is in a file); found {' and '.join(given) or 'none'}"
+            f"teachers.{name}: give one of train (its model is trained here), weights (they are ready), teacher (any "
+            f"other, by its factory) and table (what it said is in a file); found {' and '.join(given) or 'none'}"
         )
-    if teacher.table is None and teacher.model is None:
+    if (teacher.train or teacher.weights) and teacher.model is None:
         raise ConfigError(f"teachers.{name}.model: missing")
-    if teacher.table is not None and (teacher.model or teacher.preprocess):
-        raise ConfigError(f"teachers.{name}: a table needs no model and no preprocess; leave them out")
+    for key in _NOT_WITH[given[0]]:
+        if getattr(teacher, key) is not None:
+            raise ConfigError(f"teachers.{name}.{key}: it does not go with {given[0]}; leave it out")
 
 
 def _check_views(params: Params) -> None:
@@ -287,13 +324,19 @@ def _check_targets(name: str, section: TargetsSection) -> None:
                 f"targets.{name}.{key}: encoding {section.encoding!r} has no such parameter; "
                 f"it has {', '.join(own) or 'none'}"
             )
-    for key in REQUIRED[section.encoding]:
-        if getattr(section, key) is None:
+    for key, default in own.items():
+        if default is MISSING and getattr(section, key) is None:
             raise ConfigError(f"targets.{name}.{key}: absent; encoding {section.encoding!r} needs it")
+    if section.min_k is not None and section.top_p is None:
+        raise ConfigError(f"targets.{name}.min_k: it means nothing without top_p; give both or leave it out")
     if "logits" not in section.outputs:
         raise ConfigError(f"targets.{name}.outputs: {list(section.outputs)} has no 'logits', which is always stored")
-    if not section.temperatures or min(section.temperatures) <= 0:
+    if not section.temperatures or not all(0 < each < math.inf for each in section.temperatures):
         raise ConfigError(f"targets.{name}.temperatures: {list(section.temperatures)}; expected numbers above 0")
+    try:
+        logits_encoding(section)
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}: {error}") from None
 
 
 def _check_student(params: Params) -> None:
@@ -325,7 +368,7 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
         (section["train"] or {}).pop(free, None)
     chosen = params.targets.get(teacher, TargetsSection())
     parameters = {key for keys in PARAMETERS.values() for key in keys}
-    left_out = {"batch_size", "threads", "temperatures", "profile", *parameters}
+    left_out = {"batch_size", "batch_tokens", "threads", "temperatures", "profile", *parameters}
     targets = {key: value for key, value in to_json(chosen).items() if key not in left_out}
     targets["encoding"] = logits_encoding(chosen).to_json()
     sections = {"teacher": section, "targets": targets, "task": to_json(params.task)}
@@ -351,7 +394,8 @@ def first_difference(then: Any, today: Any, where: str = "") -> str:
         differing = (key for key in [*today, *then] if then.get(key) != today.get(key))
         key = next(differing, None)
         return "" if key is None else first_difference(then.get(key), today.get(key), f"{where}.{key}".lstrip("."))
-    return f"{where} was {then}, params.yaml says {today}"
+    was, says = (json.dumps(each, ensure_ascii=False, default=str) for each in (then, today))
+    return f"{where} was {was}, params.yaml says {says}"
 
 
 def to_json(value: Any) -> Any:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 from kdpipe import durable
+from kdpipe.config import resolve
 from kdpipe.data.preparing import Prepared, RowSchema, prepare
 from kdpipe.data.sources import Source
+from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json
+from kdpipe.tasks.base import rows_of
 from kdpipe_stages.params import prepared_sections, source_columns, split_plan
 from kdpipe_stages.project import Project
 
@@ -13,15 +18,28 @@ from kdpipe_stages.project import Project
 def run(project: Project) -> Prepared:
     """Bring the prepared rows up to date with the source; rows that are known already are not written again."""
     section = project.params.data
-    source: Source = project.bind(section.source, "data.source", path=project.root / section.path).make()
-    task = project.task()
+    source, task = source_of(project), project.task()
     with project.only_writer("prepared", f"preparing {project.prepared}"):
+        rows, columns = rows_of(task, source, source_columns(section.columns))
         prepared = prepare(
-            source,
+            rows,
             RowSchema(to_inputs=task.to_inputs, to_labels=task.to_labels),
-            source_columns(section.columns),
+            columns,
             split_plan(section.splits),
             project.prepared,
         )
         durable.write_text(project.prepared_settings, canonical_json(prepared_sections(project.params)) + "\n")
     return prepared
+
+
+def source_of(project: Project) -> Source:
+    """The source; `data.path`, where it is given, is offered to its factory as `path`. Raises `ConfigError`."""
+    section = project.params.data
+    offered = {} if section.path is None else {"path": project.root / section.path}
+    parameters = inspect.signature(resolve(section.source.path, project.root, "data.source")).parameters
+    if section.path is None and "path" in parameters and parameters["path"].default is inspect.Parameter.empty:
+        raise ConfigError(f"data.path: missing; {section.source.path} needs it")
+    source = project.bind(section.source, "data.source", **offered).make()
+    if not isinstance(source, Source):
+        raise ConfigError(f"data.source: {section.source.path} is no Source (see kdpipe.data.sources.Source)")
+    return source

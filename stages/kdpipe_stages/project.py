@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Project:
         raw = load_yaml(self.params_file) or {}
         if not isinstance(raw, Mapping):
             raise ConfigError(
-                f"{self.params_file.name} holds a {type(raw).__name__}; expected sections by name: data, …"
+                f"{self.params_file.name} holds {json.dumps(raw, default=str)}; expected sections by name: data, …"
             )
         self.params = parse(Params, with_loss_arguments(raw), self.params_file.name)
         check_params(self.params)
@@ -111,18 +111,20 @@ class Project:
         """What is stored of a teacher."""
         return self.params.targets.get(name, TargetsSection())
 
-    def bind(self, factory: Factory, where: str, **offered: Any) -> Bound:
+    def bind(self, factory: Factory, where: str, beside: Sequence[str] = (), /, **offered: Any) -> Bound:
         """Check a factory against its signature, without calling it."""
-        return bind(factory, self.root, where, **offered)
+        return bind(factory, self.root, where, beside, **offered)
 
     def sources(self, factory: Factory, where: str) -> dict[str, str]:
-        """Digests of the code that a factory reaches."""
-        module = load_module(factory.path, self.root, where)
-        return source_digests(resolve(factory.path, self.root, where), module.__name__)
+        """Digests of the code that a factory reaches, and of what its `reads(arguments, root)` adds, if it has one."""
+        module, target = load_module(factory.path, self.root, where), resolve(factory.path, self.root, where)
+        reads = getattr(target, "reads", None)
+        named_in_arguments = reads(factory.arguments, self.root) if reads else {}
+        return source_digests(target, module.__name__) | named_in_arguments
 
     def task(self) -> Task:
         """The task."""
-        task = self.bind(self.params.task, "task").make()
+        task = self.bind(self.params.task, "task", root=self.root).make()
         if not isinstance(task, Task):
             raise ConfigError(f"task: {self.params.task.path} is no Task (kdpipe.tasks.base.Task says what one has)")
         return task
@@ -131,7 +133,7 @@ class Project:
         """A model's own preprocess, or the task's default."""
         if factory is None:
             return task.default_preprocess()
-        preprocess = self.bind(factory, where).make()
+        preprocess = self.bind(factory, where, root=self.root, **getattr(task, "offers", {})).make()
         if not isinstance(preprocess, Preprocess):
             raise ConfigError(f"{where}: {factory.path} is no Preprocess (see kdpipe.preprocess.Preprocess)")
         return preprocess

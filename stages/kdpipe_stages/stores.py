@@ -56,13 +56,9 @@ def verify(path: Path | str) -> Sequence[str]:
     store = TargetStore.open(path)
     problems = store.verify()
     if problems:
-        lines = [
-            f"view {each.view}, shard {each.shard}: {each.what}" if each.shard is not None else each.what
-            for each in problems
-        ]
         raise CorruptStoreError(
             f"{path}: {len(problems)} problems\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(map(str, problems))
             + "\nRun `kdpipe cache-teacher NAME --repair` to compute those again, or fetch the store again."
         )
     return [f"{store.num_rows} rows x {store.num_views} views, {store.num_bytes:,} bytes: every checksum matches"]

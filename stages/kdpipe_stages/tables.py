@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdpipe import durable
 from kdpipe.caching import CacheProgress, Captured, Share
-from kdpipe.data.prepared import PreparedInputs
-from kdpipe.encodings import TargetEncoding, TopK, encoding_from_json
-from kdpipe.errors import ConfigError, DataError
+from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
+from kdpipe.encodings import Features, FeaturesInt8, TargetEncoding, TopK, encoding_from_json
+from kdpipe.errors import ConfigError, DataError, UsageError
 from kdpipe.fingerprint import digest_file
 from kdpipe.store import TargetStore
 from kdpipe.store.layout import choose_shard_rows
-from kdpipe.store.manifest import Manifest
-from kdpipe.store.tables import FORMATS, TableTargets, export_table, fill, open_table, own_rows, prepared_rows
+from kdpipe.store.manifest import COVERED, Manifest
+from kdpipe.store.tables import FORMATS, Table, TableTargets, export_table, fill, open_table, own_rows, prepared_rows
 from kdpipe.targets import OutputSpec
+from kdpipe.tasks.base import Task, TokenTask, token_labels
 from kdpipe_stages.building import encodings_of
 from kdpipe_stages.params import PARAMETERS
 from kdpipe_stages.project import Project
@@ -32,18 +36,36 @@ ENCODINGS_OF_TABLES = ("dense", "int8", "topk")
 def export_targets(
     store: Path | str, table_format: str, out: Path | None, view: str, outputs: Sequence[str], replace: bool
 ) -> tuple[Path, int]:
-    """Write a store as a table; returns the file's path and its number of rows. Raises `ConfigError`, `DataError`."""
+    """Write a store as a table; returns the file's path and its number of rows. Raises `UsageError`, `DataError`."""
     if table_format not in FORMATS:
-        raise ConfigError(f"--format is {table_format!r}; the choices are {', '.join(FORMATS)}")
+        raise UsageError(f"--format is {table_format!r}; the choices are {', '.join(FORMATS)}")
     ending = FORMATS[table_format]
     path = Path(Path(str(store)).name + ending) if out is None else out
     if path.suffix != ending:
-        raise ConfigError(f"--out is {path}; expected a name that ends in {ending}, as --format is {table_format}")
+        raise UsageError(f"--out is {path}; expected a name that ends in {ending}, as --format is {table_format}")
     if view != ALL_VIEWS and not view.isdecimal():
-        raise ConfigError(f"--view is {view!r}; expected a number from 0 up, or {ALL_VIEWS}")
+        raise UsageError(f"--view is {view!r}; expected a number from 0 up, or {ALL_VIEWS}")
     views = None if view == ALL_VIEWS else [int(view)]
     opened = TargetStore.open(store)
     return path, export_table(opened, path, views=views, outputs=outputs or None, replace=replace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """A store of a table alone, the table's columns that are not in it, and how much of it has no targets.
+
+    `num_not_covered` and `num_places` count rows of all views, or their tokens.
+    """
+
+    store: TargetStore
+    columns_not_read: Sequence[str]
+    num_places: int
+    num_not_covered: int
+
+    @property
+    def places(self) -> str:
+        """What is counted."""
+        return "rows" if len(self.store.outputs["logits"].shape) == 1 else "tokens"
 
 
 def import_targets(
@@ -54,16 +76,20 @@ def import_targets(
     encoding: str | None = None,
     parameters: Mapping[str, object],
     temperatures: Sequence[float] = (),
-) -> TargetStore:
+) -> Imported:
     """Make a store of a table alone, rows in the table's order; nothing stands at `folder` before it is complete.
 
     `parameters` are the encoding's. Without `encoding` it is the one that an exported table was stored in, else dense
-    or topk, as the columns are. Content digests are zero: nothing is known of the rows' content.
+    or topk, as the columns are; an exported table's features come along. Content digests are zero: nothing is known of
+    the rows' content. Raises `UsageError`, `ConfigError`, `DataError`.
     """
     if folder.exists():
         raise DataError(f"{folder} exists already; remove it, or name another folder")
-    said = TableTargets(open_table(table), num_classes=num_classes, temperatures=temperatures or None)
-    chosen = {"logits": _chosen_encoding(said, encoding, parameters, temperatures)}
+    opened = open_table(table)
+    stored = _stored_encodings(opened)
+    features = {name: each for name, each in stored.items() if isinstance(each, Features | FeaturesInt8)}
+    said = TableTargets(opened, num_classes=num_classes, temperatures=temperatures or None, features=list(features))
+    chosen = {"logits": _chosen_encoding(said, stored.get("logits"), encoding, parameters, temperatures), **features}
     said.check(chosen)
     own = own_rows(said)
     manifest = _manifest_of(table, said, chosen, len(own.sample_ids))
@@ -79,28 +105,74 @@ def import_targets(
         shutil.rmtree(work, ignore_errors=True)
         raise
     durable.fsync_folder(folder.absolute().parent)
-    return TargetStore.open(folder)
+    made = TargetStore.open(folder)
+    num_places, num_covered = _count_covered(made, own.in_views)
+    return Imported(
+        store=made,
+        columns_not_read=said.columns_not_read,
+        num_places=num_places,
+        num_not_covered=num_places - num_covered,
+    )
+
+
+def _stored_encodings(table: Table) -> dict[str, TargetEncoding]:
+    """How those outputs of an exported table were stored that it still holds."""
+    stored = {name: encoding_from_json(each) for name, each in table.about.get("encodings", {}).items()}
+    return {name: each for name, each in stored.items() if name == "logits" or name in table.names}
 
 
 def _chosen_encoding(
-    said: TableTargets, name: str | None, parameters: Mapping[str, object], temperatures: Sequence[float]
+    said: TableTargets,
+    stored: TargetEncoding | None,
+    name: str | None,
+    parameters: Mapping[str, object],
+    temperatures: Sequence[float],
 ) -> TargetEncoding:
     given = {key: value for key, value in parameters.items() if value is not None}
-    stored = said.table.about.get("encodings", {}).get("logits")
-    if name is None and not given and not temperatures and stored:
-        return encoding_from_json(stored)
+    if name is None and not given and not temperatures and stored is not None:
+        return stored
     name = name or ("topk" if said.is_sparse else "dense")
     if name not in ENCODINGS_OF_TABLES:
-        raise ConfigError(f"--encoding is {name!r}; the choices for a table are {', '.join(ENCODINGS_OF_TABLES)}")
+        raise UsageError(f"--encoding is {name!r}; the choices for a table are {', '.join(ENCODINGS_OF_TABLES)}")
     for key in given:
         if key not in PARAMETERS[name]:
-            raise ConfigError(f"--{key}: encoding {name!r} has no such parameter")
+            raise UsageError(f"--{key}: encoding {name!r} has no such parameter")
+    if name != "topk" and temperatures:
+        raise UsageError(f"--temperature: encoding {name!r} serves every temperature; leave it out")
     if name == "topk":
-        given["temperatures"] = said.temperatures if said.is_sparse else tuple(temperatures)
+        given["temperatures"] = _temperatures_of_tails(said, temperatures) if said.is_sparse else tuple(temperatures)
         if "k" not in given and not said.is_sparse:
             raise ConfigError("--k: encoding 'topk' needs it, as the table names every class")
         given["k"] = given.get("k") or said.widest()
     return encoding_from_json({"name": name, **given})
+
+
+def _temperatures_of_tails(said: TableTargets, asked: Sequence[float]) -> Sequence[float]:
+    """Those that a table of some classes serves. Raises `ConfigError` where others are asked for."""
+    served = said.temperatures or (1.0,)
+    if asked and tuple(asked) != served:
+        why = "" if said.temperatures else ", as it has no tail_log_mass"
+        raise ConfigError(
+            f"--temperature is {', '.join(f'{each:g}' for each in asked)}, but {said.table.path} has its tails at "
+            f"{', '.join(f'{each:g}' for each in served)}{why}; leave the option out, or make a table with a "
+            "tail_log_mass at each"
+        )
+    return served
+
+
+def _count_covered(store: TargetStore, in_views: NDArray[np.bool_]) -> tuple[int, int]:
+    """How many rows (tokens) of all views there are, and how many of them the teacher spoke about."""
+    shape = store.outputs["logits"].shape[:-1]
+    rows_of = {view: np.flatnonzero(in_views) for view in range(1, store.num_views)} | {0: np.arange(store.num_rows)}
+    num_places = sum(map(len, rows_of.values())) * math.prod(shape)
+    if not store.manifest.coverage:
+        return num_places, num_places
+    num_covered = 0
+    for view, rows in rows_of.items():
+        for start in range(0, len(rows), store.manifest.shard_rows):
+            some = rows[start : start + store.manifest.shard_rows]
+            num_covered += int(store.read_arrays(some, view, [COVERED])[COVERED].sum())
+    return num_places, num_covered
 
 
 def _manifest_of(table: Path, said: TableTargets, encodings: Mapping[str, TargetEncoding], num_rows: int) -> Manifest:
@@ -131,27 +203,49 @@ def _description(name: str, table: Path, said: TableTargets) -> dict[str, object
     return about if exported is None else {**about, "exported_from": exported}
 
 
+def _num_tokens(task: Task, inputs: PreparedInputs | None) -> int | None:
+    """How many tokens a prepared row has."""
+    if inputs is None or not isinstance(task, TokenTask):
+        return None
+    (labels,) = task.token_labels(inputs.read(np.zeros(1, np.int64)))
+    return len(labels)
+
+
+def _check_lists(said: TableTargets, task: Task) -> None:
+    """Raise `ConfigError` where a table speaks per token and the task does not, or the other way round."""
+    kinds = {True: "tokens, in lists of lists", False: "rows, in one list each"}
+    found, expected = len(said.outputs[0].shape) > 1, isinstance(task, TokenTask)
+    if found != expected:
+        raise ConfigError(f"{said.table.path} is about {kinds[found]}; the task needs targets of {kinds[expected]}")
+
+
 class TableTeacher:
     """teachers.<name>.table as `cache-teacher` meets it: not a model, but what one said about rows of the project.
 
-    Rows that the table lacks are not covered.
+    Rows and tokens that the table lacks are not covered.
     """
 
-    def __init__(self, project: Project, name: str) -> None:
-        """Raises `ConfigError` and `DataError` for a table that does not fit the task and targets.<name>."""
+    def __init__(self, project: Project, name: str, inputs: PreparedInputs | None = None) -> None:
+        """`inputs` tell how many tokens a row has, where a task's rows have some.
+
+        Raises `ConfigError` and `DataError` for a table that does not fit the task, the rows and targets.<name>.
+        """
         section, targets = project.teacher(name), project.targets(name)
         assert section.table is not None
         path, task = project.root / section.table, project.task()
-        features = [each for each in targets.outputs if each != "logits"]
         try:
-            table = open_table(path)
             self._said = TableTargets(
-                table, num_classes=task.num_classes, temperatures=targets.temperatures, features=features
+                open_table(path),
+                num_classes=task.num_classes,
+                temperatures=targets.temperatures,
+                features=[each for each in targets.outputs if each != "logits"],
+                num_tokens=_num_tokens(task, inputs),
             )
+            _check_lists(self._said, task)
             self._said.check(encodings_of(targets, self._said.outputs))
         except ConfigError as error:
             raise ConfigError(f"targets.{name}: {error}") from None
-        self._path = path
+        self._path, self._task = path, task
         self.rows_not_covered = 0
         self.description = _description(name, path, self._said)
 
@@ -159,6 +253,11 @@ class TableTeacher:
     def outputs(self) -> Sequence[OutputSpec]:
         """What the table holds."""
         return self._said.outputs
+
+    @property
+    def columns_not_read(self) -> Sequence[str]:
+        """The table's further columns."""
+        return self._said.columns_not_read
 
     @property
     def fingerprint(self) -> Mapping[str, object]:
@@ -186,10 +285,15 @@ class TableTeacher:
                 rate = done / (time.perf_counter() - started)
                 on_progress(CacheProgress(rows_done=done, rows_total=total, rows_per_s=rate))
 
-            fill(store, self._said, rows, missing, on_rows)
+            fill(store, self._said, rows, missing, on_rows, counted=self._counted(inputs))
         num_rows = sum(int(store.wanted(view, shard).sum()) for view, shard in missing)
         seconds = time.perf_counter() - started
         return Captured(num_rows=num_rows, num_shards=len(missing), teacher_seconds=0.0, seconds=seconds)
+
+    def _counted(self, inputs: PreparedInputs) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None:
+        """Which tokens of rows count, where the task has some."""
+        labels = token_labels(self._task)
+        return None if labels is None else lambda rows: labels(inputs.read(rows)) != MISSING_LABEL
 
     def _check_views(self, num_views: int) -> None:
         """A student would learn nothing from the teacher in an epoch of a view that the table does not have."""

@@ -95,7 +95,9 @@ def store_table(description: Mapping[str, Any]) -> Table:
     for key, value in description.items():
         if key == "path":
             continue
-        if isinstance(value, Mapping):
+        if key == "encodings":
+            shown = "\n".join(f"{output}: {_encoding(each)}" for output, each in value.items())
+        elif isinstance(value, Mapping):
             shown = ", ".join(f"{name} {_short(each)}" for name, each in value.items())
         else:
             shown = _short(value)
@@ -103,11 +105,17 @@ def store_table(description: Mapping[str, Any]) -> Table:
     return table
 
 
+def _encoding(value: Mapping[str, Any]) -> str:
+    """An encoding as in params.yaml."""
+    given = {"encoding": value["name"], **{key: each for key, each in value.items() if key != "name"}}
+    return ", ".join(f"{key}: {_short(each)}" for key, each in given.items() if each is not None)
+
+
 def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return " ".join(str(each) for each in value.values())
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

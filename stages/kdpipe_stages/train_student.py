@@ -18,10 +18,12 @@ from accelerate import PartialState
 
 from kdpipe import durable
 from kdpipe.batches import Rows, shuffle_of
+from kdpipe.checkpoint import load_weights
 from kdpipe.distributed import join_peers, rank, world_size
 from kdpipe.fingerprint import canonical_json, digest
 from kdpipe.order import BatchOrder
 from kdpipe.store.aligned import AlignedTargets
+from kdpipe.tasks.base import token_labels
 from kdpipe.training import DistillTerm, LabelTerm, Progress, TrainingTerm, fit
 from kdpipe_stages.building import DESCRIPTION, adopt_model, fit_preprocess, save_model, stream_of, train_plan
 from kdpipe_stages.lesson import ARMS, STUDENT, Lesson
@@ -129,6 +131,7 @@ class _Classroom:
             labels=lesson.labels,
             targets=self._targets if distils else {},
             views=self._views,
+            token_labels=token_labels(lesson.task),
         )
         order = BatchOrder(
             rows=learnt.rows,
@@ -144,7 +147,10 @@ class _Classroom:
         checkpoint = work / f"checkpoint{durable.TEMPORARY_SUFFIX}"
         work.mkdir(parents=True, exist_ok=True)
         optimise = train_plan(plan, plan.epochs * steps_per_epoch, each.seed)
-        fitted = fit(model, stream, self._terms(each.arm), optimise, checkpoint, report)
+        if lesson.section.init_from is not None:
+            load_weights(model, self._project.root / lesson.section.init_from)
+        head = lesson.spec.head(lesson.task)
+        fitted = fit(model, stream, self._terms(each.arm), optimise, checkpoint, report, head)
         if rank() == 0:
             durable.write_text(work / HISTORY, canonical_json(list(fitted.history)) + "\n")
             about = {"arm": each.arm, "seed": each.seed, "steps": optimise.steps, "fingerprint": fingerprint}

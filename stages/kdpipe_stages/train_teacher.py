@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdpipe import durable
 from kdpipe.batches import Rows
 from kdpipe.checkpoint import read_weights
+from kdpipe.config import Factory
 from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json, digest_file
 from kdpipe.order import BatchOrder
+from kdpipe.tasks.base import token_labels
 from kdpipe.training import LabelTerm, Progress, TrainingTerm, fit
 from kdpipe_stages.building import (
     DESCRIPTION,
@@ -27,6 +30,7 @@ from kdpipe_stages.building import (
 )
 from kdpipe_stages.params import TeacherSection
 from kdpipe_stages.project import Project
+from kdpipe_stages.teachers import fit_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,9 @@ def run(project: Project, name: str, on_progress: Callable[[Progress], None] = l
             read_weights(project.root / section.weights)
             _note_ready("weights", project.root / section.weights, section.weights, destination)
             return TrainedTeacher(skipped=f"its weights are ready in {section.weights}")
+        if section.teacher is not None and section.fit_on is None:
+            _note_factory(section.teacher, destination)
+            return TrainedTeacher(skipped=f"it is ready: {section.teacher.path}")
         fingerprint = teacher_fingerprint(project, name)
         work = project.work(fingerprint)
         adopt_model(project, destination, work, fingerprint)
@@ -67,6 +74,8 @@ def _train(
 ) -> TrainedTeacher:
     if (work / DESCRIPTION).is_file():
         return TrainedTeacher(skipped="it was trained with these settings and rows before")
+    if section.fit_on is not None:
+        return _fit(project, name, section.fit_on, work, fingerprint)
     assert section.train is not None
     assert section.model is not None
     plan, where = section.train, f"teachers.{name}"
@@ -75,17 +84,24 @@ def _train(
     rows = rows[data.labels[rows] != MISSING_LABEL]
     if not len(rows):
         raise ConfigError(f"{where}.train.split: no row of {plan.split!r} has a label")
-    spec = ModelSpec(where=where, model=section.model, preprocess=section.preprocess)
+    spec = ModelSpec(where=where, model=section.model, preprocess=section.preprocess, logits=section.logits)
     preprocess = project.preprocess(section.preprocess, task, f"{where}.preprocess")
     fit_preprocess(preprocess, data.inputs, rows)
     model = spec.build(project, task, preprocess, data.inputs, plan.seed)
-    learnt = Rows(inputs=data.inputs, rows=rows, preprocess=preprocess, labels=data.labels)
+    learnt = Rows(
+        inputs=data.inputs,
+        rows=rows,
+        preprocess=preprocess,
+        labels=data.labels,
+        token_labels=token_labels(task),
+    )
     stream = stream_of(plan, learnt, BatchOrder(rows=rows, batch_size=plan.batch_size, seed=plan.seed))
     terms: list[TrainingTerm] = [LabelTerm(loss=task.label_loss, weight=1.0, smoothing=plan.label_smoothing)]
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / f"checkpoint{durable.TEMPORARY_SUFFIX}"
     steps = plan.epochs * stream.steps_per_epoch
-    fitted = fit(model, stream, terms, train_plan(plan, steps, plan.seed), checkpoint, on_progress)
+    optimise = train_plan(plan, steps, plan.seed)
+    fitted = fit(model, stream, terms, optimise, checkpoint, on_progress, spec.head(task))
     save_model(work, model, preprocess, {"fingerprint": fingerprint, "split": plan.split})
     checkpoint.unlink(missing_ok=True)
     timings = {"seconds": fitted.seconds, "steps": fitted.steps_done}
@@ -93,11 +109,41 @@ def _train(
     return TrainedTeacher(skipped="", seconds=fitted.seconds)
 
 
+def _fit(project: Project, name: str, split: str, work: Path, fingerprint: str) -> TrainedTeacher:
+    """Let a teacher by factory learn from the rows of a split."""
+    data, started = project.prepared_data(), time.perf_counter()
+    rows = data.rows_of([split])
+    fitted = fit_teacher(project, name, rows, data.labels[rows])
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    fitted.save(work)
+    digests = {path.name: digest_file(path) for path in sorted(work.iterdir())}
+    note = {
+        "fingerprint": fingerprint,
+        "split": split,
+        "files": digests,
+        "size_bytes": sum(path.stat().st_size for path in work.iterdir()),
+        "preprocess_state": dict(fitted.preprocess.state()),
+    }
+    durable.write_text(work / DESCRIPTION, canonical_json(note) + "\n")
+    seconds = time.perf_counter() - started
+    project.write_timings("train_teacher", name, {"seconds": seconds})
+    return TrainedTeacher(skipped="", seconds=seconds)
+
+
+def _note_factory(factory: Factory, destination: Path) -> None:
+    """Write model.json about a teacher that needs no training here: its factory."""
+    _write_note({"teacher": factory.to_json()}, destination)
+
+
 def _note_ready(kind: str, path: Path, given: str, destination: Path) -> None:
     """Write model.json about a teacher's weights or table."""
     if not path.is_file():
         raise ConfigError(f"there is no {kind} at {path}, which params.yaml names")
-    note = {kind: given, "sha256": digest_file(path), "size_bytes": path.stat().st_size}
+    _write_note({kind: given, "sha256": digest_file(path), "size_bytes": path.stat().st_size}, destination)
+
+
+def _write_note(note: Mapping[str, object], destination: Path) -> None:
     if destination.exists() and not (destination / DESCRIPTION).is_file():
         shutil.rmtree(destination)
     destination.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,7 @@ class WorkArea:
         return found
 
     def remove(self, prefixes: Sequence[str]) -> Removal:
-        """Remove the named folders: all of them, or none where one is in use.
+        """Remove the named folders, unfinished work among them: all of them, or none where one is in use.
 
         Raises `ConfigError` for one that is current, `LockedError` for one at which another process works.
         """

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
 from kdpipe.data.sources import Digits, Table, write_digits
-from kdpipe.errors import DataError
+from kdpipe.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -74,8 +78,23 @@ def test_an_absent_file_is_named(tmp_path):
 
 def test_another_ending_lists_the_choices(tmp_path):
     (tmp_path / "rows.xlsx").write_bytes(b"")
-    with pytest.raises(DataError, match=r"rows\.xlsx: expected a name ending in \.parquet, \.csv or \.csv\.gz"):
+    with pytest.raises(
+        DataError, match=r"rows\.xlsx: expected a name ending in \.parquet, \.csv, \.jsonl, .*\.csv\.gz"
+    ):
         next(Table(tmp_path / "rows.xlsx").batches())
+
+
+def feather(table, **options):
+    sink = io.BytesIO()
+    pa.feather.write_feather(table, sink, **options)
+    return sink.getvalue()
+
+
+def stream(table):
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -85,14 +104,32 @@ def test_another_ending_lists_the_choices(tmp_path):
         ("rows.parquet", b""),
         ("rows.csv", b""),
         ("rows.csv", b"a,b\n1,2\n1,2,3\n"),
+        ("rows.csv", b"a,b\n1,2\n1"),
+        ("rows.csv", b"a,b\n1,\xff\xfe\n"),
+        ("rows.csv", b"a,b\n" + b"1,text\n" * 3000 + b"1,\xff\xfe\n"),
+        ("rows.csv", "a,b\n1,2\n".encode("utf-16")),
+        ("rows.csv", b"a,b\n" + b"1,text\n" * 3000 + b"one,text\n"),
         ("rows.csv.gz", b"this is no gzip file"),
         ("rows.csv.gz", gzip.compress(b"a,b\n" + os.urandom(20_000).hex().encode())[:-4000]),
+        ("rows.jsonl", b""),
+        ("rows.jsonl", b"no JSON\n"),
+        ("rows.jsonl", b"[1, 2]\n"),
+        ("rows.jsonl", b'{"a": 1}\n{"a": '),
+        ("rows.jsonl", b'{"a": "\xff\xfe"}\n'),
+        ("rows.jsonl", b'{"a": 1}\n' * 3000 + b'{"a": "one"}\n'),
+        ("rows.jsonl", b'{"a": 1}\n' * 3000 + b'{"a": 1, "b": 2}\n'),
+        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 3000)[:-20]),
+        ("rows.arrow", b""),
+        ("rows.arrow", b"this is no Arrow file"),
+        ("rows.arrow", feather(numbers(5000))[:-100]),
+        ("rows.feather", stream(numbers(5000))[:-5000]),
+        ("rows.feather", feather(numbers(5000))[:3000]),
     ],
 )
 def test_a_broken_file_is_an_error_that_names_it(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=name.replace(".", r"\.") + " cannot be read"):
-        list(Table(tmp_path / name).batches())
+        list(Table(tmp_path / name, block_bytes=4096).batches())
 
 
 def test_a_truncated_parquet_file_is_an_error(tmp_path):
@@ -101,6 +138,176 @@ def test_a_truncated_parquet_file_is_an_error(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="cannot be read"):
         list(Table(path).batches())
+
+
+def test_text_in_parquet_that_is_not_utf_8_is_an_error(tmp_path):
+    text = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"], pa.binary()).buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet cannot be read: .*UTF8"):
+        list(Table(tmp_path / "rows.parquet").batches())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("rows.csv", b"a\n" + b"1\n" * 3000 + b"one\n", r"data\.source\.types"),
+        ("rows.jsonl", b'{"a": 1}\n' * 3000 + b'{"a": 1.5}\n', r"data\.source\.types"),
+        ("rows.jsonl", b'{"a": null}\n' * 3000 + b'{"a": "x"}\n', r"data\.source\.types"),
+        ("rows.csv", b"a\n" + b"x" * 9000 + b"\n", r"longer than 4096 bytes: give data\.source\.block_bytes"),
+        ("rows.jsonl", b'{"a": 1}\n{"a": "' + b"x" * 9000 + b'"}\n', r"give data\.source\.block_bytes"),
+    ],
+)
+def test_what_the_first_rows_do_not_tell_is_asked_for(tmp_path, name, content, advice):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=advice):
+        list(Table(tmp_path / name, block_bytes=4096).batches())
+
+
+def test_types_may_be_given_where_a_file_has_none(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"id,width\n007,1\n" + b"008,1\n" * 3000 + b"x,1.5\n")
+    table = read(Table(tmp_path / "rows.csv", block_bytes=4096, types={"id": "string", "width": "float64"}))
+    assert table["id"].to_pylist()[:2] == ["007", "008"]
+    assert table["width"].to_pylist()[-1] == 1.5
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a": 1}\n' * 3000 + b'{"a": 1.5, "late": true}\n')
+    table = read(Table(tmp_path / "rows.jsonl", block_bytes=4096, types={"a": "float64", "late": "bool"}))
+    assert table["a"].to_pylist()[-2:] == [1.0, 1.5]
+    assert table["late"].to_pylist()[-2:] == [None, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "types", "message"),
+    [
+        (
+            "rows.csv",
+            {"text": "words"},
+            r"data\.source\.types\.text: there is no type 'words'; expected .* string, int64",
+        ),
+        ("rows.csv", {"txt": "string"}, r"data\.source\.types\.txt: .*rows\.csv has no such column; it has id, text"),
+        ("rows.parquet", {"text": "string"}, r"data\.source\.types: rows\.parquet has types of its own"),
+    ],
+)
+def test_types_that_cannot_be(tmp_path, name, types, message):
+    pq.write_table(numbers(2), tmp_path / "rows.parquet")
+    pa.csv.write_csv(numbers(2), tmp_path / "rows.csv")
+    with pytest.raises(ConfigError, match=message):
+        list(Table(tmp_path / name, types=types).batches())
+
+
+def test_json_lines_are_what_json_says(tmp_path):
+    """A string that looks like a date is a string, a list keeps its nulls, a key may be absent."""
+    lines = [
+        {"id": "2020-01-01", "tags": [None, "a"], "talk": [{"role": "user", "when": "2020-01-01T10:00:00"}]},
+        {"id": "2020-01-02", "talk": []},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read(Table(tmp_path / "rows.jsonl")).to_pylist() == [lines[0], {**lines[1], "tags": None}]
+
+
+def test_csv_values_may_hold_line_ends(tmp_path):
+    rows = [{"id": i, "text": "a line\nand another, " * (i % 7)} for i in range(500)]
+    pa.csv.write_csv(pa.Table.from_pylist(rows), tmp_path / "rows.csv")
+    assert read(Table(tmp_path / "rows.csv", block_bytes=1024)).to_pylist() == rows
+
+
+@pytest.mark.parametrize("write", [feather, stream])
+def test_arrow_files_and_streams(tmp_path, write):
+    (tmp_path / "rows.arrow").write_bytes(write(numbers(70_000)))
+    batches = list(Table(tmp_path / "rows.arrow").batches())
+    assert pa.Table.from_batches(batches) == numbers(70_000)
+
+
+# Folders
+
+
+def test_files_of_a_folder_come_in_the_order_of_their_names(tmp_path):
+    for name, start in {"b.parquet": 5, "a/2.parquet": 2, "a/1.parquet": 0, "c.parquet": 7}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(numbers(10).slice(start, {5: 2, 2: 3, 0: 2, 7: 3}[start]), tmp_path / name)
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / ".part.crc").touch()
+    assert read(Table(tmp_path)) == numbers(10)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_the_first_file_says_the_types_of_all(tmp_path, ending):
+    """The second file alone would be read otherwise."""
+    first, second = [{"a": 1.5, "b": "x"}], [{"a": 2, "b": None}]
+    for name, rows in (("1", first), ("2", second)):
+        path = tmp_path / f"{name}.{ending}"
+        if ending == "csv":
+            path.write_text("a,b\n" + "".join(f"{row['a']},{row['b'] or ''}\n" for row in rows))
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = read(Table(tmp_path))
+    assert table["a"].to_pylist() == [1.5, 2.0]
+    assert table["b"].to_pylist() == ["x", "" if ending == "csv" else None]
+
+
+def test_files_of_other_columns_are_refused(tmp_path):
+    pq.write_table(numbers(3), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": ["x"], "text": ["y"], "more": [1]}), tmp_path / "b.parquet")
+    batches = Table(tmp_path).batches()
+    assert next(batches).num_rows == 3
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert "b.parquet has other columns than the first of 2 files: 'id' (string here, int64 there), 'more'" in str(
+        caught.value
+    )
+    assert "(int64 here, absent there)" in str(caught.value)
+
+
+def test_columns_in_another_order_are_refused(tmp_path):
+    pq.write_table(numbers(3), tmp_path / "a.parquet")
+    pq.write_table(numbers(3).select(["text", "id"]), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet has other columns than the first of 2 files: their order"):
+        list(Table(tmp_path).batches())
+
+
+def test_files_of_several_kinds_are_refused(tmp_path):
+    pq.write_table(numbers(3), tmp_path / "a.parquet")
+    pa.csv.write_csv(numbers(3), tmp_path / "b.csv")
+    with pytest.raises(DataError, match=r"expected files of one kind .*; found a\.parquet and b\.csv"):
+        list(Table(tmp_path).batches())
+
+
+def test_a_folder_without_files_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"expected files of one kind .*; found none"):
+        list(Table(tmp_path).batches())
+
+
+def test_another_file_in_the_folder_is_refused_unless_it_is_ignored(tmp_path):
+    pq.write_table(numbers(3), tmp_path / "a.parquet")
+    (tmp_path / "README.md").touch()
+    with pytest.raises(
+        DataError, match=r'README\.md: expected files ending in .*data\.source\.ignore, such as \["\*\.md"'
+    ):
+        list(Table(tmp_path).batches())
+    assert read(Table(tmp_path, ignore=["*.md"])) == numbers(3)
+
+
+# How much is held
+
+
+@pytest.mark.parametrize("as_one_row_group", [True, False])
+def test_large_rows_come_in_small_blocks(tmp_path, as_one_row_group):
+    """Whatever the row groups: less is held than a third of the file."""
+    rows, size = 24_000, 2**12
+    table = pa.table({"image": [os.urandom(size) for _ in range(rows)]})
+    pq.write_table(
+        table, tmp_path / "rows.parquet", row_group_size=rows if as_one_row_group else 1000, compression="none"
+    )
+    del table
+    script = """
+import sys
+import pyarrow as pa
+from pathlib import Path
+from kdpipe.data.sources import Table
+print(sum(batch.num_rows for batch in Table(Path(sys.argv[1])).batches()), pa.default_memory_pool().max_memory())
+"""
+    command = [sys.executable, "-c", script, tmp_path / "rows.parquet"]
+    count, peak = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert count == rows
+    assert peak < rows * size / 3
 
 
 def test_digits_are_what_they_say(tmp_path):
@@ -139,25 +346,3 @@ def test_digits_are_written_once_and_whole(tmp_path):
     first_five = pq.read_table(path).slice(0, 5)
     pq.write_table(first_five, path)
     assert read(Digits(path)) == first_five
-
-
-def test_digits_need_scikit_learn_only_where_the_file_is_absent(tmp_path):
-    """Run with scikit-learn absent from the process."""
-    script = """
-import sys
-sys.modules["sklearn"] = sys.modules["sklearn.datasets"] = None
-from pathlib import Path
-from kdpipe.data.sources import Digits
-print(sum(batch.num_rows for batch in Digits(Path(sys.argv[1])).batches()))
-Digits(Path(sys.argv[2])).batches()
-"""
-    write_digits(tmp_path / "digits.parquet")
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "digits.parquet", tmp_path / "absent.parquet"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "1797\n"
-    assert "ConfigError: the digits come with scikit-learn: pip install 'kdpipe[demo]'" in done.stderr
-    assert not (tmp_path / "absent.parquet").exists()

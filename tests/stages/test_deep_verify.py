@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from kdpipe.config import Factory
 from kdpipe.data.prepared import PreparedInputs
-from kdpipe.errors import ConfigError, CorruptStoreError, DataError, StaleStoreError
+from kdpipe.errors import ConfigError, CorruptStoreError, DataError, StaleStoreError, TeacherError
 from kdpipe.store import TargetStore
 from kdpipe.views import row_keys
 from kdpipe_stages import cache_teacher, deep_verify, prepare_data, stores, train_teacher
@@ -45,7 +46,16 @@ TOKENS = LOGGING_TEACHER.replace(
         return {"logits": tokens, "covered": tokens[..., 0] > 0, "pooled": logits}""",
 )
 # An answer depends on the other rows of its batch.
-SOCIABLE = LOGGING_TEACHER.replace(RETURNS, RETURNS + " + (0 if self.training else inputs.flatten(1)[:, :10].mean())")
+SOCIABLE = LOGGING_TEACHER.replace(
+    RETURNS, RETURNS + " + (0 if self.training else SIZE * inputs.flatten(1)[:, :10].mean(0))"
+)
+# What it says today depends on a file.
+FORGETFUL = LOGGING_TEACHER.replace(
+    RETURNS,
+    """        logits = self.head(inputs.flatten(1))
+        broken = LOG.with_name("broken").exists() and not self.training and len(inputs) > 1
+        return logits.masked_fill(torch.arange(10) == 4, torch.nan) if broken else logits""",
+)
 NOISE = """
 import numpy as np
 
@@ -286,13 +296,45 @@ def test_augmented_views_are_shown_again(tmp_path):
         deep_verify.run(project, project.store("big"), 10**6)
 
 
-def test_the_control_shows_a_teacher_whose_answers_depend_on_their_neighbours(tmp_path):
-    project = cached(tmp_path, TARGETS["float32"], SOCIABLE.replace("mean()", "mean(0)"))
+def test_the_control_shows_a_teacher_whose_answers_depend_on_their_neighbours_a_little(tmp_path):
+    project = cached(tmp_path, TARGETS["float32"], SOCIABLE.replace("SIZE", "0.1"))
     lines = deep_verify.run(project, project.store("big"))
     stored, control = (float(lines[1].partition(each)[2].split()[0].strip(",;")) for each in ("nats,", "batches: "))
     assert f"{NUM_ROWS:,} rows give identical bytes" in lines[0]
     assert stored < 1e-9
     assert control > 1e-5
+
+
+@pytest.mark.parametrize("name", ["dense", "float32", "int8", "topk", "topk int8", "sampled"])
+def test_a_teacher_whose_answers_depend_on_their_neighbours_is_refused_whatever_the_encoding(tmp_path, name):
+    """What is stored is what it says in the store's batches, but that is no answer about a row."""
+    project = cached(tmp_path, TARGETS[name], SOCIABLE.replace("SIZE", "10"))
+    with pytest.raises(TeacherError, match="depends on the other rows of its batch") as caught:
+        deep_verify.run(project, project.store("big"))
+    message = str(caught.value)
+    assert f"{NUM_ROWS:,} rows give identical bytes" in message
+    assert "is what big says" not in message
+    found, explained = re.search(
+        r"logits: KL.* in other batches (\S+); rounding explains up to (\S+)$", message
+    ).groups()
+    assert float(found) > float(explained)
+    assert "kdpipe cache-teacher big" in message
+
+
+def test_features_that_depend_on_their_neighbours_are_refused(tmp_path):
+    mixed = ABSTAINING.replace("inputs.flatten(1)[:, :32] / 2", "inputs.flatten(1) - inputs.flatten(1).mean(0)")
+    project = cached(tmp_path, {**DENSE, "outputs": ["logits", "halves"]}, mixed)
+    with pytest.raises(TeacherError, match=r"\nhalves: \|live - live\| / \|live\| in other batches") as caught:
+        deep_verify.run(project, project.store("big"))
+    assert "\nlogits: KL(live || live)" not in str(caught.value)
+
+
+def test_a_teacher_that_says_nan_today_is_refused(tmp_path):
+    project = cached(tmp_path, DENSE, FORGETFUL)
+    assert deep_verify.run(project, project.store("big"))[-1].endswith("is what big says")
+    (tmp_path / "broken").touch()
+    with pytest.raises(TeacherError, match=r"logits are NaN or infinite for \d+ of \d+ samples"):
+        deep_verify.run(project, project.store("big"))
 
 
 def test_batches_of_one_row_have_a_control(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from kdpipe.errors import ConfigError, StoreError
 from kdpipe.store import open_store
 from kdpipe_stages import cache_teacher, check, evaluate, prepare_data, stores, train_student, train_teacher
 from kdpipe_stages.cache_teacher import build_teacher
+from kdpipe_stages.params import PARAMETERS, TargetsSection
 from projects import LOGGING_TEACHER, make_project, params, project_in, write_params
 
 ENCODINGS = {
@@ -132,12 +134,29 @@ def test_interpolation_only_where_asked_for(folder):
         ({"encoding": "topp", "k": 3}, r"targets\.big\.encoding"),
         ({"outputs": ["pooled"]}, "has no 'logits'"),
         ({"temperatures": [0]}, "expected numbers above 0"),
+        ({"temperatures": [1, float("inf")]}, "expected numbers above 0"),
+        ({"temperatures": [1, "4"]}, r'targets\.big\.temperatures\.1: expected a number \(found "4"\)'),
+        ({"encoding": "topk", "k": True}, r"targets\.big\.k: expected a whole number \(found true\)"),
+        ({"encoding": "topk", "k": "3"}, r'targets\.big\.k: expected a whole number \(found "3"\)'),
+        ({"encoding": "topk", "k": 3.0}, r"targets\.big\.k: expected a whole number \(found 3\.0\)"),
+        ({"encoding": "topk", "k": 70_000}, r"targets\.big: k is 70000 .* k <= 65535"),
+        ({"encoding": "topk", "k": 3, "min_k": 2}, r"targets\.big\.min_k: it means nothing without top_p"),
+        ({"encoding": "topk", "k": 3, "top_p": 0.9, "min_k": 4}, r"targets\.big: k is 3 and min_k 4"),
+        ({"encoding": "sampled", "draws": 3, "stratified": "yes"}, r"targets\.big\.stratified: expected true or false"),
+        ({"encodng": "topk"}, r"targets\.big\.encodng: unknown key .* did you mean 'encoding'\?"),
     ],
 )
 def test_parameters_of_other_encodings_are_refused(folder, targets, message):
     write_params(folder, settings(targets))
     with pytest.raises(ConfigError, match=message):
         project_in(folder)
+
+
+def test_a_section_has_a_key_for_every_parameter_of_an_encoding():
+    keys = {each.name for each in fields(TargetsSection)}
+    for encoding, parameters in PARAMETERS.items():
+        assert set(parameters) <= keys, encoding
+    assert "stratified" in PARAMETERS["sampled"]
 
 
 def test_a_default_spelled_out_changes_nothing(folder):

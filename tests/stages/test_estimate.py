@@ -9,10 +9,13 @@ import shutil
 
 import pytest
 
+from kdpipe.config import parse
+from kdpipe.encodings import Dense, Int8, Sampled, TopK
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.store import open_store
 from kdpipe_stages import cache_teacher, estimate, prepare_data, train_teacher
 from kdpipe_stages.cli import run
+from kdpipe_stages.params import TargetsSection, logits_encoding
 from projects import LOGGING_TEACHER, make_project, params, project_in, tree, write_params
 
 NUM_ROWS = 1797
@@ -180,13 +183,31 @@ def test_an_encoding_of_params_that_is_no_candidate_is_measured_too(folder):
     found = estimate.run(settings(folder, encoding="topk", k=7, top_p=0.9, temperatures=[1, 4]), "big", 64)
     (own,) = [each for each in found["encodings"] if each["in_params"]]
     assert own["name"] == "topk 7 float16 p 0.9"
-    assert own["settings"] == {
-        "encoding": "topk",
-        "k": 7,
-        "values": "float16",
-        "top_p": 0.9,
-        "temperatures": [1.0, 4.0],
-    }
+    assert own["settings"] == {"encoding": "topk", "k": 7, "top_p": 0.9, "temperatures": [1.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        (Dense(), {"encoding": "dense"}),
+        (Dense(dtype="float32", compact=True), {"encoding": "dense", "dtype": "float32", "profile": "compact"}),
+        (Int8(), {"encoding": "int8"}),
+        (Int8(masked_classes=True), {"encoding": "int8", "masked_classes": True}),
+        (TopK(k=3), {"encoding": "topk", "k": 3, "temperatures": [1.0]}),
+        (
+            TopK(k=3, values="int8", top_p=0.5, min_k=2, temperatures=[4]),
+            {"encoding": "topk", "k": 3, "values": "int8", "top_p": 0.5, "min_k": 2, "temperatures": [1.0, 4.0]},
+        ),
+        (Sampled(draws=8), {"encoding": "sampled", "draws": 8}),
+        (
+            Sampled(draws=8, head=2, seed=1, stratified=True),
+            {"encoding": "sampled", "draws": 8, "head": 2, "seed": 1, "stratified": True},
+        ),
+    ],
+)
+def test_settings_are_what_differs_from_the_defaults_and_say_the_same_encoding(encoding, expected):
+    assert estimate.settings_of(encoding) == expected
+    assert logits_encoding(parse(TargetsSection, expected, "params.yaml")) == encoding
 
 
 def test_the_table_holds_every_number_and_json_is_the_same(folder, capsys):
@@ -205,9 +226,23 @@ def test_the_table_holds_every_number_and_json_is_the_same(folder, capsys):
         assert len(cells) == 7 + 3 * len(found["temperatures"]) - 1
         assert cells[-1] == ("-" if each["at"][-1]["kl"] is None else f"{100 * each['at'][-1]['gradient_error']:.2f}")
     assert ">* dense float16" in shown.out
-    assert "targets: {big: {encoding: dense, dtype: float16}}" in shown.out
+    assert "targets: {big: {encoding: dense}}" in shown.out
     assert "caching has paid after 1 student;" in shown.out
     assert "cannot serve the student: sampled 10, sampled 2 head 2: student.losses.0" in shown.out
+
+
+def test_a_table_has_nothing_to_estimate_and_the_other_teachers_are_estimated(folder, capsys):
+    changed = params()
+    changed["teachers"] = {"said": {"table": "data/raw/said.parquet"}, **changed["teachers"]}
+    arguments = ["--params", str(write_params(folder, changed)), "--rows", "64"]
+    assert run(["estimate", *arguments]) == 0
+    shown = capsys.readouterr()
+    assert "said: what it said is in data/raw/said.parquet; there is nothing to estimate" in shown.err
+    assert "recommended: dense float16" in shown.out
+    assert run(["estimate", *arguments, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["big"]
+    assert run(["estimate", "said", *arguments]) == 1
+    assert "what it said is in data/raw/said.parquet; there is no model" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_a_clear_error(folder, small_disk, monkeypatch, capsys):

@@ -271,6 +271,7 @@ INGREDIENTS = {
     ),
 }
 SEEN_BY_STUDENTS = {
+    "weights",
     "factory",
     "arguments",
     "numeric mode: autocast",
@@ -283,7 +284,7 @@ SEEN_BY_STUDENTS = {
     "shard_rows",
     "views",
 }
-"""What stands in params.yaml: the student refuses the store at once, without any teacher."""
+"""What stands in params.yaml, and the file of ready weights: the student refuses the store without any teacher."""
 
 
 @pytest.mark.parametrize("ingredient", INGREDIENTS)
@@ -448,6 +449,18 @@ def test_what_is_no_ingredient_computes_nothing(folder, monkeypatch, what, tmp_p
     assert after.fingerprint == before.fingerprint
     assert after.recorded == before.recorded
     assert done.rows_computed == 0
+    assert student_accepts(folder)
+
+
+def test_weights_that_are_not_here_are_not_missed(folder):
+    """The student's machine needs no teacher; but a file that is here must be the one that the store was made from."""
+    cache(folder)
+    write_weights(folder, 1)
+    with pytest.raises(StaleStoreError, match=r"another file than .*ready\.safetensors, teachers\.big\.weights"):
+        Lesson(visit(folder))
+    (folder / "ready.safetensors").unlink()
+    assert student_accepts(folder)
+    write_weights(folder, 0)
     assert student_accepts(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -216,7 +217,7 @@ def interrupt_capture(folder):
         cache_teacher.run(project_in(folder), "big", kill)
 
 
-def test_unfinished_targets_go_only_by_name(folder):
+def test_unfinished_targets_of_today_stay_and_the_stage_goes_on_with_them(folder):
     interrupt_capture(folder)
     store = only(folder, "targets", "unfinished")
     assert " shards" in store.what
@@ -227,12 +228,48 @@ def test_unfinished_targets_go_only_by_name(folder):
     assert only(folder, "targets", "current").fingerprint == store.fingerprint
 
 
+def test_unfinished_targets_of_today_go_by_name_and_the_list_says_what_that_costs(folder):
+    interrupt_capture(folder)
+    store = only(folder, "targets", "unfinished")
+    assert store.why == "of today's settings: `kdpipe cache-teacher` goes on with it"
+    assert re.fullmatch(r"those \d+ shards of today's settings, which are computed again", store.cost)
+    assert len(area_of(folder).remove([store.fingerprint[:8]]).removed) == 1
+    forget_rows_shown(folder)
+    assert cache(folder).rows_computed == NUM_ROWS
+
+
 def test_unfinished_targets_of_other_settings_say_what_differs(folder):
     interrupt_capture(folder)
     write_params(folder, seed(0))
     store = only(folder, "targets", "unfinished")
     assert store.why == "teacher.train.seed was 2, params.yaml says 0"
+    assert re.fullmatch(r"those \d+ shards", store.cost)
     assert len(area_of(folder).remove([store.fingerprint]).removed) == 1
+
+
+def test_the_cost_counts_views_and_names_a_table(folder):
+    (folder / "same.py").write_text(
+        "class Same:\n    def __call__(self, columns, keys, seed):\n        return columns\n"
+    )
+    of_views = seed(0) | {"views": {"count": 2, "transform": {"factory": "same.py:Same"}, "splits": ["train"]}}
+    write_params(folder, of_views)
+    shown = cache(folder).rows_computed
+    assert NUM_ROWS < shown < 3 * NUM_ROWS
+    assert cli("export-targets", folder / "data" / "targets" / "big", "--view", "0", "--out", folder / "said.parquet")
+    changed = seed(0) | {"teachers": {"big": {"table": "said.parquet"}}}
+    write_params(folder, changed)
+    cache(folder)
+    write_params(folder, seed(1))
+    costs = {each.cost for each in area_of(folder).holdings() if each.kind == "targets"}
+    assert costs == {
+        "the teacher runs on 1,797 rows again",
+        f"the teacher runs on {shown:,} rows again, in 3 views",
+        "said.parquet is read again",
+    }
+
+
+def cli(*arguments):
+    return run([str(each) for each in arguments]) == 0
 
 
 def work(folder, kind, state):

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,7 +15,18 @@ from kdpipe.store import open_store
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.cache_teacher import build_teacher
-from projects import forget_rows_shown, make_project, params, project_in, rows_shown, write_params
+from projects import (
+    cache,
+    digits,
+    forget_rows_shown,
+    make_project,
+    params,
+    project_in,
+    replace_digits,
+    rows_shown,
+    with_column,
+    write_params,
+)
 
 NUM_ROWS = 1797
 SHARD_ROWS = 64
@@ -67,25 +77,6 @@ def folder(tmp_path):
 def change(folder, **views):
     write_params(folder, params(**sections(**views)))
     return cache(folder)
-
-
-def cache(folder):
-    project = project_in(folder)
-    prepare_data.run(project)
-    train_teacher.run(project, "big")
-    return cache_teacher.run(project, "big")
-
-
-def digits(folder):
-    return pq.read_table(folder / "data" / "raw" / "digits.parquet")
-
-
-def replace_digits(folder, table):
-    pq.write_table(table, folder / "data" / "raw" / "digits.parquet")
-
-
-def with_column(table, name, values):
-    return table.set_column(table.schema.get_field_index(name), name, pa.array(values, table.schema.field(name).type))
 
 
 def check_targets(folder, rows=None, views=None):

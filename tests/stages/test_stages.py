@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 import pytest
 
 from kdpipe.config import Factory
@@ -16,7 +15,20 @@ from kdpipe.data.prepared import PreparedInputs
 from kdpipe.errors import ConfigError, DataError, StaleStoreError, StoreError
 from kdpipe.store import TargetStore, open_store
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, stores, train_student, train_teacher
-from projects import forget_rows_shown, make_project, params, project_in, rows_shown, tree, write_params
+from kdpipe_stages.cli import run
+from projects import (
+    cache,
+    digits,
+    forget_rows_shown,
+    make_project,
+    params,
+    project_in,
+    replace_digits,
+    rows_shown,
+    tree,
+    with_column,
+    write_params,
+)
 
 NUM_ROWS = 1797
 
@@ -28,25 +40,6 @@ def folder(tmp_path):
     cache(tmp_path)
     forget_rows_shown(tmp_path)
     return tmp_path
-
-
-def cache(folder, **options):
-    project = project_in(folder)
-    prepare_data.run(project)
-    train_teacher.run(project, "big")
-    return cache_teacher.run(project, "big", **options)
-
-
-def digits(folder):
-    return pq.read_table(folder / "data" / "raw" / "digits.parquet")
-
-
-def replace_digits(folder, table):
-    pq.write_table(table, folder / "data" / "raw" / "digits.parquet")
-
-
-def with_column(table, name, values):
-    return table.set_column(table.schema.get_field_index(name), name, pa.array(values, table.schema.field(name).type))
 
 
 def new_digits(first_id, images, label, split):
@@ -72,12 +65,13 @@ def test_the_whole_pipeline_and_a_second_run_that_does_nothing(folder):
     train_student.run(project)
     metrics = evaluate.run(project)
     assert set(metrics) == {"student", "baseline", "teacher", "gain"}
-    scalars = {"accuracy", "agreement", "kl_to_teacher", "entropy", "ece"}
+    distances = {"agreement", "kl_to_teacher", "reverse_kl_to_teacher"}
+    scalars = {"accuracy", "entropy", "ece", "macro_f1", "balanced_accuracy", "auc"} | distances
     for key in ("student", "baseline", "teacher"):
         assert scalars | {f"{name}_std" for name in scalars} | {"parameters", "size_bytes"} == set(metrics[key])
         assert all(isinstance(value, int | float) for value in metrics[key].values())
     assert metrics["teacher"]["agreement"] == 1
-    assert metrics["teacher"]["kl_to_teacher"] < 1e-6
+    assert metrics["teacher"]["kl_to_teacher"] == metrics["teacher"]["reverse_kl_to_teacher"] == 0
     before = tree(folder / "data" / "targets") | tree(folder / "data" / "models")
     written = (folder / "metrics.json").read_bytes()
     assert cache(folder).rows_computed == 0
@@ -214,6 +208,21 @@ def test_the_demo_overwrites_nothing(tmp_path):
     assert (tmp_path / "dvc.yaml").read_text() == "stages: {}"
     assert (tmp_path / "params.yaml").is_file()
     assert (tmp_path / "data" / "raw" / "digits.parquet").is_file()
+
+
+def test_inspect_shows_encodings_as_they_stand_in_params(folder, capsys):
+    changed = params()
+    changed["targets"]["big"] |= {"encoding": "topk", "k": 3, "temperatures": [1, 4], "outputs": ["logits", "head"]}
+    write_params(folder, changed)
+    cache(folder)
+    store = str(folder / "data" / "targets" / "big")
+    assert run(["inspect", store]) == 0
+    shown = capsys.readouterr().out
+    assert "logits: encoding: topk, k: 3, " in shown
+    assert "head: encoding: features, dtype: float16" in shown
+    assert "temperatures: [1.0, 4.0]" in " ".join(shown.replace("│", " ").split())
+    assert run(["inspect", store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["encodings"]["logits"]["k"] == 3
 
 
 def test_swapped_shards_are_found(folder):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kdpipe.encodings import Dense, TopK
+from kdpipe.data.prepared import PreparedInputs
+from kdpipe.encodings import Dense, Sampled, TopK
+from kdpipe.errors import KdpipeError
 from kdpipe.store import open_store
+from kdpipe_stages import cache_teacher, check, evaluate, prepare_data, train_student
 from kdpipe_stages.cli import run
-from projects import make_project, params, project_in, tree, write_params
+from projects import REPOSITORY, cache, fails, make_project, params, project_in, tree, write_params
+from stages.test_language import LENGTH, documents
+from stages.test_language import make as make_language
+from store.test_tables import store_of
 
 NUM_ROWS = 1797
 
@@ -24,10 +32,9 @@ def captured(tmp_path_factory):
     """A project with a complete store, and that store as a table; not to be changed."""
     folder = tmp_path_factory.mktemp("captured")
     make_project(folder)
+    cache(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for command in ("prepare-data", "train-teacher", "cache-teacher"):
-            assert run([command]) == 0
         assert run(["export-targets", "data/targets/big"]) == 0
     return folder
 
@@ -49,16 +56,6 @@ def of_table(folder, path, targets=None, temperature=4):
     write_params(folder, value)
 
 
-def fails(capsys, *arguments, status=1):
-    """Run a command that must fail; returns its message."""
-    capsys.readouterr()
-    assert run(arguments) == status
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") == (status == 1)
-    assert "Traceback" not in message
-    return message
-
-
 def key_of(sample_id):
     return sample_id.rpartition("-")[0]
 
@@ -72,7 +69,9 @@ def test_a_table_stands_in_for_the_teacher(captured, folder, capsys):
     pq.write_table(table, "big.parquet")
     for command in ("check", "train-teacher", "cache-teacher"):
         assert run([command]) == 0
-    assert "its table has no line for 97 rows; they are not covered" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1,797 rows read from big.parquet; store of 1,797 rows" in said
+    assert "its table has no line for 97 rows; they are not covered" in said
     ours, theirs = (open_store(project_in(each).store("big")) for each in (folder, captured))
     targets = ours.targets(ours.sample_ids)
     assert int(targets.covered.sum()) == 1700
@@ -102,6 +101,19 @@ def test_what_is_complete_is_not_read_again(folder, capsys):
     pq.write_table(table.slice(0, 1000), "big.parquet")
     assert run(["cache-teacher"]) == 0
     assert len(ids_of(open_store("data/targets/big"))) == 1000
+
+
+def test_another_table_than_the_stores_is_told(folder, capsys):
+    """The student needs no table; but one that is here must be the one that the store was made from."""
+    assert run(["cache-teacher"]) == 0
+    table = pq.read_table("big.parquet")
+    pq.write_table(table.slice(0, 1000), "big.parquet")
+    message = fails(capsys, "train-student")
+    assert "was made from another file than" in message
+    assert "big.parquet, teachers.big.table of today" in message
+    assert "kdpipe cache-teacher big" in message
+    (folder / "big.parquet").unlink()
+    assert run(["train-student"]) == 0
 
 
 def test_two_workers_share_a_table(folder):
@@ -140,7 +152,11 @@ def test_log_probs_of_a_server_teach_a_student(folder):
     [
         ({"sample_id": ["x"]}, {}, "1 of 1 sample ids are none of the 1797 prepared rows, such as 'x'"),
         ({"logits": [[0.0] * 9]}, {}, "targets.big: .*is about 9 classes; 10 are expected"),
-        ({"logits": [[float("nan")] * 10]}, {}, "NaN, .inf or all -inf, such as 0-"),
+        ({"logits": [[float("nan")] * 10]}, {}, r"NaN, \+inf, all -inf or beyond float32, such as 0-"),
+        ({"sample_id": ["0-" + "0" * 16]}, {}, "1 of 1 sample ids are none of the 1797 prepared rows, such as '0-0000"),
+        ({"logits": [[[0.0] * 10]]}, {}, "targets.big: .*wrong.parquet is about tokens, .* needs targets of rows"),
+        ({"views": [0]}, {}, "has a column 'views', which is not read; did you mean 'view'"),
+        ({"covered": [None]}, {}, "column covered holds null"),
         (
             {},
             {"encoding": "sampled", "draws": 4},
@@ -160,10 +176,27 @@ def test_wrong_tables_give_one_error_and_no_store(folder, capsys, change, target
     columns = {"sample_id": [first], "logits": [[0.0] * 10], **change}
     pq.write_table(pa.table({key: each for key, each in columns.items() if each is not None}), "wrong.parquet")
     of_table(folder, "wrong.parquet", targets)
-    import re
-
     assert re.search(message, fails(capsys, "cache-teacher")), message
     assert not (folder / "data" / "targets").exists()
+
+
+def test_a_row_that_two_lines_are_about(folder, capsys):
+    """By its id and by its key."""
+    first = pq.read_table("big.parquet")["sample_id"][0].as_py()
+    for ids in ([first, first], [first, key_of(first)]):
+        pq.write_table(pa.table({"sample_id": ids, "logits": [[0.0] * 10] * 2}), "twice.parquet")
+        of_table(folder, "twice.parquet")
+        assert "1 lines are about a sample and view that an earlier line is about" in fails(capsys, "cache-teacher")
+    assert not (folder / "data" / "targets").exists()
+
+
+def test_columns_that_are_not_read_are_named(folder, capsys):
+    table = pq.read_table("big.parquet").append_column("review", pa.array(["good"] * NUM_ROWS))
+    pq.write_table(table, "big.parquet")
+    assert run(["cache-teacher"]) == 0
+    assert "cache-teacher  big: columns of its table that are not read: review\n" in capsys.readouterr().err
+    assert run(["import-targets", "big.parquet", "made"]) == 0
+    assert "import-targets  columns that are not read: review\n" in capsys.readouterr().err
 
 
 def test_damaged_and_absent_tables(folder, capsys):
@@ -193,12 +226,10 @@ def test_views_that_a_table_lacks(folder, capsys):
         ({"table": "a.parquet", "weights": "b.pt"}, "give one of train .* found weights and table"),
         ({}, "found none"),
         ({"weights": "b.pt"}, "teachers.big.model: missing"),
-        ({"table": "a.parquet", "model": {"factory": "a:B"}}, "needs no model"),
+        ({"table": "a.parquet", "model": {"factory": "a:B"}}, "does not go with table"),
     ],
 )
 def test_a_teacher_is_one_thing(folder, capsys, teacher, message):
-    import re
-
     write_params(folder, params(teachers={"big": teacher}))
     assert re.search(message, fails(capsys, "check"))
 
@@ -225,12 +256,150 @@ def test_a_store_of_a_table_alone(captured, tmp_path, monkeypatch, capsys):
     assert run(["verify", "wide"]) == 0
 
 
+@pytest.mark.parametrize(("longest", "everywhere"), [(5, False), (LENGTH, False), (LENGTH, True)])
+def test_a_table_teaches_a_language_model(tmp_path, longest, everywhere):
+    """Rows are as long as they were prepared, whatever the table has; what it lacks, or the task, is not covered."""
+    texts = [text[:longest] for text in documents()]
+    project = make_language(tmp_path, texts, {"table": "said.jsonl"})
+    prepare_data.run(project)
+    inputs = PreparedInputs(project.prepared / "inputs")
+    columns = inputs.read(np.arange(len(inputs)))
+    counted = np.asarray(columns["counted"])
+    lines, others = [], np.log(-np.expm1(-0.1) / 256)  # 256 classes share the rest
+    rest = [np.log(256) + others / temperature for temperature in (1, 2)]
+    for sample_id, tokens, counts in zip(inputs.sample_ids.tolist(), columns["tokens"], counted, strict=True):
+        places = range(LENGTH if everywhere else int(counts.nonzero()[0].max(initial=-1)) + 1)
+        ids = [[int(tokens[place + 1])] if counts[place] or everywhere else [] for place in places]
+        line = {"sample_id": sample_id, "class_ids": ids, "log_probs": [[-0.1] * len(each) for each in ids]}
+        lines.append({**line, "tail_log_mass": [rest if each else [] for each in ids]})
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert max(len(line["class_ids"]) for line in lines) == longest
+    check.run(project)
+    cache_teacher.run(project, "big")
+    store = open_store(project.store("big"))
+    targets = store.targets(inputs.sample_ids.tolist())
+    assert torch.equal(targets.covered, torch.from_numpy(counted))
+    assert (targets.ids[targets.covered][:, 0].numpy() == np.asarray(columns["tokens"])[:, 1:][counted]).all()
+    train_student.run(project)
+    assert evaluate.run(project)["student"]["perplexity"] < 20, "ten letters and the end"
+
+
+def test_tables_of_other_tokens_than_the_rows_have(tmp_path):
+    project = make_language(tmp_path, documents(), {"table": "said.jsonl"}, targets={"big": {}})
+    prepare_data.run(project)
+    (sample_id, *_) = PreparedInputs(project.prepared / "inputs").sample_ids.tolist()
+    for logits, message in (
+        ([[0.0] * 257] * (LENGTH + 1), f"has rows of up to {LENGTH + 1} tokens; expected at most {LENGTH}"),
+        ([0.0] * 257, "is about rows, in one list each; the task needs targets of tokens, in lists of lists"),
+    ):
+        (tmp_path / "said.jsonl").write_text(json.dumps({"sample_id": sample_id, "logits": logits}))
+        with pytest.raises(KdpipeError, match=message):
+            cache_teacher.run(project, "big")
+
+
+@dataclass
+class Logprob:
+    """What vLLM says of a token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+def test_the_guide_s_example_of_a_server_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
+    """Prompts of 1 to 7 tokens; of each but the first the 4 most probable tokens, and the token itself."""
+    guide = (REPOSITORY / "docs" / "guides" / "tables.md").read_text()
+    (example,) = [each for each in re.findall("```python\n(.*?)```", guide, re.DOTALL) if "server.jsonl" in each]
+    (command,) = re.findall("^kdpipe (import-targets server.jsonl .*)$", guide, re.MULTILINE)
+    log_probs = torch.log_softmax(torch.from_numpy(np.random.default_rng(0).normal(size=(7, 7, 32000))) * 5, dim=-1)
+    best = log_probs.argsort(dim=-1, descending=True)
+    answers, expected = [], {}
+    for row in range(7):
+        said = [None]
+        for token in range(1, row + 1):
+            ids = {*best[row, token, :4].tolist(), 31000 + row}
+            said.append(
+                {each: Logprob(float(log_probs[row, token, each]), 1, "") for each in sorted(ids, reverse=True)}
+            )
+            expected[row, token] = {each: float(log_probs[row, token, each]) for each in sorted(ids)}
+        answers.append((f"prompt-{row}", said))
+    monkeypatch.chdir(tmp_path)
+    exec(example, {"answers": answers})
+    assert run(command.split()) == 0
+    assert "import-targets  28 of 49 tokens are not covered\n" in capsys.readouterr().err
+    targets = open_store("targets/server").targets([key for key, _ in answers])
+    assert {(row, token) for row, token in targets.covered.nonzero().tolist()} == set(expected)
+    for (row, token), probs in expected.items():
+        used = targets.head[row, token] > -torch.inf
+        assert targets.ids[row, token][used].tolist() == list(probs)
+        torch.testing.assert_close(
+            targets.head[row, token][used].double(), torch.tensor(list(probs.values())).double(), rtol=2**-11, atol=0
+        )
+        rest = np.log(1 - np.exp(list(probs.values())).sum())
+        assert targets.tails[row, token].tolist() == pytest.approx([rest], rel=1e-5)
+
+
+@pytest.mark.parametrize("table_format", ["parquet", "arrow", "npz"])
+def test_features_come_back_with_the_logits(tmp_path, monkeypatch, capsys, table_format):
+    monkeypatch.chdir(tmp_path)
+    original = store_of(tmp_path / "store", TopK(k=3), num_views=2, coverage=True, features=(4,))
+    assert run(["export-targets", "store", "--format", table_format]) == 0
+    assert run(["import-targets", f"store.{table_format}", "again"]) == 0
+    assert "not read" not in capsys.readouterr().err
+    again = open_store("again")
+    assert again.encodings == original.encodings
+    ids = original.sample_ids
+    for view in (0, 1):
+        for output in ("logits", "hidden"):
+            ours, theirs = (each.targets(ids, view, output) for each in (original, again))
+            assert torch.equal(ours.covered, theirs.covered)
+            ours, theirs = ours[ours.covered], theirs[theirs.covered]
+            assert (
+                torch.equal(ours.values, theirs.values) if output == "hidden" else torch.equal(ours.head, theirs.head)
+            )
+
+
+def test_a_store_of_a_table_alone_is_not_for_training(folder, capsys):
+    """Nothing is known of the rows' content."""
+    assert run(["import-targets", "big.parquet", "data/targets/big"]) == 0
+    message = fails(capsys, "train-student")
+    assert "is a store of a table alone" in message
+    assert "Name the table as teachers.big.table, remove the store and run `kdpipe cache-teacher big`" in message
+
+
+def test_temperatures_that_a_table_cannot_serve(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    columns = {"sample_id": ["a"], "class_ids": [[0, 1]], "log_probs": [[-0.7, -1.0]]}
+    pq.write_table(pa.table(columns), "head.parquet")
+    command = ["import-targets", "head.parquet", "made", "--num-classes", "5"]
+    message = fails(capsys, *command, "--temperature", "4")
+    assert "--temperature is 4, but head.parquet has its tails at 1, as it has no tail_log_mass" in message
+    assert run([*command, "--temperature", "1"]) == 0
+    store_of(tmp_path / "store", TopK(k=2, temperatures=(4.0,)))
+    assert run(["export-targets", "store"]) == 0
+    command = ["import-targets", "store.parquet", "other"]
+    message = fails(capsys, *command, "--temperature", "2", "--temperature", "4")
+    assert "--temperature is 2, 4, but store.parquet has its tails at 1, 4;" in message
+    assert run([*command, "--temperature", "1", "--temperature", "4", "--k", "1"]) == 0
+    assert open_store("other").encodings["logits"] == TopK(k=1, temperatures=(1.0, 4.0))
+    pq.write_table(pa.table({"sample_id": ["a"], "logits": [[0.0, 1.0]]}), "all.parquet")
+    message = fails(capsys, "import-targets", "all.parquet", "third", "--temperature", "4", status=2)
+    assert "encoding 'dense' serves every temperature" in message
+
+
+def test_draws_do_not_come_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    store_of(tmp_path / "store", Sampled(draws=4))
+    assert run(["export-targets", "store"]) == 0
+    assert "Copy the store's folder instead" in fails(capsys, "import-targets", "store.parquet", "made")
+
+
 def test_commands_refuse_and_leave_nothing(captured, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = str(captured / "data" / "targets" / "big")
-    assert "the choices are parquet, arrow, npz" in fails(capsys, "export-targets", source, "--format", "csv")
-    assert "ends in .npz" in fails(capsys, "export-targets", source, "--format", "npz", "--out", "a.parquet")
-    assert "expected a number from 0 up" in fails(capsys, "export-targets", source, "--view", "first")
+    assert "the choices are parquet, arrow, npz" in fails(capsys, "export-targets", source, "--format", "csv", status=2)
+    assert "ends in .npz" in fails(capsys, "export-targets", source, "--format", "npz", "--out", "a.parquet", status=2)
+    assert "expected a number from 0 up" in fails(capsys, "export-targets", source, "--view", "first", status=2)
     assert "views 0..0; view 1 was asked" in fails(capsys, "export-targets", source, "--view", "1")
     assert "it holds logits" in fails(capsys, "export-targets", source, "--output", "hidden")
     assert "no target store" in fails(capsys, "export-targets", "nowhere")
@@ -239,8 +408,8 @@ def test_commands_refuse_and_leave_nothing(captured, tmp_path, monkeypatch, caps
     assert "exists already" in fails(capsys, "export-targets", source)
     assert run(["export-targets", source, "--force"]) == 0
     imports = ("import-targets", "big.parquet", "made")
-    assert "the choices for a table are dense, int8, topk" in fails(capsys, *imports, "--encoding", "sampled")
-    assert "--k: encoding 'dense' has no such parameter" in fails(capsys, *imports, "--k", "3")
+    assert "the choices for a table are dense, int8, topk" in fails(capsys, *imports, "--encoding", "sampled", status=2)
+    assert "--k: encoding 'dense' has no such parameter" in fails(capsys, *imports, "--k", "3", status=2)
     assert "--k: encoding 'topk' needs it" in fails(capsys, *imports, "--encoding", "topk")
     assert "is about 10 classes; 11 are expected" in fails(capsys, *imports, "--num-classes", "11")
     assert "float16, float32" in fails(capsys, *imports, "--dtype", "float8")

@@ -130,12 +130,14 @@ def test_one_share_alone_is_done_and_says_what_others_owe(folder, capsys):
     assert not (folder / "data" / "targets").exists()
     timings = folder / "data" / ".work" / "timings" / "cache_teacher"
     assert json.loads((timings / "big.1-of-4.json").read_text())["num_rows"] == 448
+    assert {each.name for each in timings.iterdir()} == {"big.1-of-4.json", "big.0-of-4.json"}
     forget_rows_shown(folder)
     assert cli.run([*arguments, "--shards", "1/4"]) == 0
     assert rows_shown(folder) == 0
     assert cli.run(arguments) == 0
     assert "896 rows computed" in capsys.readouterr().err
     assert is_whole(folder)
+    assert {each.name for each in timings.iterdir()} == {"big.json"}
     assert cli.run([*arguments, "--shards", "3/4"]) == 0
     assert "complete already, nothing to do" in capsys.readouterr().err
 
@@ -143,7 +145,7 @@ def test_one_share_alone_is_done_and_says_what_others_owe(folder, capsys):
 @pytest.mark.parametrize("shards", ["4/4", "1", "-1/2", "a/b", "0/0"])
 def test_what_is_no_share_is_told(folder, capsys, shards):
     status = cli.run(["cache-teacher", "big", "--params", str(folder / "params.yaml"), f"--shards={shards}"])
-    assert status == 1
+    assert status == 2
     assert f"error: --shards is '{shards}'; expected i/n with 0 <= i < n" in capsys.readouterr().err
 
 
@@ -172,6 +174,17 @@ def test_who_would_get_in_the_way_is_refused(slow, monkeypatch, first, second, m
     monkeypatch.setenv("TEACHER_SECONDS", "0")
     assert run(work_at, slow, Share()) == 0
     assert is_whole(slow)
+
+
+def test_who_would_get_in_the_way_is_told_before_a_teacher_is_loaded(slow):
+    child = at_work(slow, Share())
+    (slow / "teacher.py").rename(slow / "aside.py")
+    try:
+        with pytest.raises(LockedError, match="another process is caching teacher big"):
+            cache_teacher.run(project_in(slow), "big")
+    finally:
+        (slow / "aside.py").rename(slow / "teacher.py")
+        stop(child)
 
 
 def test_of_two_that_begin_at_once_one_works(folder, monkeypatch):

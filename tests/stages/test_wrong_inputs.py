@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdpipe_stages.cli import run
-from projects import make_project, params, project_in, tree, write_params
+from projects import cache, fails, make_project, params, project_in, tree, write_params
 
 processes = multiprocessing.get_context("spawn")
 
@@ -33,19 +34,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def cached(folder):
     """A project with a complete store."""
-    assert run(["train-teacher"]) == 0
-    assert run(["cache-teacher"]) == 0
+    cache(folder)
     return folder
-
-
-def fails(capsys, *arguments, status=1):
-    """Run a command that must fail; returns its message."""
-    capsys.readouterr()
-    assert run(arguments) == status
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") == (status == 1)
-    assert "Traceback" not in message
-    return message
 
 
 def change(folder, *path, value):
@@ -70,7 +60,11 @@ def replace_rows(folder, **columns):
     ("path", "value", "message"),
     [
         (("student", "lable_weight"), 1, "student.lable_weight: unknown key .* did you mean 'label_weight'"),
-        (("student", "seeds"), "many", "student.seeds: .*integer"),
+        (("student", "seeds"), "many", 'student.seeds: expected a whole number \\(found "many"\\)'),
+        (("student", "seeds"), True, r"student\.seeds: expected a whole number \(found true\)"),
+        (("student", "labelled_rows"), "150", r"student\.labelled_rows: expected a whole number"),
+        (("student", "losses"), {}, r"student\.losses: expected a list \(found \{\}\)"),
+        (("student", "train"), None, r"student\.train: expected a mapping \(found null\)"),
         (("student", "train"), {"epochs": 0}, "student.train.epochs: .*greater than 0"),
         (("student", "model", "hiden"), [8], r"student\.model\.hiden: .* does not take it; it takes .*hidden"),
         (("student", "model", "hidden"), "wide", r"student\.model\.hidden: .*list"),
@@ -81,23 +75,49 @@ def replace_rows(folder, **columns):
             [{"factory": "kdpipe.losses:ForwardKL", "teacher": "bigg"}],
             "no teacher 'bigg'; .*big",
         ),
+        (
+            ("student", "losses"),
+            [{"factorry": "kdpipe.losses:ForwardKL", "teacher": "big"}],
+            r"student\.losses\.0\.factory: missing; student\.losses\.0\.factorry: .* did you mean 'factory'\?",
+        ),
+        (
+            ("student", "losses", 0, "tempratur"),
+            4,
+            r"losses\.0\.tempratur: .* it takes .*; did you mean 'temperature'\?",
+        ),
+        (("student", "losses", 0, "wieght"), 4, r"student\.losses\.0\.wieght: .*; did you mean 'weight'\?"),
+        (("student", "losses", 0, "temperature"), "4", r'losses\.0\.temperature: expected a number \(found "4"\)'),
+        (("teachers", "big", "modl"), {}, r"teachers\.big\.modl: unknown key .*; did you mean 'model'\?"),
+        (("teachers", "big", "train", "epoch"), 2, r"teachers\.big\.train\.epoch: unknown key .* 'epochs'\?"),
+        (("teachers",), {}, "teachers: empty; expected at least one"),
+        (("targets", "big", "encodng"), "topk", r"targets\.big\.encodng: unknown key .*; did you mean 'encoding'\?"),
+        (("targets",), {"bigg": {}}, r"targets\.bigg: .* the teachers are big; did you mean 'big'\?"),
+        (("targets", "big"), None, r"targets\.big: expected a mapping \(found null\)"),
+        (("targets", "big", "min_k"), 2, r"targets\.big\.min_k: encoding 'dense' has no such parameter"),
+        (("views",), {"cuont": 3}, r"views\.cuont: unknown key .*; did you mean 'count'\?"),
+        (("data", "source", "batch_row"), 3, r"data\.source\.batch_row: .*; did you mean 'batch_rows'\?"),
         (("student", "baselines"), ["label"], "labels_only"),
         (("targets", "big", "dtype"), "float8", "float16"),
         (("views",), {"count": 3}, r"views\.count is 3, but there is no views\.transform"),
         (("evaluat",), {}, "evaluat: unknown key"),
         (("task", "shape"), [8, 8, 2], "1 or 3 channels"),
+        (("task", "shape"), [8, 8], r"task\.shape\.2: missing \(found \[8, 8\]\)"),
     ],
 )
 def test_typos_in_params_name_the_key_and_the_choices(folder, capsys, path, value, message):
     before = tree(folder / "data" / "prepared")
     change(folder, *path, value=value)
-    assert _matches(message, fails(capsys, "check"))
+    found = fails(capsys, "check")
+    assert _matches(message, found)
+    assert not _PYTHON.search(found), found
     assert tree(folder / "data" / "prepared") == before
 
 
-def _matches(pattern, text):
-    import re
+_PYTHON = re.compile(r"Section|TypeError|<class|NoneType|Traceback|\bNone\b|\bTrue\b|instance of|Factory\(")
+"""What says more about kdpipe's inside than about params.yaml."""
 
+
+def _matches(pattern, text):
     assert re.search(pattern, text, re.DOTALL), text
     return True
 
@@ -111,12 +131,37 @@ def _matches(pattern, text):
         (("evaluate",), {"split": "tset"}, "evaluate.split: there is no split 'tset'; prepared are test, train"),
         (("student", "distil_on"), ["trian"], "student.distil_on: there is no split 'trian'"),
         (("student", "labelled_rows"), 15000, "labels for 15000 rows were asked"),
+        (("targets", "big", "outputs"), ["logits", "haed"], r"targets\.big\.outputs: .*'haed' .*: logits, head"),
+        (("targets", "big", "shard_rows"), 9973, r"targets\.big: shard_rows is 9973, .* even chunks .* such as 8192"),
+        (
+            ("targets", "big"),
+            {"encoding": "sampled", "draws": 3, "head": 10},
+            r"targets\.big: head is 10, .* 10 classes",
+        ),
+        (
+            ("views",),
+            {"count": 1, "transform": {"factory": "same.py:Same"}, "splits": ["train", "tset"]},
+            r"views\.splits: there is no split 'tset'; prepared are test, train, validation",
+        ),
+        (
+            ("views",),
+            {"transform": {"factory": "same.py:Smae"}},
+            r"views\.transform: same\.py has no 'Smae'; it has Same",
+        ),
+        (
+            ("views",),
+            {"transform": {"factory": "same.py:Same", "size": 1}},
+            r"views\.transform\.size: .* takes nothing",
+        ),
         (("student", "model", "factory"), "broken.py:Net", "broken.py cannot be imported: ZeroDivisionError"),
         (("teachers", "big", "model"), {"factory": "wrong.py:Net"}, r"forward gives \[64, 3\]; expected .* \[64, 10\]"),
     ],
 )
 def test_check_finds_what_a_few_rows_can_show(folder, capsys, path, value, message):
     (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "same.py").write_text(
+        "class Same:\n    def __call__(self, columns, keys, seed):\n        return columns\n"
+    )
     (folder / "wrong.py").write_text(
         "import torch\nclass Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(64, 3)\n"
         "    def forward(self, inputs):\n        return super().forward(inputs.flatten(1))\n"
@@ -131,6 +176,53 @@ def test_check_passes_and_says_what_it_checked(folder, capsys):
     assert "teachers: big" in capsys.readouterr().out
 
 
+TRANSFORMS = {
+    "shuffles": (
+        "return {**columns, 'image': columns['image'][::-1]}",
+        "makes another 'image' .* them in another order",
+    ),
+    "is normalised over the batch": (
+        "return {**columns, 'image': columns['image'] - columns['image'].min(axis=0)}",
+        "makes another 'image' .* let no row depend on the others",
+    ),
+    "draws anew": (
+        "return {**columns, 'image': columns['image'] + numpy.random.randint(0, 9, (8, 8, 1), 'uint8')}",
+        "makes another 'image' .* a second time; .*kdpipe.random_numbers.uniform",
+    ),
+    "gives nothing": ("return None", r"gives nothing; expected the layout .*: image uint8 \[16, 8, 8, 1\]"),
+    "gives fewer rows": ("return {'image': columns['image'][1:]}", r"gives image uint8 \[15, 8, 8, 1\]; expected"),
+    "gives floats": ("return {'image': columns['image'] / 16}", r"gives image float64 \[16, 8, 8, 1\]; expected"),
+    "fails": ("return columns['pixels']", r"fails on image uint8 \[16, 8, 8, 1\]: KeyError: 'pixels'"),
+    "cannot be made": ("", "mine.py:Mine fails: ValueError: of no use"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_that_is_of_no_use_is_refused_before_the_teacher_speaks(cached, capsys, name):
+    body, message = TRANSFORMS[name]
+    call = f"    def __call__(self, columns, keys, seed):\n        {body}\n"
+    made = call if body else "    def __init__(self):\n        raise ValueError('of no use')\n"
+    (cached / "mine.py").write_text(f"import numpy\nclass Mine:\n{made}")
+    change(cached, "views", value={"count": 1, "transform": {"factory": "mine.py:Mine"}})
+    before = tree(cached / "data" / "targets")
+    for command in ("check", "cache-teacher"):
+        (cached / "calls.log").unlink(missing_ok=True)
+        assert _matches(rf"^error: views\.transform: (Mine )?{message}", fails(capsys, command))
+    assert tree(cached / "data" / "targets") == before
+    assert not (cached / "calls.log").exists()
+
+
+def test_few_rows_are_enough_to_check_a_transform(folder, capsys):
+    (folder / "same.py").write_text(
+        "class Same:\n    def __call__(self, columns, keys, seed):\n        return columns\n"
+    )
+    change(folder, "views", value={"count": 2, "transform": {"factory": "same.py:Same"}})
+    path = folder / "data" / "raw" / "digits.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 3), path)
+    assert run(["check"]) == 0
+    assert "views: 2 of train by same.py:Same" in capsys.readouterr().out
+
+
 def test_params_absent_or_no_yaml(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "no " in fails(capsys, "prepare-data")
@@ -139,8 +231,25 @@ def test_params_absent_or_no_yaml(tmp_path, capsys, monkeypatch):
     assert "params.yaml" in fails(capsys, "check", "--params", "elsewhere/params.yaml")
 
 
-def test_usage_errors_exit_with_2(capsys):
-    assert "No such command" in fails(capsys, "prepare-dada", status=2)
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("prepare-dada", "No such command"),
+        ("cache-teacher --shards 2/2", "--shards is '2/2'; expected i/n"),
+        ("cache-teacher --shards 0/2 --repair", "run it alone, without --shards"),
+        ("estimate --rows 0", "--rows"),
+        ("verify data/targets/big --rows 5", "--rows belongs to --deep"),
+        ("verify data/targets/big --deep --rows 0", "--rows"),
+        ("gc --remove", "--remove takes fingerprints"),
+        ("gc abcd --remove-earlier", "--remove-earlier takes none"),
+        ("export-targets data/targets/big --format csv", "the choices are parquet, arrow, npz"),
+        ("export-targets data/targets/big --view first", "expected a number from 0 up, or all"),
+        ("export-targets data/targets/big --out big.csv", "expected a name that ends in .parquet"),
+        ("import-targets big.parquet made --k 0", "--k"),
+    ],
+)
+def test_usage_errors_exit_with_2(folder, capsys, command, message):
+    assert message in fails(capsys, *command.split(), status=2)
 
 
 def test_missing_file(folder, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kdpipe.encodings import Dense, Features, FeaturesInt8, Int8, Sampled, TopK
 from kdpipe.store import TargetStore
 from kdpipe.store.manifest import Manifest
 from kdpipe.store.statistics import teacher_statistics
-from kdpipe.targets import OutputSpec
+from kdpipe.targets import OutputSpec, Targets
 from kdpipe.views import row_keys
 
 GOLDEN = Path(__file__).parent / "golden" / "format_2"
@@ -45,6 +46,7 @@ SAID = {
     ),
 }
 MASKS = ("logits", "int8")
+Said = Callable[[str, int], torch.Tensor]
 
 
 def sample_ids() -> np.ndarray:
@@ -99,28 +101,39 @@ def make(folder: Path) -> TargetStore:
     )
     store = TargetStore.create(folder, manifest, sample_ids(), digests(), num_views=NUM_VIEWS)
     store.want_in_views(in_views())
+    fill(store, said, covered)
+    return TargetStore.open(folder)
+
+
+def fill(store: TargetStore, said: Said, covered: Callable[[int], np.ndarray]) -> None:
+    """Write every shard: `said(output, view)` and `covered(view)` are about all rows."""
     for view, shard in store.missing():
         rows = slice(shard.start, shard.stop)
         arrays = {"statistics": teacher_statistics(said("logits", view)[rows]), "covered": covered(view)[rows]}
         arrays["statistics"][~arrays["covered"]] = 0
-        for name, (encoding, _) in SAID.items():
-            encoded = encoding.encode(said(name, view)[rows], row_keys(sample_ids()[rows].tolist(), view))
+        keys = row_keys(store.sample_ids[rows].tolist(), view)
+        for name, encoding in store.encodings.items():
+            encoded = encoding.encode(said(name, view)[rows], keys)
             arrays |= {name + suffix: values for suffix, values in encoded.items()}
         store.write(view, shard, arrays, batch_size=8)
     store.finish()
-    return TargetStore.open(folder)
+
+
+def tensors(targets: Mapping[str, Targets]) -> dict[str, torch.Tensor]:
+    """`<output>.<field>` -> every tensor of targets by output."""
+    return {
+        f"{name}.{field.name}": value
+        for name, each in targets.items()
+        for field in fields(each)
+        if isinstance(value := getattr(each, field.name), torch.Tensor)
+    }
 
 
 def decoded(store: TargetStore, view: int) -> dict[str, np.ndarray]:
     """`<output>.<field>` -> what kdpipe reads of a view's rows, and what the teacher said in short."""
     rows = np.flatnonzero(in_views()) if view else np.arange(NUM_ROWS)
     targets = store.read(rows, view)
-    found = {
-        f"{name}.{field.name}": value.numpy()
-        for name, each in targets.items()
-        for field in fields(each)
-        if field.name != "covered" and isinstance(value := getattr(each, field.name), torch.Tensor)
-    }
+    found = {name: value.numpy() for name, value in tensors(targets).items() if not name.endswith(".covered")}
     statistics = store.statistics(rows, view)
     return found | statistics | {"covered": targets["logits"].covered.numpy()}
 

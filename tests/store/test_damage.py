@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,9 +14,9 @@ from kdpipe.encodings import Dense, Features, Int8, TopK
 from kdpipe.errors import CorruptStoreError, IncompleteStoreError, StoreError, StoreNotFoundError
 from kdpipe.store import TargetStore, TargetStream, open_store
 from kdpipe.store.manifest import Manifest
-from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import OutputSpec
-from kdpipe.views import ViewSpec, row_keys
+from kdpipe.views import ViewSpec
+from store.make_golden_store import fill, tensors
 
 NUM_ROWS, NUM_VIEWS, SHARD_ROWS = 14, 2, 8
 NUM_CLASSES, WIDTH = 7, 5
@@ -39,14 +38,20 @@ def ids():
     return np.array([f"row-{index}" for index in range(NUM_ROWS)])
 
 
-def said(output, view):
+def said(name, view):
     """What the teacher says about every row."""
-    seed = 100 * view + list(ENCODINGS).index(output.name)
+    output = next(each for each in OUTPUTS if each.name == name)
+    seed = 100 * view + OUTPUTS.index(output)
     return 3 * torch.randn(NUM_ROWS, *output.shape, generator=torch.Generator().manual_seed(seed))
 
 
+def covered(view):
+    """The teacher abstains from every fifth row."""
+    return np.arange(NUM_ROWS) % 5 != 0
+
+
 def make_store(path):
-    """A finished store with several encodings, two views and a teacher that abstained from every fifth row."""
+    """A finished store with several encodings, two views and a teacher that abstains."""
     encodings = {name: encoding.to_json() for name, encoding in ENCODINGS.items()}
     manifest = Manifest(
         ingredients={"teacher": {"name": "Lehrkörper", "weights": "0" * 64}, "encodings": encodings},
@@ -62,26 +67,7 @@ def make_store(path):
         recorded={"torch": "2"},
     )
     digests = np.random.default_rng(0).integers(0, 256, (NUM_ROWS, 16), dtype=np.uint8)
-    store = TargetStore.create(path, manifest, ids(), digests, num_views=NUM_VIEWS)
-    for view, shard in store.missing():
-        rows = slice(shard.start, shard.stop)
-        arrays = {"statistics": teacher_statistics(said(OUTPUTS[0], view)[rows])}
-        arrays["covered"] = np.arange(NUM_ROWS)[rows] % 5 != 0
-        for output in OUTPUTS:
-            encoded = ENCODINGS[output.name].encode(said(output, view)[rows], row_keys(ids()[rows], view))
-            arrays |= {output.name + suffix: values for suffix, values in encoded.items()}
-        store.write(view, shard, arrays, batch_size=4)
-    store.finish()
-
-
-def tensors(targets):
-    """Every tensor of targets by output, by name."""
-    return {
-        f"{output}.{field.name}": value
-        for output, each in targets.items()
-        for field in fields(each)
-        if isinstance(value := getattr(each, field.name), torch.Tensor)
-    }
+    fill(TargetStore.create(path, manifest, ids(), digests, num_views=NUM_VIEWS), said, covered)
 
 
 def by_random_access(path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import socket
 
 import numpy as np
 import pytest
 import torch
 
-from kdpipe.errors import ConfigError, CorruptStoreError, IncompleteStoreError, StoreNotFoundError
+from kdpipe.errors import ConfigError, CorruptStoreError, IncompleteStoreError, StoreError, StoreNotFoundError
 from kdpipe.store import TargetStream, open_store
 from store.test_stream import NUM_ROWS, check, store_of
 
@@ -108,13 +109,92 @@ def test_a_store_published_anew_while_it_is_open_is_never_mixed(bucket, tmp_path
 
 def test_nothing_there(bucket):
     _, name = bucket
-    with pytest.raises(StoreNotFoundError, match="there is no target store at s3://"):
-        open_store(f"s3://{name}/elsewhere")
+    for url in (f"s3://{name}/elsewhere", "s3://no-such-bucket/targets"):
+        with pytest.raises(
+            StoreNotFoundError, match=r"there is no target store at s3://.* or its bucket does not exist"
+        ):
+            open_store(url)
 
 
 def test_a_url_without_its_package():
     with pytest.raises(ConfigError, match=r"nosuch://x/y cannot be opened: .* local path"):
         open_store("nosuch://x/y")
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """No credentials anywhere, and a server that nobody runs."""
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("KDPIPE_CACHE", str(tmp_path / "cache"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    return monkeypatch
+
+
+def refused(url):
+    """The message of a store that cannot be reached; it tells what to set."""
+    with pytest.raises(StoreError) as caught:
+        open_store(url)
+    message = str(caught.value)
+    assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" in message
+    assert "AWS_ENDPOINT_URL" in message
+    return message
+
+
+def test_no_credentials(alone):
+    assert refused("s3://bucket/targets").startswith("s3://bucket/targets cannot be read: NoCredentialsError: Unable")
+
+
+def test_no_such_profile(alone):
+    alone.setenv("AWS_PROFILE", "nobody")
+    assert "The config profile (nobody) could not be found" in refused("s3://bucket/targets")
+
+
+def test_no_server(alone):
+    alone.setenv("AWS_ACCESS_KEY_ID", "name")
+    alone.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    message = refused("s3://bucket/targets")
+    assert "Could not connect to the endpoint URL" in message
+    assert "a-secret" not in message
+
+
+@pytest.mark.parametrize("url", ["s3://name:a-se/cret@bucket/targets", "s3://bucket/targets?token=a-se/cret"])
+def test_no_message_tells_what_a_url_keeps_to_itself(alone, url):
+    alone.setenv("AWS_ACCESS_KEY_ID", "name")
+    alone.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    message = refused(url)
+    assert "bucket/targets" in message
+    assert "a-se" not in message
+    assert "cret" not in message
+
+
+def test_a_server_that_stops_while_a_store_is_open(alone, tmp_path):
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    alone.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
+    alone.setenv("AWS_ACCESS_KEY_ID", "test")
+    alone.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    files = s3fs.S3FileSystem()
+    files.mkdir("short-lived")
+    store_of(tmp_path / "store", num_views=2)
+    files.put(str(tmp_path / "store"), "short-lived/targets", recursive=True)
+    store = open_store("s3://short-lived/targets")
+    server.stop()
+    with pytest.raises(StoreError, match=r"s3://short-lived/targets cannot be read: .* AWS_ENDPOINT_URL"):
+        store.read(np.array([0]))
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
 def _sum_of_a_row(store):

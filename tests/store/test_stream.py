@@ -121,6 +121,15 @@ def test_some_rows_in_any_order(store, held, share):
     assert sorted(met) == sorted(wanted.tolist())
 
 
+def test_rows_named_twice_are_met_twice(store, held):
+    wanted = np.arange(NUM_ROWS) // 2
+    met = []
+    for rows, targets in TargetStream(store, batch_size=64, rows=wanted, **held):
+        check(rows, targets)
+        met += rows.tolist()
+    assert sorted(met) == wanted.tolist()
+
+
 @settings(max_examples=15)
 @given(stop=st.integers(0, 100), batch_size=st.integers(20, 300))
 def test_a_stream_goes_on_in_mid_epoch(tmp_path_factory, stop, batch_size):
@@ -139,6 +148,64 @@ def test_a_stream_goes_on_in_mid_epoch(tmp_path_factory, stop, batch_size):
             check(rows, targets)
             rest.append(rows)
     assert np.array_equal(np.concatenate([*first, *rest]), np.concatenate(whole))
+
+
+def test_a_stream_goes_on_with_another_number_of_ranks_and_more_memory(store, monkeypatch):
+    views = ViewSpec(count=1)
+    begun = TargetStream(store, batch_size=100, seed=2, views=views, ram_budget_bytes=SMALL)
+    whole = [rows for rows, _ in itertools.islice(begun, 7)]
+    state = begun.state_dict()
+    whole += [rows for rows, _ in begun]
+    parts = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        stream = TargetStream(store, batch_size=100, seed=2, views=views, ram_budget_bytes=0)
+        stream.load_state_dict(state)
+        parts.append([rows for rows, _ in stream])
+    for batch, *shares in zip(whole[7:], *parts, strict=True):
+        assert sorted(np.concatenate(shares).tolist()) == sorted(batch.tolist())
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"batch_size": 49}, "batch_size 50, here 49"),
+        ({"seed": 4}, "seed 3, here 4"),
+        ({"rows": np.arange(NUM_ROWS - 1)}, "rows '"),
+        ({"rows": np.arange(NUM_ROWS)[::-1]}, "rows '"),
+        ({"views": ViewSpec(count=2)}, "views 0, here 2"),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_the_state_of_a_stream_of_other_batches_is_refused(store, other, named):
+    arguments = {"batch_size": 50, "seed": 3}
+    state = TargetStream(store, **arguments).state_dict()
+    stream = TargetStream(store, **(arguments | other))
+    with pytest.raises(ConfigError, match=named) as error:
+        stream.load_state_dict(state)
+    assert str(error.value).count(", here ") == 1
+    assert stream.state_dict()["step"] == 0
+    TargetStream(store, **arguments).load_state_dict(state)
+
+
+def test_the_state_of_other_outputs_is_refused_where_they_change_the_order(store, monkeypatch):
+    from kdpipe import order
+
+    state = TargetStream(store, batch_size=50).state_dict()
+    monkeypatch.setattr(order, "BLOCK_BYTES", 40 * (2 * C + 4))
+    with pytest.raises(ConfigError, match="block_rows 1024, here 32"):
+        TargetStream(store, batch_size=50).load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", [None, {"step": -1}, {"step": 1.5}, {"step": None}, {"more": 1}])
+def test_what_is_no_state_is_refused(store, change):
+    stream = TargetStream(store, batch_size=50)
+    state = {} if change is None else stream.state_dict() | change
+    with pytest.raises(ConfigError, match="expected what a stream's"):
+        stream.load_state_dict(state)
+    with pytest.raises(ConfigError, match="epoch is -1"):
+        stream.set_epoch(-1)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -185,6 +252,29 @@ def test_a_budget_of_nothing_keeps_two_pools_only(store):
 def test_a_budget_below_two_pools_is_refused(store):
     with pytest.raises(ConfigError, match="RAM budget is 1,000 bytes"):
         TargetStream(store, batch_size=8, ram_budget_bytes=1000)
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_few_rows_need_a_budget_for_themselves_only(store, batch_size):
+    options = {"batch_size": batch_size, "rows": np.arange(20), "views": ViewSpec(count=1)}
+    needed = 2 * 2 * 20 * store.row_bytes()
+    with pytest.raises(ConfigError, match=rf"needs up to {needed:,}\."):
+        TargetStream(store, ram_budget_bytes=needed - 1, **options)
+    met = []
+    for rows, targets in TargetStream(store, ram_budget_bytes=needed, **options):
+        check(rows, targets, view=1)
+        met += rows.tolist()
+    assert sorted(met) == list(range(20))
+
+
+@pytest.mark.parametrize("rows", [np.ones(NUM_ROWS, np.bool_), [0.0, 1.0], [[1, 2]]], ids=["mask", "floats", "axes"])
+def test_what_is_no_row_number_is_refused(store, rows):
+    with pytest.raises(ConfigError, match="expected row numbers"):
+        TargetStream(store, batch_size=8, rows=rows)
+
+
+def test_no_rows_are_no_batches(store):
+    assert list(TargetStream(store, batch_size=8, rows=[])) == []
 
 
 def test_rows_and_views_that_the_store_lacks(store):

@@ -390,7 +390,160 @@ def test_rows_without_answer_may_be_null(tmp_path):
     assert store.statistics(np.array([2]))["top1"].tolist() == [2.0]
 
 
+def ragged_tokens(num_rows, most):
+    """Logits of rows of 0 to `most` tokens, the longest row last."""
+    generator = np.random.default_rng(num_rows)
+    lengths = [*generator.integers(0, most, num_rows - 1), most]
+    return [generator.normal(size=(length, NUM_CLASSES)).astype(np.float32) * 3 for length in lengths]
+
+
+@pytest.mark.parametrize("batch_bytes", [100, 2**23])
+@pytest.mark.parametrize("encoding", [Dense(dtype="float32"), TopK(k=3)])
+def test_rows_of_fewer_tokens_are_padded(tmp_path, monkeypatch, batch_bytes, encoding):
+    """The longest row is the last one, and is met in another batch; where a row has tokens, they say what they said."""
+    monkeypatch.setattr(table_files, "BATCH_BYTES", batch_bytes)
+    said = ragged_tokens(40, most=6)
+    columns = {"sample_id": [f"row-{index}" for index in range(40)]}
+    if isinstance(encoding, Dense):
+        columns["logits"] = [list(map(list, row)) for row in said]
+    else:
+        heads = [head_of(row, 3) for row in said]
+        columns |= {"class_ids": [ids.tolist() for ids, _ in heads], "log_probs": [each.tolist() for _, each in heads]}
+    store = imported_as(tmp_path, columns, encoding, num_classes=NUM_CLASSES)
+    assert store.outputs["logits"].shape == (6, NUM_CLASSES)
+    targets = store.targets(columns["sample_id"])
+    lengths = np.array([len(row) for row in said])
+    assert targets.covered.tolist() == (np.arange(6) < lengths[:, np.newaxis]).tolist()
+    expected = encoding.decode(encoding.encode(torch.from_numpy(np.concatenate(said))), store.outputs["logits"])
+    found = targets[torch.arange(40)].log_probs()[targets.covered]
+    torch.testing.assert_close(found, expected.log_probs(), rtol=1e-3, atol=1e-5)
+
+
+def test_tokens_without_an_entry_are_not_covered(tmp_path):
+    """As empty lists or as null; of rows that are covered, and never of those that are not."""
+    columns = {
+        "sample_id": list("abcd"),
+        "class_ids": [[[], [1, 2], [3]], [None, [4]], [[0]], [[1], [1]]],
+        "log_probs": [[[], [-1.0, -2.0], [-0.5]], [None, [-0.1]], [[-0.2]], [[-0.3], [-0.3]]],
+        "covered": [True, True, True, False],
+    }
+    targets = imported_as(tmp_path, columns, TopK(k=2), num_classes=NUM_CLASSES).targets(list("abcd"))
+    assert targets.covered.tolist() == [[False, True, True], [False, True, False], [True, False, False], [False] * 3]
+    assert targets.ids[0].tolist()[1:] == [[1, 2], [3, 3]]
+
+
+def test_padding_by_hand_gives_the_same_store(tmp_path):
+    """Rows of one length with `covered` per token, and ragged rows without it."""
+    said = ragged_tokens(20, most=4)
+    ids = [f"row-{index}" for index in range(20)]
+    covered = [[place < len(row) for place in range(4)] for row in said]
+    whole = [[*map(list, row), *[[0.0] * NUM_CLASSES] * (4 - len(row))] for row in said]
+    for name in ("ragged", "padded"):
+        (tmp_path / name).mkdir()
+    ragged = {"sample_id": ids, "logits": [list(map(list, row)) for row in said]}
+    stores = [
+        imported_as(tmp_path / "ragged", ragged, Dense()),
+        imported_as(tmp_path / "padded", {"sample_id": ids, "logits": whole, "covered": covered}, Dense()),
+    ]
+    for name, values in stores[0].read_arrays(np.arange(20)).items():
+        np.testing.assert_array_equal(values, stores[1].read_arrays(np.arange(20))[name], err_msg=name)
+
+
+def test_features_of_ragged_tokens(tmp_path):
+    said = ragged_tokens(12, most=5)
+    hidden = [row[:, :2].tolist() for row in said]
+    columns = {"sample_id": [str(row) for row in range(12)], "logits": [row.tolist() for row in said], "hidden": hidden}
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=3)
+    table = TableTargets(open_table(path), features=["hidden"])
+    made = manifest(Dense(), (5, NUM_CLASSES), coverage=table.has_coverage, features=(5, 2))
+    store = imported(tmp_path / "made", table, made)
+    values, covered = store.read_arrays(np.arange(12))["hidden"], store.targets(columns["sample_id"]).covered.numpy()
+    np.testing.assert_array_equal(values[covered], np.concatenate(said)[:, :2].astype(np.float16))
+
+
+def test_one_long_row_costs_no_memory_for_all(tmp_path, monkeypatch):
+    """2,000 rows of a token and one of 500: together they would be 32 MB of class ids and log-probs."""
+    monkeypatch.setattr(table_files, "BATCH_BYTES", 2**20)
+    lengths = [1] * 2000 + [500]
+    columns = {
+        "sample_id": [str(row) for row in range(2001)],
+        "class_ids": [[[0, 1]] * length for length in lengths],
+        "log_probs": [[[-1.0, -1.0]] * length for length in lengths],
+    }
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table(columns), path)
+    own = own_rows(said := TableTargets(open_table(path), num_classes=NUM_CLASSES))
+    made = manifest(TopK(k=2), (500, NUM_CLASSES), coverage=True, shard_rows=100)
+    store = TargetStore.create(tmp_path / "made", made, own.sample_ids, np.zeros((2001, 16), np.uint8))
+    tracemalloc.start()
+    try:
+        fill(store, said, own.rows, store.missing(), memory_bytes=4 * 2**20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 2**20
+    assert int(store.read_arrays(np.array([0, 2000]), names=["covered"])["covered"].sum()) == 501
+
+
+def test_columns_of_ones_own_are_named(tmp_path):
+    """A review is no view, and a weight, an entropy or a class beside all logits mean nothing to an import."""
+    own = {"review": ["good"] * 3, "weights": [1.0] * 3, "class_id": [0] * 3, "tails": [0] * 3}
+    pq.write_table(pa.table({**LOGITS, **own, "entropy": [0.0] * 3}), tmp_path / "table.parquet")
+    said = TableTargets(open_table(tmp_path / "table.parquet"))
+    assert said.columns_not_read == ("review", "weights", "class_id", "tails")
+
+
+def lines_of(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return open_table(path)
+
+
+def test_lists_in_json_may_begin_with_null(tmp_path):
+    """pyarrow's reader loses such a null where it infers the list's type."""
+    lines = [
+        {"sample_id": "a", "class_ids": [None, [1, 2]], "log_probs": [None, [-1.0, -2.0]]},
+        {"sample_id": "b", "class_ids": [None, [3]], "log_probs": [None, [-0.5]]},
+    ]
+    said = TableTargets(lines_of(tmp_path / "table.jsonl", *lines), num_classes=5)
+    targets = imported(tmp_path / "made", said, manifest(TopK(k=2), (2, 5), coverage=True)).targets(["a", "b"])
+    assert targets.covered.tolist() == [[False, True]] * 2
+    assert targets.ids[:, 1].tolist() == [[1, 2], [3, 3]]
+
+
+def test_rows_without_a_token_may_fill_a_batch_of_json(tmp_path, monkeypatch):
+    """Where all lists are empty, JSON does not tell how deep they are."""
+    monkeypatch.setattr(table_files, "BATCH_BYTES", 1)
+    lines = [
+        {"sample_id": "a", "class_ids": [[1]], "log_probs": [[-1.0]]},
+        {"sample_id": "b", "class_ids": [], "log_probs": []},
+        {"sample_id": "c", "class_ids": None, "log_probs": None},
+    ]
+    said = TableTargets(lines_of(tmp_path / "table.jsonl", *lines), num_classes=5)
+    targets = imported(tmp_path / "made", said, manifest(TopK(k=1), (1, 5), coverage=True)).targets(list("abc"))
+    assert targets.covered.tolist() == [[True], [False], [False]]
+
+
+def test_keys_of_json_lines(tmp_path, monkeypatch):
+    """A key that only later lines have is no key that may be left out; ids that look like dates stay what they are."""
+    lines = [{"sample_id": f"2026-01-0{day}", "logits": [0.0, 1.0]} for day in (1, 2, 3)]
+    table = lines_of(tmp_path / "dates.jsonl", *lines)
+    assert TableTargets(table).index[0].tolist() == ["2026-01-01", "2026-01-02", "2026-01-03"]
+    monkeypatch.setattr(table_files, "BATCH_BYTES", 1)
+    table = lines_of(tmp_path / "late.jsonl", *lines, {**lines[0], "sample_id": "x", "covered": False})
+    with pytest.raises(DataError, match="lines further down have a key 'covered' that the first ones do not have"):
+        TableTargets(table).index  # noqa: B018
+    table = lines_of(tmp_path / "half.jsonl", {**lines[0], "covered": True}, lines[1])
+    with pytest.raises(DataError, match="covered holds null"):
+        imported(tmp_path / "made", TableTargets(table), manifest(Dense(), (2,), coverage=True))
+
+
 HEAD = {"sample_id": ["a", "b", "c"], "class_ids": [[0, 1]] * 3, "log_probs": [[-0.7, -1.0]] * 3}
+TOKENS = {
+    "sample_id": ["a", "b", "c"],
+    "class_ids": [[[0], [1]], [[0], [1]], [[0]]],
+    "log_probs": [[[-0.7], [-0.7]], [[-0.7], [-0.7]], [[-0.7]]],
+}
 LOGITS = {"sample_id": ["a", "b", "c"], "logits": [[0.0, 1.0, 2.0]] * 3}
 WRONG = {
     "no ids": ({"logits": [[0.0]]}, "no column 'sample_id'; expected .*It has logits"),
@@ -401,6 +554,7 @@ WRONG = {
     "too deep": ({**LOGITS, "logits": [[[[0.0]]]] * 3}, "nested 3 lists deep; expected 1 or 2"),
     "words": ({**LOGITS, "logits": [["x"]] * 3}, "column logits: it holds string; expected numbers"),
     "NaN": ({**LOGITS, "logits": [[0.0, 1.0, 2.0], [0.0, float("nan"), 1.0], [0.0] * 3]}, "1 rows .* such as b$"),
+    "beyond float32": ({**LOGITS, "logits": [[0.0, 1.0, 2.0], [0.0, 1.0, 1e300], [0.0] * 3]}, "float32, such as b$"),
     "null in a list": ({**LOGITS, "logits": [[0.0, None, 2.0]] * 3}, "logits that are NaN.*such as a, b, c$"),
     "all masked": ({**LOGITS, "logits": [[-float("inf")] * 3] * 3}, r"all -inf"),
     "short row": ({**LOGITS, "logits": [[0.0, 1.0, 2.0], [0.0], [1.0] * 3]}, "have other than 3 logits, such as b$"),
@@ -426,7 +580,26 @@ WRONG = {
         "has 2 views, of numbers up to 1099511627776; expected 0..1",
     ),
     "views apart": ({**LOGITS, "view": [0, 0, 1]}, "view 1 is about other samples than view 0"),
-    "covered no booleans": ({**LOGITS, "covered": [1, 1, 0]}, "column covered holds int64 or null"),
+    "view of words": ({**LOGITS, "view": ["0", "0", "1"]}, "view holds other things"),
+    "covered no booleans": ({**LOGITS, "covered": [1, 1, 0]}, "column covered holds int64; expected true and false"),
+    "covered null": (
+        {**LOGITS, "covered": [True, None, True]},
+        "covered holds null; expected true or false in every row",
+    ),
+    "covered per token of rows": ({**LOGITS, "covered": [[True]] * 3}, "covered: lists nested 1 deep; expected 0"),
+    "covered null in a list": ({**TOKENS, "covered": [[True, None]] * 3}, "bool and null; expected true and false"),
+    "covered of fewer tokens": ({**TOKENS, "covered": [[True], [True] * 2, [True]]}, "than tokens, such as a$"),
+    "covered without an entry": ({**TOKENS, "covered": [[True] * 2] * 3}, "name no class .*, such as c$"),
+    "log_probs of more tokens": ({**TOKENS, "log_probs": [[[-0.7]] * 2] * 3}, "more class_ids than .*, such as c$"),
+    "tokens of other depth": ({**TOKENS, "log_probs": [[-0.7]] * 3}, "log_probs and class_ids are lists of different"),
+    "tails": ({**HEAD, "tails": [[-2.4]] * 3}, "has a column 'tails', which is not read; did you mean 'tail_log_mass'"),
+    "views": ({**LOGITS, "views": [0, 1, 2]}, "a column 'views', .* did you mean 'view'"),
+    "Coverage": ({**LOGITS, "Coverage": [True] * 3}, "a column 'Coverage', .* did you mean 'covered'"),
+    "log_prob": (
+        {"sample_id": ["a"], "class_ids": [[0]], "log_prob": [[-0.1]]},
+        "no column 'log_probs'; .*; did you mean 'log_probs' by 'log_prob'",
+    ),
+    "Logits": ({"sample_id": ["a"], "Logits": [[0.0]]}, "no column 'class_ids'; .* did you mean 'logits' by 'Logits'"),
 }
 
 
@@ -546,7 +719,8 @@ def exported(folder, encoding, **changes):
 
 
 def test_pandas_reads_them(tmp_path):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     _, targets = exported(tmp_path, Dense())
     frame = pandas.read_parquet(tmp_path / "table.parquet")
     np.testing.assert_array_equal(np.stack(frame["logits"]), targets.logits().numpy())
@@ -557,7 +731,8 @@ def test_pandas_reads_them(tmp_path):
 
 
 def test_duckdb_reads_them(tmp_path):
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
+
     _, targets = exported(tmp_path, TopK(k=3), coverage=True)
     path = tmp_path / "table.parquet"
     query = f"select sample_id, class_ids[1], list_sum([exp(x) for x in log_probs]) from '{path}' where covered"
@@ -572,7 +747,8 @@ def test_duckdb_reads_them(tmp_path):
 @pytest.mark.parametrize("table_format", ["parquet", "arrow"])
 def test_hf_datasets_reads_them(tmp_path, monkeypatch, table_format):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     store, targets = exported(tmp_path, Dense())
     files = str(tmp_path / f"table{FORMATS[table_format]}")
     loaded = datasets.load_dataset(table_format, data_files=files, split="train", cache_dir=str(tmp_path / "cache"))

@@ -242,13 +242,45 @@ def test_truncated_and_lost_files_are_named(tmp_path):
     victim = tmp_path / "logits" / "c.0.1.0"
     content = victim.read_bytes()
     victim.write_bytes(content[:-1])
-    assert any("c.0.1.0" in each.what for each in store.verify())
+    (problem,) = store.verify()
+    assert str(problem).startswith("view 0, shard 1: c.0.1.0 of logits has ")
     with pytest.raises(IncompleteStoreError, match="shard 1 of view 0"):
         TargetStore.open(tmp_path).read(np.array([9]))
     victim.unlink()
-    assert any("absent" in each.what for each in TargetStore.open(tmp_path).verify())
+    assert [str(each) for each in TargetStore.open(tmp_path).verify()] == [
+        "view 0, shard 1: c.0.1.0 of logits is absent"
+    ]
     with pytest.raises(StoreNotFoundError, match="no target store"):
         TargetStore.open(tmp_path / "nowhere")
+
+
+def test_a_shard_without_a_record_is_one_problem(tmp_path):
+    complete(tmp_path, count=20)
+    store = TargetStore.create(tmp_path, manifest(), *rows(24))
+    assert [str(each) for each in store.verify()] == ["view 0, shard 2: no valid commit record"]
+
+
+def test_trusted_shards_are_not_read_again(tmp_path):
+    store = complete(tmp_path, count=20)
+    for shard in (0, 2):
+        path = tmp_path / "logits" / f"c.0.{shard}.0"
+        content = bytearray(path.read_bytes())
+        content[3] ^= 1
+        path.write_bytes(content)
+    assert [each.shard for each in store.verify()] == [0, 2]
+    assert [each.shard for each in store.verify(trusted={(0, 2)})] == [0]
+    assert store.verify(trusted={(0, 0), (0, 2)}) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "extent.json", "rows.parquet", "commits.parquet", "commits.parquet.sha256"]
+)
+def test_errors_of_a_damaged_description_name_the_repair(tmp_path, name):
+    complete(tmp_path, count=20)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(CorruptStoreError, match=rf"{name}.* Run `kdpipe cache-teacher NAME --repair`"):
+        _ = TargetStore.open(tmp_path).sample_ids
 
 
 def test_a_store_of_another_format_version_is_refused(tmp_path):

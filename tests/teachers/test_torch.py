@@ -86,9 +86,6 @@ class Returns(nn.Module):
         (lambda inputs: inputs.new_zeros(len(inputs), 5, 2), r"\[1, 5, 2\]"),
         (lambda inputs: inputs.new_zeros(len(inputs)), r"\[1\]"),
         (lambda inputs: inputs.new_zeros(2, 3), r"\[2, 3\]"),
-        (lambda inputs: {"scores": inputs, "loss": None}, "a dict of scores, loss"),
-        (lambda inputs: (inputs, inputs), "tuple"),
-        (lambda inputs: None, "nothing"),
     ],
 )
 def test_what_is_no_logits_of_the_tasks_classes_is_refused(value, found):
@@ -167,6 +164,63 @@ def test_logits_alone_are_the_same_with_and_without_further_outputs():
     assert torch.equal(alone.predict(FEATURES)["logits"], among.predict(FEATURES)["logits"])
 
 
+def test_parts_of_tuples_go_by_position():
+    model = Block()
+    teacher = teacher_of(model, outputs=["logits", "both.1", "pair.0"])
+    assert [each.shape for each in teacher.outputs] == [(3,), (8,), (2, 4)]
+    said = teacher.predict(FEATURES)
+    assert torch.equal(said["both.1"], said["pair.0"].flatten(1))
+    named = teacher_of(Returns(lambda inputs: (inputs[:, :2], inputs[:, 1:])), logits="1")
+    assert torch.equal(on_cpu(named.predict(FEATURES)["logits"]), fitted()(FEATURES)[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda inputs: {"scores": inputs, "loss": inputs}, "gives no tensor 'logits'; it gives scores, loss. Name"),
+        (lambda inputs: (inputs, inputs), "it gives 0, 1"),
+        (lambda inputs: None, "it gives NoneType"),
+    ],
+)
+def test_a_forward_that_does_not_tell_its_logits_is_refused(value, message):
+    with pytest.raises(TeacherError, match=message):
+        teacher_of(Returns(value))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_single_logit_is_two_classes(shape):
+    teacher = teacher_of(Returns(lambda inputs: inputs[:, 0].view(len(inputs), *shape)), num_classes=2)
+    logits = on_cpu(teacher.predict(FEATURES)["logits"])
+    z = fitted()(FEATURES)[:, 0]
+    assert torch.equal(logits, torch.stack([torch.zeros_like(z), z], dim=1))
+    assert torch.allclose(logits.softmax(dim=1)[:, 1], z.sigmoid())
+
+
+def test_inputs_by_name_are_forwards_arguments_without_their_padding():
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+
+    class Tokens(Standardize):
+        def state(self):
+            return {}
+
+        def __call__(self, columns):
+            rows = len(columns["features"])
+            return {"input_ids": torch.arange(5).repeat(rows, 1), "attention_mask": mask[:rows]}
+
+    lengths = []
+
+    class Takes(nn.Module):
+        def forward(self, input_ids, attention_mask):
+            lengths.append(input_ids.shape[1])
+            assert input_ids.shape == attention_mask.shape
+            return (input_ids * attention_mask).sum(dim=1, keepdim=True).float().expand(-1, 3)
+
+    teacher = teacher_of(Takes(), preprocess=Tokens())
+    logits = on_cpu(teacher.predict({name: column[:2] for name, column in FEATURES.items()})["logits"])
+    assert logits[:, 0].tolist() == [3, 0]
+    assert lengths == [3, 3]
+
+
 def test_a_deep_submodule_is_named_by_its_path():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 3))
     teacher = teacher_of(model, outputs=["logits", "0.1"])
@@ -177,10 +231,10 @@ def test_a_deep_submodule_is_named_by_its_path():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("embeding", r"'embeding' of the teacher does not exist: forward gives logits, embedding, both; .*pair, head"),
+        ("embeding", r"'embeding' of the teacher does not exist: forward gives logits, embedding, both.0, .*head"),
         ("", r"'' of the teacher does not exist"),
-        ("both", r"'both' of the teacher is tuple for one row; expected a tensor of shape \[1, …\]"),
-        ("pair", r"'pair' of the teacher is tuple"),
+        ("both", r"'both' of the teacher does not exist: .*both.0, both.1"),
+        ("pair", r"'pair' of the teacher does not exist: .*pair.0"),
         ("covered", r"'covered' of the teacher needs not be asked for"),
         ("statistics", r"'statistics' of the teacher needs not be asked for"),
     ],

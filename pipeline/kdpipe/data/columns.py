@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kdpipe.errors import DataError
+
 Array: TypeAlias = NDArray[Any]
 
 
@@ -57,6 +59,27 @@ def concatenate(parts: list[Column]) -> Column:
     lengths = np.concatenate([np.diff(part.offsets) for part in ragged])
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     return Ragged(values=np.concatenate([part.values for part in ragged]), offsets=offsets)
+
+
+def ragged_bytes(values: pa.Array) -> Ragged:
+    """An Arrow column of binary or text without nulls as uint8 rows, without a Python loop; they share its memory."""
+    binary = values.cast(pa.large_binary())
+    _, offsets, data = binary.buffers()
+    if not len(binary):
+        return Ragged(values=np.empty(0, np.uint8), offsets=np.zeros(1, np.int64))
+    ends = np.frombuffer(offsets, np.int64)[binary.offset : binary.offset + len(binary) + 1]
+    bytes_ = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
+    return Ragged(values=bytes_, offsets=ends - ends[0])
+
+
+def texts_of(column: Ragged) -> list[str]:
+    """Rows of UTF-8 bytes as text. Raises `DataError` where they are none."""
+    buffers = [None, pa.py_buffer(column.offsets), pa.py_buffer(np.ascontiguousarray(column.values))]
+    try:
+        texts: list[str] = pa.Array.from_buffers(pa.large_string(), len(column), buffers).to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"rows of text are not UTF-8: {error}") from None
+    return texts
 
 
 def fixed_bytes(values: NDArray[np.uint8]) -> pa.FixedSizeBinaryArray:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +22,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdpipe.data.columns import Array, Column, Columns, Ragged, bytes_of, concatenate, take
+from kdpipe.data.growing import Growing
 from kdpipe.errors import DataError
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
 ANEW = "Remove data/prepared and run `kdpipe prepare-data`, or fetch it again."
 MISSING_LABEL = -1
+_BLOCK_ROWS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,12 @@ class PreparedInputs:
         """Content digests `[N, 16]`, in row order."""
         return np.concatenate([bytes_of(_read_rows(segment, "digest")) for segment in self._segments])
 
+    def identities(self) -> Iterator[pa.RecordBatch]:
+        """Sample ids and digests (`sample_id`, `digest`) in row order, block by block; nothing of them is kept."""
+        for segment in self._segments:
+            with _reading(segment / "rows.parquet"), pq.ParquetFile(segment / "rows.parquet") as file:
+                yield from file.iter_batches(_BLOCK_ROWS, columns=["sample_id", "digest"], use_threads=False)
+
     def read(self, rows: NDArray[np.int64]) -> Columns:
         """The columns of the given rows, in the given order; any rows, repeated ones too."""
         segment_of = np.searchsorted(self._starts, rows, side="right") - 1
@@ -117,10 +127,17 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_rows(segment: Path, column: str) -> pa.ChunkedArray:
+    path = segment / "rows.parquet"
+    with _reading(path):
+        return pq.read_table(path, columns=[column], use_threads=False, pre_buffer=False)[column]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return pq.read_table(segment / "rows.parquet", columns=[column], use_threads=False, pre_buffer=False)[column]
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{segment / 'rows.parquet'} is absent or damaged ({error}). {ANEW}") from None
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path} is absent or damaged ({error}). {ANEW}") from None
 
 
 def _open_column(segment: Path, layout: ColumnLayout) -> Column:
@@ -131,10 +148,8 @@ def _open_column(segment: Path, layout: ColumnLayout) -> Column:
 
 
 def _map(path: Path) -> Array:
-    try:
+    with _reading(path):
         mapped: Array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is absent or damaged ({error}). {ANEW}") from None
     return mapped.view(np.ndarray)
 
 
@@ -178,9 +193,33 @@ def digest_split(
     inputs: PreparedInputs, labels: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> tuple[str, dict[str, int]]:
     """Digest of the given rows' ids, content and labels, whatever their order; and their count and labelled count."""
-    ids, digests = inputs.sample_ids[rows], inputs.digests[rows]
-    lines = sorted(
-        f"{key}\0{bytes(each).hex()}\0{label}" for key, each, label in zip(ids, digests, labels[rows], strict=True)
-    )
-    hashed = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return hashed, {"rows": len(rows), "labelled": int((labels[rows] != MISSING_LABEL).sum())}
+    wanted = np.zeros(len(inputs), np.bool_)
+    wanted[rows] = True
+    ids, digests = _identities_where(inputs, wanted)
+    labels_of_ids, order, hashed = labels[wanted], pc.sort_indices(ids).to_numpy(), hashlib.sha256()
+    for start in range(0, len(order), _BLOCK_ROWS):
+        block = order[start : start + _BLOCK_ROWS]
+        keys, labels_of_block = ids.take(pa.array(block)).to_pylist(), labels_of_ids[block].tolist()
+        texts = (bytes(each).hex() for each in digests[block])
+        lines = [f"{key}\0{text}\0{label}" for key, text, label in zip(keys, texts, labels_of_block, strict=True)]
+        hashed.update((("\n" if start else "") + "\n".join(lines)).encode())
+    return hashed.hexdigest(), {"rows": len(rows), "labelled": int((labels[rows] != MISSING_LABEL).sum())}
+
+
+def _identities_where(
+    inputs: PreparedInputs, wanted: NDArray[np.bool_]
+) -> tuple[pa.LargeStringArray, NDArray[np.uint8]]:
+    """Ids and digests `[n, 16]` of the rows that are wanted `[N]`, in row order; in memory once."""
+    ends, characters, digests = Growing(np.int64), Growing(np.uint8), Growing(np.uint8)
+    ends.append(np.zeros(1))
+    start = 0
+    for block in inputs.identities():
+        chosen = block.filter(pa.array(wanted[start : start + block.num_rows]))
+        ids = [key.encode() for key in chosen["sample_id"].to_pylist()]
+        ends.append(np.cumsum([len(characters), *map(len, ids)])[1:])
+        characters.append(np.frombuffer(b"".join(ids), np.uint8))
+        digests.append(bytes_of(pa.chunked_array([chosen["digest"]])))
+        start += block.num_rows
+    buffers = [None, pa.py_buffer(ends.values), pa.py_buffer(characters.values)]
+    texts = pa.Array.from_buffers(pa.large_string(), len(ends) - 1, buffers)
+    return texts, digests.values.reshape(-1, DIGEST_BYTES)

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdpipe import durable
 from kdpipe.data.columns import Columns, take
-from kdpipe.data.prepared import (
-    FORMAT_VERSION,
-    MISSING_LABEL,
-    ColumnLayout,
-    PreparedInputs,
-    digest_split,
-)
+from kdpipe.data.growing import Growing, KeyTable, text_keys
+from kdpipe.data.labels import Labels, write_labels
+from kdpipe.data.prepared import DIGEST_BYTES, FORMAT_VERSION, MISSING_LABEL, ColumnLayout, PreparedInputs
 from kdpipe.data.segments import SegmentWriter, content_digests
-from kdpipe.data.sources import Source
+from kdpipe.data.sources.base import Source, bounded
 from kdpipe.errors import DataError
 from kdpipe.fingerprint import canonical_json, uniform_by_id
 
@@ -84,41 +78,56 @@ def prepare(source: Source, schema: RowSchema, columns: SourceColumns, plan: Spl
     """
     (folder / "inputs").mkdir(parents=True, exist_ok=True)
     durable.sweep_temporaries(folder / "inputs")
-    reading = _Reading(folder / "inputs", schema, columns)
+    labels, num_new = _read(source, schema, columns, plan, folder)
+    summary = write_labels(folder, PreparedInputs(folder / "inputs"), labels)
+    return Prepared(num_rows=len(labels.labels), num_new=num_new, splits=summary)
+
+
+def _read(
+    source: Source, schema: RowSchema, columns: SourceColumns, plan: SplitPlan, folder: Path
+) -> tuple[Labels, int]:
+    """Append the source's new rows to the inputs: the labels of all rows, and how many are new."""
+    reading = _Reading(folder / "inputs", schema, columns, plan)
     try:
         for batch in source.batches():
-            reading.add(batch)
-        labels, splits = reading.labels_and_splits(plan)
+            for block in bounded(batch):
+                reading.add(block)
+        labels = reading.labels()
         if reading.starts_anew:  # a crash before the labels are written must not leave another source's labels
             (folder / "labels" / "labels.parquet").unlink(missing_ok=True)
-        num_new = reading.commit()
+        return labels, reading.commit()
     finally:
         reading.discard()
-    summary = _write_labels(folder, PreparedInputs(folder / "inputs"), labels, splits)
-    return Prepared(num_rows=len(labels), num_new=num_new, splits=summary)
 
 
 class _Reading:
-    """One pass over a source: appends unknown rows to a new segment, remembers label and split of every row."""
+    """One pass over a source: appends unknown rows to a new segment, remembers label and split of every row.
 
-    def __init__(self, folder: Path, schema: RowSchema, columns: SourceColumns) -> None:
-        self._folder, self._schema, self._columns = folder, schema, columns
+    Nothing of a row is kept as a Python object: it takes a key and 13 bytes, and another key where rows are known.
+    """
+
+    def __init__(self, folder: Path, schema: RowSchema, columns: SourceColumns, plan: SplitPlan) -> None:
+        self._folder, self._schema, self._columns, self._plan = folder, schema, columns, plan
+        if columns.split is None:
+            _check_shares(plan)
         has_rows = (folder / "manifest.json").is_file()
         self._manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text()) if has_rows else {}
-        known: list[str] = PreparedInputs(folder).sample_ids.tolist() if has_rows else []
-        self._row_of: dict[str, int] = {key: row for row, key in enumerate(known)}
-        self._num_known = len(self._row_of)
-        self._seen_at: dict[str, int] = {}
-        self._rows: list[int] = []
-        self._labels: list[NDArray[np.int64]] = []
-        self._splits: list[str] = []
+        self._known = KeyTable()
+        for block in PreparedInputs(folder).identities() if has_rows else ():
+            self._known.add(text_keys(block["sample_id"].to_pylist()))
+        self._seen = KeyTable()  # of the source's rows: their ids, or their content where there are none
+        self._split_codes = {"": 0}
+        self._labels, self._splits, self._is_drawn = Growing(np.int64), Growing(np.int32), Growing(np.bool_)
+        self._labels.append(np.full(len(self._known), MISSING_LABEL))
+        for kept in (self._splits, self._is_drawn):
+            kept.append(np.zeros(len(self._known)))
         self._segment: SegmentWriter | None = None
+        self.starts_anew = True
+        """Whether the source has none of the known rows."""
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Take in one block of source rows."""
-        if batch.num_rows == 0:
-            return
-        first, columns = len(self._rows), self._columns
+        first = len(self._seen)
         keys = self._keys(batch, first)
 
         def name_of(position: int) -> str:
@@ -126,37 +135,38 @@ class _Reading:
 
         inputs = self._schema.to_inputs(batch, name_of)
         digests = content_digests(inputs)
+        self._refuse_duplicates(keys, digests, name_of, first)
         hexes = [each.hex() for each in digests]
         ids = hexes if keys is None else [f"{key}-{text[:16]}" for key, text in zip(keys, hexes, strict=True)]
-        self._refuse_duplicates(keys or ids, name_of, first)
-        self._labels.append(self._label_values(batch, name_of))
-        self._splits += [value or "" for value in _strings(batch, columns.split)] if columns.split else [""] * len(ids)
-        new = [position for position, key in enumerate(ids) if key not in self._row_of]
-        for position in new:
-            self._row_of[ids[position]] = len(self._row_of)
-        self._rows += [self._row_of[key] for key in ids]
-        if new:
-            self._append(inputs, np.asarray(new, np.int64), [ids[i] for i in new], [digests[i] for i in new])
+        labels, splits = self._label_values(batch, name_of), self._split_names(batch, ids)
+        rows = self._known.find(text_keys(ids)) if len(self._known) else np.full(len(ids), -1, np.int64)
+        new = np.flatnonzero(rows < 0)
+        rows[new] = len(self._labels) + np.arange(len(new))
+        self.starts_anew &= len(new) == len(rows)
+        codes = [self._split_codes.setdefault(name, len(self._split_codes)) for name in splits]
+        for kept, values in (
+            (self._labels, labels),
+            (self._splits, codes),
+            (self._is_drawn, self._draws(ids, splits)),
+        ):
+            kept.append(np.zeros(len(new)))
+            kept.values[rows] = values
+        if len(new) == len(rows):
+            self._append(inputs, ids, digests)
+        elif len(new):
+            chosen = {name: take(column, new) for name, column in inputs.items()}
+            self._append(chosen, [ids[i] for i in new], [digests[i] for i in new])
 
-    @property
-    def starts_anew(self) -> bool:
-        """Whether the source has none of the known rows."""
-        return min(self._rows) >= self._num_known
-
-    def labels_and_splits(self, plan: SplitPlan) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
-        """Label (-1: missing) and split ("": none) of every row `[N]` that there will be. Raises `DataError`."""
-        if not self._rows:
+    def labels(self) -> Labels:
+        """Label and split of every row that there will be. Raises `DataError`."""
+        if not len(self._seen):
             raise DataError("the source has no rows; expected at least one")
-        dropped = self._num_known if self.starts_anew else 0
-        ids = list(self._row_of)[dropped:]
-        rows = np.asarray(self._rows) - dropped
-        labels = np.full(len(ids), MISSING_LABEL, np.int64)
-        labels[rows] = np.concatenate(self._labels)
-        splits = np.full(len(ids), "", dtype=object)
-        splits[rows] = self._splits if self._columns.split else _by_shares([ids[row] for row in rows], plan)
-        _carve_validation(ids, splits, plan)
-        _check_names(splits)
-        return labels, splits.astype(np.str_)
+        dropped = len(self._known) if self.starts_anew else 0
+        names = list(self._split_codes)
+        labels = Labels(labels=self._labels.values[dropped:], splits=self._splits.values[dropped:], names=names)
+        labels = _carve_validation(labels, self._is_drawn.values[dropped:], self._plan)
+        _check_names(labels.names)
+        return labels
 
     def commit(self) -> int:
         """Make the new rows part of the inputs; returns how many there are."""
@@ -194,23 +204,44 @@ class _Reading:
             raise DataError(f"column {self._columns.id!r} must hold an id for each row; it is empty in {_some(empty)}")
         return [key for key in keys if key]
 
-    def _append(self, inputs: Columns, new: NDArray[np.int64], ids: Sequence[str], digests: Sequence[bytes]) -> None:
+    def _append(self, inputs: Columns, ids: Sequence[str], digests: Sequence[bytes]) -> None:
         if self._segment is None:
             self._segment = SegmentWriter(self._folder, tuple(ColumnLayout.of(*each) for each in inputs.items()))
-        self._segment.append({name: take(column, new) for name, column in inputs.items()}, ids, digests)
+        self._segment.append(inputs, ids, digests)
 
     def _label_values(self, batch: pa.RecordBatch, name_of: NameOf) -> NDArray[np.int64]:
         if self._columns.label is None:
             return np.full(batch.num_rows, MISSING_LABEL, np.int64)
         return self._schema.to_labels(column_of(batch, self._columns.label), name_of)
 
-    def _refuse_duplicates(self, keys: Sequence[str], name_of: NameOf, first: int) -> None:
-        for position, key in enumerate(keys):
-            earlier = self._seen_at.setdefault(key, first + position)
-            if earlier != first + position:
-                what = "the same id" if self._columns.id else "the same content"
-                fix = "Make the ids unique" if self._columns.id else "Name a column of unique ids in data.columns.id"
-                raise DataError(f"row {earlier} and {name_of(position)} have {what}. {fix}, or remove one of them.")
+    def _refuse_duplicates(
+        self, keys: Sequence[str] | None, digests: Sequence[bytes], name_of: NameOf, first: int
+    ) -> None:
+        content = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+        earlier = self._seen.add(content if keys is None else text_keys(keys))
+        pairs = [sorted((first + int(position), int(earlier[position]))) for position in np.flatnonzero(earlier >= 0)]
+        if pairs:
+            row, again = min(pairs, key=lambda pair: pair[1])
+            what = "the same content" if keys is None else "the same id"
+            fix = "Name a column of unique ids in data.columns.id" if keys is None else "Make the ids unique"
+            raise DataError(f"row {row} and {name_of(again - first)} have {what}. {fix}, or remove one of them.")
+
+    def _split_names(self, batch: pa.RecordBatch, ids: Sequence[str]) -> Sequence[str]:
+        """The split of each row; "" where it has none."""
+        if self._columns.split is not None:
+            return [value or "" for value in _strings(batch, self._columns.split)]
+        names, shares = list(self._plan.shares), list(self._plan.shares.values())
+        drawn = np.searchsorted(np.cumsum(shares), uniform_by_id(ids, self._plan.seed, "split"), side="right")
+        return [names[each] for each in np.minimum(drawn, len(names) - 1)]
+
+    def _draws(self, ids: Sequence[str], splits: Sequence[str]) -> NDArray[np.bool_]:
+        """Which rows become validation rows, if any do."""
+        drawn = np.zeros(len(ids), np.bool_)
+        if self._plan.validation_fraction:
+            candidates = [position for position, name in enumerate(splits) if name == self._plan.carve_from]
+            draws = uniform_by_id([ids[position] for position in candidates], self._plan.seed, "validation")
+            drawn[candidates] = draws < self._plan.validation_fraction
+        return drawn
 
 
 def column_of(batch: pa.RecordBatch, name: str) -> pa.Array:
@@ -235,76 +266,37 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _by_shares(ids: Sequence[str], plan: SplitPlan) -> NDArray[np.object_]:
-    """The split of each of the given rows `[N]`, drawn by shares."""
+def _check_shares(plan: SplitPlan) -> None:
     shares = list(plan.shares.values())
     if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise DataError(
             "the source has no split column, so data.splits.shares must be shares from 0 to 1 whose sum is 1, such as "
             f"{{train: 0.8, test: 0.2}}; found {dict(plan.shares)}"
         )
-    drawn = np.searchsorted(np.cumsum(shares), uniform_by_id(ids, plan.seed, "split"), side="right")
-    return np.array(list(plan.shares), dtype=object)[np.minimum(drawn, len(shares) - 1)]
 
 
-def _carve_validation(ids: Sequence[str], splits: NDArray[np.object_], plan: SplitPlan) -> None:
-    """Move a share of the rows of `plan.carve_from` to `validation`, in place, unless there are such rows."""
-    if plan.validation_fraction == 0 or np.any(splits == "validation"):
-        return
-    candidates = np.flatnonzero(splits == plan.carve_from)
-    draws = uniform_by_id([ids[int(row)] for row in candidates], plan.seed, "validation")
-    carved = candidates[draws < plan.validation_fraction]
-    if len(carved) in (0, len(candidates)):
+def _carve_validation(labels: Labels, is_drawn: NDArray[np.bool_], plan: SplitPlan) -> Labels:
+    """With the drawn rows of `plan.carve_from` in `validation`, unless there are rows of that split."""
+    if plan.validation_fraction == 0 or "validation" in labels.names:
+        return labels
+    num_carved = int(is_drawn.sum())
+    num_rows = (
+        int((labels.splits == labels.names.index(plan.carve_from)).sum()) if plan.carve_from in labels.names else 0
+    )
+    if num_carved in (0, num_rows):
         raise DataError(
-            f"taking {plan.validation_fraction:g} of the {len(candidates)} rows of split {plan.carve_from!r} as "
-            f"validation takes {len(carved)}: one of the two splits is empty. Change data.splits.validation_fraction."
+            f"taking {plan.validation_fraction:g} of the {num_rows} rows of split {plan.carve_from!r} as "
+            f"validation takes {num_carved}: one of the two splits is empty. Change data.splits.validation_fraction."
         )
-    splits[carved] = "validation"
+    labels.splits[is_drawn] = len(labels.names)
+    return replace(labels, names=[*labels.names, "validation"])
 
 
-def _check_names(splits: NDArray[np.object_]) -> None:
+def _check_names(splits: Sequence[str]) -> None:
     """Each split has a file of its name: splits/<name>.json."""
-    names = {str(name) for name in splits} - {""}
+    names = {name for name in splits if name}
     if not names:
         raise DataError("no row has a split: the split column is empty in every row")
     wrong = sorted(name for name in names if Path(name).name != name)
     if wrong:
         raise DataError(f"the split {wrong[0]!r} cannot be a file's name (splits/<name>.json); rename it")
-
-
-def _write_labels(
-    folder: Path, inputs: PreparedInputs, labels: NDArray[np.int64], splits: NDArray[np.str_]
-) -> dict[str, dict[str, int]]:
-    table = pa.table(
-        {
-            "sample_id": pa.array(inputs.sample_ids.tolist(), pa.string()),
-            "label": pa.array(labels, pa.int64(), mask=labels == MISSING_LABEL),
-            "split": pa.array(splits.tolist(), pa.string(), mask=splits == ""),
-        }
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    names = sorted({str(name) for name in np.unique(splits)} - {""})
-    counts = {name: Counter(labels[splits == name].tolist()) for name in names}
-    for part in ("labels", "splits"):
-        (folder / part).mkdir(exist_ok=True)
-    durable.write_bytes(folder / "labels" / "labels.parquet", sink.getvalue())
-    durable.write_text(
-        folder / "labels" / "classes.json",
-        canonical_json(
-            {
-                name: {str(label): count[label] for label in sorted(count) if label != MISSING_LABEL}
-                for name, count in counts.items()
-            }
-        )
-        + "\n",
-    )
-    summary = {}
-    for name in names:
-        hashed, summary[name] = digest_split(inputs, labels, np.flatnonzero(splits == name))
-        content = {"split": name, **summary[name], "digest": hashed}
-        durable.write_text(folder / "splits" / f"{name}.json", canonical_json(content) + "\n")
-    for path in (folder / "splits").glob("*.json"):
-        if path.stem not in names:
-            path.unlink()
-    return summary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -64,6 +64,12 @@ def as_json(encoding: _Named) -> dict[str, Any]:
     if not parameters["compact"]:
         del parameters["compact"]
     return {"name": encoding.name, **parameters}
+
+
+def check_choice(key: str, value: str, choices: Collection[str]) -> None:
+    """Refuse a parameter that is none of its choices."""
+    if value not in choices:
+        raise ConfigError(f"{key} {value!r} is unknown; the choices are {', '.join(choices)}")
 
 
 def check_kind(name: str, output: OutputSpec, kind: Literal["logits", "features"]) -> None:

@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_kind, narrowed
-from kdpipe.errors import ConfigError
+from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_choice, check_kind, narrowed
 from kdpipe.targets import DenseTargets, OutputSpec
 
 
@@ -30,8 +29,7 @@ class Dense:
 
     def __post_init__(self) -> None:
         """Refuse an unknown dtype."""
-        if self.dtype not in FLOATS:
-            raise ConfigError(f"dtype {self.dtype!r} is unknown; the choices are {', '.join(FLOATS)}")
+        check_choice("dtype", self.dtype, FLOATS)
 
     def to_json(self) -> dict[str, Any]:
         """Name and parameters."""

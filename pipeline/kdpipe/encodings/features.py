@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_kind, widened
+from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_choice, check_kind, widened
 from kdpipe.encodings.int8 import quantised
 from kdpipe.errors import ConfigError
 from kdpipe.targets import FeatureTargets, OutputSpec
@@ -27,8 +27,7 @@ class Features:
 
     def __post_init__(self) -> None:
         """Refuse an unknown dtype."""
-        if self.dtype not in FLOATS:
-            raise ConfigError(f"dtype {self.dtype!r} is unknown; the choices are {', '.join(FLOATS)}")
+        check_choice("dtype", self.dtype, FLOATS)
 
     def to_json(self) -> dict[str, Any]:
         """Name and parameters."""

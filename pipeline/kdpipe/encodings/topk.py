@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.encodings.base import ArraySpec, as_json, check_kind, narrowed, widened
+from kdpipe.encodings.base import ArraySpec, as_json, check_choice, check_kind, narrowed, widened
 from kdpipe.encodings.class_ids import (
     check_num_classes,
     ids_array,
@@ -58,8 +58,7 @@ class TopK:
         """Refuse parameters that mean nothing; temperatures are sorted and T = 1 is added."""
         if not 1 <= self.min_k <= self.k <= _MAX_K:
             raise ConfigError(f"k is {self.k} and min_k {self.min_k}; expected 1 <= min_k <= k <= {_MAX_K}")
-        if self.values not in _VALUES:
-            raise ConfigError(f"values {self.values!r} is unknown; the choices are {', '.join(_VALUES)}")
+        check_choice("values", self.values, _VALUES)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; expected a probability above 0, up to 1")
         if not all(0 < each < float("inf") for each in self.temperatures):

@@ -56,10 +56,11 @@ class Extent:
     def read_rows(self, folder: Path) -> pa.Table:
         """rows.parquet. Raises `CorruptStoreError`."""
         if not self.rows_intact(folder):
-            raise CorruptStoreError(f"{folder / ROWS} differs from its digest in extent.json")
+            raise CorruptStoreError(f"{folder / ROWS} is absent or differs from its digest in extent.json. {REPAIR}")
         table = pq.read_table(folder / ROWS, use_threads=False, pre_buffer=False)
         if table.num_rows != self.num_rows:
-            raise CorruptStoreError(f"{folder / ROWS} has {table.num_rows} rows, extent.json says {self.num_rows}")
+            found = f"{folder / ROWS} has {table.num_rows} rows, extent.json says {self.num_rows}"
+            raise CorruptStoreError(f"{found}. {REPAIR}")
         return table
 
 

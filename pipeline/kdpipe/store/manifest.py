@@ -120,7 +120,7 @@ class Manifest:
             manifest = cls(outputs=outputs, **{key: value[key] for key in (*taken, *described)})
             intact = manifest.to_text() == path.read_text(encoding="utf-8")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptStoreError(f"{path} is damaged: {error}") from None
+            raise CorruptStoreError(f"{path} is damaged: {error}. {REPAIR}") from None
         if not intact:
-            raise CorruptStoreError(f"{path} was changed after it was written. Fetch or compute the store again.")
+            raise CorruptStoreError(f"{path} was changed after it was written. {REPAIR}")
         return manifest

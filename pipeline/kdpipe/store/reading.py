@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.layout import CRC_BYTES, ArrayLayout
+from kdpipe.store.rows import grouped
 from kdpipe.store.shard_file import ShardFile
 
 MAX_OPEN_SHARDS = 1024
@@ -57,12 +58,8 @@ class ShardReader:
         """Rows `[B, …]` of arrays of one store, in the given order."""
         layouts = list(layouts)
         result: Arrays = {each.name: np.empty((len(rows), *each.shape), each.numpy_dtype) for each in layouts}
-        if not len(rows):
-            return result
         shard_of, position = np.divmod(rows, layouts[0].shard_rows)
-        order = np.argsort(shard_of, kind="stable")
-        shards, starts = np.unique(shard_of[order], return_index=True)
-        for shard, here in zip(shards.tolist(), np.split(order, starts[1:]), strict=True):
+        for shard, here in grouped(shard_of):
             for layout in layouts:
                 result[layout.name][here] = self.shard(layout, view, shard).read(position[here])
         return result
@@ -107,19 +104,20 @@ class RowPool:
 
     def _fill(self, buffer: NDArray[Any], layout: ArrayLayout, view: int, rows: NDArray[np.int64], first: int) -> None:
         chunk_of, position = np.divmod(rows[first:], layout.chunk_rows)
-        order = _sorted(chunk_of)
-        ordered = chunk_of[order]
-        starts = np.flatnonzero(np.diff(ordered, prepend=-1))
-        for chunk, here in zip(ordered[starts].tolist(), np.split(order, starts[1:]), strict=True):
+        for chunk, here in grouped(chunk_of):
             shard, inner = divmod(chunk, layout.num_chunks)
             file = self._reader.shard(layout, view, shard)
             if len(here) < DENSE * file.rows_of(inner):
                 buffer[here + first] = file.read(inner * layout.chunk_rows + position[here])
                 continue
             content = file.read_chunk(inner, self._scratch_for(layout), self._verify)
+            taken, places = position[here], here + first
             place = np.full(len(content), len(rows))  # one spare row takes what is not wanted
-            place[position[here]] = here + first
+            place[taken] = places
             buffer[place] = content
+            repeated = place[taken] != places
+            if repeated.any():
+                buffer[places[repeated]] = content[taken[repeated]]
 
     def _buffer_for(self, layout: ArrayLayout) -> NDArray[Any]:
         buffer = self._buffers.pop(layout.name)
@@ -132,11 +130,3 @@ class RowPool:
         if len(self._scratch) < layout.chunk_bytes + CRC_BYTES:
             self._scratch = np.empty(layout.chunk_bytes + CRC_BYTES, np.uint8)
         return self._scratch
-
-
-def _sorted(chunk_of: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Positions by chunk; NumPy sorts 16 bits by radix, which is some times faster."""
-    if not len(chunk_of):
-        return np.empty(0, np.intp)
-    key = chunk_of - chunk_of.min()
-    return np.argsort(key.astype(np.uint16) if key.max() < 2**16 else key, kind="stable")

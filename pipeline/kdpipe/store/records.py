@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kdpipe import durable
 from kdpipe.errors import CorruptStoreError
 from kdpipe.fingerprint import canonical_json
+from kdpipe.store.shard_file import REPAIR
 
 Key = tuple[int, int]
 """(view, shard index)."""
@@ -74,7 +75,7 @@ class CommitLog(Mapping[Key, CommitRecord]):
         self._line: dict[Key, int] = {key: line for line, key in enumerate(keys)}
         self._added: dict[Key, CommitRecord] = {}
         for path in self._single.glob("*.json"):
-            record = self._read_single(path)
+            record = _read_single(path)
             self._added[record.key] = record
 
     def __getitem__(self, key: Key) -> CommitRecord:
@@ -129,17 +130,25 @@ class CommitLog(Mapping[Key, CommitRecord]):
         content = self._log.read_bytes()
         expected = self._digest_path.read_bytes() if self._digest_path.is_file() else b""
         if (hashlib.sha256(content).hexdigest() + "\n").encode() not in expected.splitlines(keepends=True):
-            raise CorruptStoreError(
-                f"{self._log} differs from {self._digest_path.name}. Fetch or compute the store again."
-            )
+            raise CorruptStoreError(f"{self._log} differs from {self._digest_path.name}. {REPAIR}")
         # From the file, not from `content`: Arrow's threads may let go of a Python buffer after Python has ended.
         return pq.read_table(self._log, use_threads=False, pre_buffer=False)
 
-    def _read_single(self, path: Path) -> CommitRecord:
+
+def remove_damaged_records(folder: Path) -> None:
+    """Remove what cannot be read of a store's `commits/`, so that those shards are missing. For the one writer."""
+    for path in (folder / "commits").glob("*.json"):
         try:
-            return _from_json(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptStoreError(f"{path} is damaged ({error}); remove it, its shard is computed again") from None
+            _read_single(path)
+        except CorruptStoreError:
+            path.unlink()
+
+
+def _read_single(path: Path) -> CommitRecord:
+    try:
+        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptStoreError(f"{path} is damaged: {error}. {REPAIR}") from None
 
 
 _SCHEMA = pa.schema(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kdpipe.errors import CorruptStoreError, IncompleteStoreError
 from kdpipe.store.layout import COMPRESSION, CRC_BYTES, ArrayLayout
+from kdpipe.store.rows import grouped
 
 REPAIR = "Run `kdpipe cache-teacher NAME --repair` to compute it again, or fetch the store again."
 _ABSENT = np.uint64(2**64 - 1)
@@ -137,9 +138,8 @@ class ShardFile:
 
     def _read_compressed(self, chunks: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[Any]:
         out = np.empty((len(chunks), *self._layout.shape), self._layout.numpy_dtype)
-        for chunk in np.unique(chunks):
-            here = np.flatnonzero(chunks == chunk)
-            out[here] = self._decode(int(chunk))[positions[here]]
+        for chunk, here in grouped(chunks):
+            out[here] = self._decode(chunk)[positions[here]]
         return out
 
     def _decode(self, chunk: int) -> NDArray[Any]:

@@ -5,8 +5,10 @@ Shapes: B batch, N rows.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,7 @@ class TargetPools:
     ) -> None:
         self._store, self._outputs, self._verify_always = store, outputs, verify_always
         self._layouts = [store.layouts[name] for name in store.array_names(outputs)]
-        self._kept = None if kept is None else np.sort(kept)
+        self._kept = None if kept is None else np.unique(kept)
         self._memory: RowPool | None = None
         self._free: list[RowPool] = []
 
@@ -120,23 +122,28 @@ class TargetStream(IterableDataset[StreamedBatch]):
         ram_budget_bytes: int = RAM_BUDGET_BYTES,
         verify_always: bool = False,
     ) -> None:
-        """`rows [N]`: the store's rows to meet (None: all). A budget of 0 keeps nothing but the two pools.
+        """`rows [N]`: the store's rows to meet, one that is named n times n times (None: all, once).
 
-        Raises `ConfigError` for a budget that the pools do not fit in.
+        A budget of 0 keeps nothing but the two pools. Raises `ConfigError` for a budget that the pools do not fit in,
+        and for a mask of rows.
         """
-        wanted = np.arange(store.num_rows) if rows is None else np.asarray(rows, np.int64)
+        wanted = np.arange(store.num_rows) if rows is None else _row_numbers(rows)
         for view in range(1, views.num_views) if views.count else (0,):
             store.check_rows(wanted, view)
         width = store.row_bytes(outputs)
-        shuffle = Shuffle.for_row_bytes(width)
+        self._views = views
+        self._order = BatchOrder(
+            rows=wanted,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=Shuffle.for_row_bytes(width),
+            rank=rank(),
+            world_size=world_size(),
+        )
         kept = views.count == 0 and len(wanted) * width <= ram_budget_bytes
         if not kept and ram_budget_bytes:
-            shuffle.check_budget(width, batch_size, ram_budget_bytes)
-        self._views = views
+            self._order.check_budget(width, ram_budget_bytes)
         self._pools = TargetPools(store, outputs, wanted if kept else None, verify_always=verify_always)
-        self._order = BatchOrder(
-            rows=wanted, batch_size=batch_size, seed=seed, shuffle=shuffle, rank=rank(), world_size=world_size()
-        )
         self._step = 0
         self._epoch_is_set = False
 
@@ -163,14 +170,49 @@ class TargetStream(IterableDataset[StreamedBatch]):
                 yield batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Start at the beginning of an epoch."""
+        """Start at the beginning of an epoch, counted from 0."""
+        if epoch < 0:
+            raise ConfigError(f"epoch is {epoch}; expected 0 or more")
         self._step = epoch * self._order.steps_per_epoch
         self._epoch_is_set = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: batches given since the start of epoch 0."""
-        return {"step": self._step}
+        """Where the stream stands, as JSON: batches since the start of epoch 0, and what the batches depend on."""
+        return {"step": self._step, **self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batch at which `state_dict` was called."""
-        self._step = int(state["step"])
+        """Go on after the batch at which `state_dict` was called, on any number of ranks.
+
+        Raises `ConfigError` for what is no state of a stream, or that of a stream of other batches.
+        """
+        if state.keys() != {"step", *self._settings} or not isinstance(state["step"], int) or state["step"] < 0:
+            raise ConfigError(f"found {state}; expected what a stream's state_dict() gave")
+        others = [f"{key} {state[key]!r}, here {here!r}" for key, here in self._settings.items() if state[key] != here]
+        if others:
+            raise ConfigError(
+                f"the state is of a stream of other batches ({'; '.join(others)}); make this stream with the arguments "
+                "that it had, on a store of the same rows"
+            )
+        self._step = state["step"]
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """What the batches of a step depend on; ranks and memory change only who reads which part of them."""
+        order = self._order
+        return {
+            "batch_size": int(order.batch_size),
+            "seed": int(order.seed),
+            "rows": hashlib.blake2b(order.rows.tobytes(), digest_size=8).hexdigest(),
+            "block_rows": order.shuffle.block_rows,
+            "views": self._views.count,
+        }
+
+
+def _row_numbers(rows: RowNumbers) -> RowNumbers:
+    found = np.asarray(rows)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise ConfigError(
+            f"rows are {found.dtype} of shape {list(found.shape)}; expected row numbers [N], such as those of a mask: "
+            "np.flatnonzero(mask)"
+        )
+    return found.astype(np.int64)

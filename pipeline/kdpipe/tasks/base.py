@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,14 +14,21 @@ from torch import Tensor
 
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import MISSING_LABEL
-from kdpipe.data.preparing import NameOf
+from kdpipe.data.preparing import NameOf, SourceColumns
+from kdpipe.data.sources import Source
 from kdpipe.errors import DataError
 from kdpipe.preprocess import Preprocess
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What is to be learnt. Shapes: B batch, C classes; language models have `[B, T]` labels and `[B, T, C]` logits."""
+    """What is to be learnt. Shapes: B batch, C classes; language models have `[B, T]` labels and `[B, T, C]` logits.
+
+    An attribute `metrics` names what is measured besides what always is: see `metrics_of`. An attribute `offers` holds
+    keyword values for the factories of preprocesses (`columns`, say). A method `column_values(columns)` gives prepared
+    rows by the source's column names, as labelling rules see them: numbers `[B]` (NaN where missing), or object arrays
+    `[B]` of str (None where missing).
+    """
 
     num_classes: int
     class_names: Sequence[str] | None
@@ -36,7 +43,45 @@ class Task(Protocol):
         """The way from row to model input of a model that names none."""
 
     def label_loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """The loss on labels, one value per row `[B]`; 0 where the label is missing (-1)."""
+        """The loss on labels, one value per row `[B]` or token `[B, T]`; 0 where the label is missing (-1)."""
+
+
+@runtime_checkable
+class TokenTask(Task, Protocol):
+    """A task whose rows carry their labels: one per token."""
+
+    @property
+    def knows_its_tokens(self) -> bool:
+        """Whether there is a vocabulary; otherwise `blocks` learns it from the documents first."""
+
+    def blocks(self, source: Source, columns: SourceColumns) -> tuple[Source, SourceColumns]:
+        """A source of documents as a source of the rows that are prepared (blocks of tokens), with its columns."""
+
+    def token_labels(self, columns: Columns) -> NDArray[np.int64]:
+        """The token that each position must predict, `[B, T]`; -1 where it does not count."""
+
+
+TokenLabels = Callable[[Columns], NDArray[np.int64]]
+"""Labels `[B, T]` of rows that carry them; -1 where a token does not count."""
+
+
+def rows_of(task: Task, source: Source, columns: SourceColumns) -> tuple[Source, SourceColumns]:
+    """The rows that a task makes of a source's: the same ones, unless it cuts documents into blocks."""
+    return task.blocks(source, columns) if isinstance(task, TokenTask) else (source, columns)
+
+
+def token_labels(task: Task) -> TokenLabels | None:
+    """What tells the labels of a task's rows where they carry them."""
+    return task.token_labels if isinstance(task, TokenTask) else None
+
+
+CLASSIFICATION_METRICS = ("macro_f1", "balanced_accuracy", "auc")
+TOKEN_METRICS = ("nll", "perplexity")
+
+
+def metrics_of(task: Task) -> Sequence[str]:
+    """Names of `kdpipe.evaluation.METRICS`: the task's own `metrics`, or those of its kind."""
+    return getattr(task, "metrics", TOKEN_METRICS if isinstance(task, TokenTask) else CLASSIFICATION_METRICS)
 
 
 def class_labels(
@@ -91,7 +136,15 @@ def check_class_names(num_classes: int, class_names: Sequence[str] | None) -> No
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with label smoothing (Szegedy et al. 2016), `[B, C]` x `[B]` -> `[B]`; 0 where the label is -1."""
-    return torch.nn.functional.cross_entropy(
-        logits.float(), labels, ignore_index=MISSING_LABEL, reduction="none", label_smoothing=smoothing
+    """Cross-entropy with label smoothing (Szegedy et al. 2016), `[B, ..., C]` x `[B, ...]` -> `[B, ...]`.
+
+    0 where the label is -1.
+    """
+    values = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, -2),
+        labels.flatten(),
+        ignore_index=MISSING_LABEL,
+        reduction="none",
+        label_smoothing=smoothing,
     )
+    return values.view_as(labels)

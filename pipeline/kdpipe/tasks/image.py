@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from kdpipe.data.columns import Array, Columns, Ragged
+from kdpipe.data.columns import Array, Columns, ragged_bytes
 from kdpipe.data.preparing import NameOf, column_of
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.preprocess import ImageTensor, Preprocess
@@ -57,7 +57,7 @@ class ImageClassification:
             values = values.field("bytes")
         if pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
             images = [self._decode(value, name_of(i)) for i, value in enumerate(values.to_pylist())]
-            return {"image": _ragged(values) if self._keep_encoded else np.stack(images)}
+            return {"image": ragged_bytes(values) if self._keep_encoded else np.stack(images)}
         return {"image": self._pixels(values, name_of)}
 
     def to_labels(self, values: pa.Array, name_of: NameOf) -> NDArray[np.int64]:
@@ -120,9 +120,3 @@ class ImageClassification:
             raise DataError(f"the image of {name_of(row)} has empty pixels")
         pixels: Array = flat.to_numpy().reshape(-1, *self._shape)
         return pixels
-
-
-def _ragged(values: pa.Array) -> Ragged:
-    lengths = np.array([len(each) for each in values.to_pylist()], np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    return Ragged(values=np.frombuffer(b"".join(values.to_pylist()), np.uint8), offsets=offsets)

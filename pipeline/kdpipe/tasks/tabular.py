@@ -1,64 +1,133 @@
-"""Tabular classification: rows are numeric columns."""
+"""Tabular classification: rows are numeric and categorical columns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.data.columns import Columns
+from kdpipe.data.columns import Array, Columns, Ragged, ragged_bytes
 from kdpipe.data.preparing import NameOf, column_of
 from kdpipe.errors import DataError
 from kdpipe.preprocess import Preprocess, Standardize
+from kdpipe.preprocess.columns import FEATURES, ColumnEncoder, category_column, values_by_name
 from kdpipe.tasks.base import check_class_names, class_labels, cross_entropy
 
 
 class TabularClassification:
-    """One label per row of the numeric `columns`; each must be finite in every row."""
+    """One label per row of the numeric `columns` and the `categorical` ones: text, whole numbers, true and false.
 
-    def __init__(self, num_classes: int, columns: Sequence[str], class_names: Sequence[str] | None = None) -> None:
+    With `missing: allow` a value may be missing: null, a number NaN, a category an empty text; otherwise such rows are
+    refused. Infinite numbers always are.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        columns: Sequence[str] = (),
+        categorical: Sequence[str] = (),
+        missing: Literal["refuse", "allow"] = "refuse",
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         check_class_names(num_classes, class_names)
-        if not columns:
-            raise DataError("task.columns is empty; expected the names of the numeric columns")
+        names = [*columns, *categorical]
+        if not names:
+            raise DataError("task.columns is empty; expected the names of the numeric columns, or task.categorical")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(f"task.columns and task.categorical name {twice[0]!r} {names.count(twice[0])} times")
         self.num_classes = num_classes
         self.class_names = class_names
-        self._columns = columns
+        self._columns, self._categorical, self._missing = columns, categorical, missing
+
+    @property
+    def offers(self) -> Mapping[str, Any]:
+        """`columns`: the names of the numeric ones, in order."""
+        return {"columns": self._columns}
 
     def to_inputs(self, batch: pa.RecordBatch, name_of: NameOf) -> Columns:
-        """Column `features`: float32 `[B, D]`, in the order of `columns`. Raises `DataError` naming bad rows."""
-        return {"features": np.stack([self._numbers(batch, name, name_of) for name in self._columns], axis=1)}
+        """`features`, float32 `[B, D]` in the order of `columns` (NaN: missing), and `Ragged` UTF-8 per category.
+
+        A category's column is `category.NAME`; an empty text is a missing one. Raises `DataError` naming bad rows.
+        """
+        numbers = [self._numbers(batch, name, name_of) for name in self._columns]
+        categories = {category_column(name): self._texts(batch, name, name_of) for name in self._categorical}
+        return {FEATURES: np.stack(numbers, axis=1), **categories} if numbers else categories
 
     def to_labels(self, values: pa.Array, name_of: NameOf) -> NDArray[np.int64]:
         """Class ids `[B]`, -1 where there is none."""
         return class_labels(values, self.num_classes, self.class_names, name_of)
 
     def default_preprocess(self) -> Preprocess:
-        """Columns standardised with the training rows' mean and standard deviation."""
+        """Numbers standardised; a `ColumnEncoder` where there are categories or missing numbers."""
+        if self._categorical or self._missing == "allow":
+            return ColumnEncoder(self._columns)
         return Standardize()
 
     def label_loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy, one value per row `[B]`."""
         return cross_entropy(logits, labels, smoothing)
 
-    @staticmethod
-    def _numbers(batch: pa.RecordBatch, name: str, name_of: NameOf) -> NDArray[np.float32]:
+    def column_values(self, columns: Columns) -> dict[str, Array]:
+        """Prepared rows by column name, `[B]` each: numbers (NaN: missing), or objects of str (None: missing)."""
+        return values_by_name(columns, self._columns)
+
+    def _numbers(self, batch: pa.RecordBatch, name: str, name_of: NameOf) -> NDArray[np.float32]:
         values = column_of(batch, name)
         kind = values.type
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-            raise DataError(f"column {name!r} has type {kind}; expected numbers. Leave it out of task.columns.")
+        is_empty = pa.types.is_null(kind) and self._missing == "allow"
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or is_empty):
+            raise DataError(
+                f"column {name!r} has type {kind}; expected numbers. Leave it out of task.columns. A category belongs "
+                "in task.categorical."
+            )
         try:
             wide = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid as error:
             raise DataError(f"column {name!r} has numbers too large for a feature: {error}") from None
         with np.errstate(over="ignore"):  # infinite then, and refused below
             numbers: NDArray[np.float32] = wide.astype(np.float32)
-        wrong = np.flatnonzero(~np.isfinite(numbers))
-        if len(wrong):
-            raise DataError(
-                f"column {name!r} has no finite number in {name_of(int(wrong[0]))} ({len(wrong)} such rows in this "
-                "block). Fill or remove them first."
+        missing = np.isnan(numbers)
+        if self._missing == "allow":
+            numbers[missing] = np.nan  # one and the same, so that rows of the same content have the same digest
+            _refuse(
+                np.isinf(numbers), f"column {name!r} has an infinite number", "Change or remove them first.", name_of
             )
+        else:
+            _refuse(~np.isfinite(numbers), f"column {name!r} has no finite number", _HOW_TO_ALLOW, name_of)
         return numbers
+
+    def _texts(self, batch: pa.RecordBatch, name: str, name_of: NameOf) -> Ragged:
+        values = column_of(batch, name)
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        kind = values.type
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+            raise DataError(
+                f"column {name!r} has type {kind}; expected categories: text, whole numbers, or true and false"
+            )
+        try:
+            values.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"column {name!r} holds text that is not UTF-8: {error}") from None
+        texts = pc.fill_null(values.cast(pa.large_string()), "")
+        if self._missing == "refuse":
+            empty = pc.equal(texts, "").to_numpy(zero_copy_only=False)
+            _refuse(empty, f"column {name!r} has no category", _HOW_TO_ALLOW, name_of)
+        return ragged_bytes(texts)
+
+
+_HOW_TO_ALLOW = "Fill or remove them first, or set task.missing: allow."
+
+
+def _refuse(wrong: NDArray[np.bool_], what: str, remedy: str, name_of: NameOf) -> None:
+    """Raise `DataError` where a row `[B]` is wrong."""
+    rows = np.flatnonzero(wrong)
+    if len(rows):
+        raise DataError(f"{what} in {name_of(int(rows[0]))} ({len(rows)} such rows in this block). {remedy}")

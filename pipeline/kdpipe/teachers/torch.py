@@ -10,14 +10,30 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdpipe.data.columns import Columns
 from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.fingerprint import brief
+from kdpipe.inputs import (
+    LOGITS,
+    Head,
+    Inputs,
+    about_classes,
+    by_name,
+    call,
+    changed,
+    described,
+    num_rows,
+    parts_of,
+    trimmed,
+)
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import COVERED, LOGITS
+from kdpipe.teachers.base import COVERED
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_ANYWAY = (COVERED, "statistics")
@@ -30,13 +46,15 @@ def device() -> str:
 
 
 class TorchTeacher:
-    """A module with its own preprocess; its forward returns logits `[B, C]` or `[B, T, C]`, or a dict with `logits`.
+    """A module with its own preprocess; its forward returns logits `[B, C]` or `[B, T, C]`, or a dict or tuple.
 
-    Each further name in `outputs` is a key of that dict, or the dotted path of a submodule, whose output is taken. A
-    dict with bool `covered` (`[B]`, or `[B, T]`) makes a teacher that abstains from the other rows. `probe`, one
-    prepared row, is run once to learn the shapes. `identity` (JSON) says which module with which weights this is;
-    preprocess state and numeric mode are added to it. Raises `ConfigError` for an output that does not exist,
-    `TeacherError` where forward fails or gives no logits of `num_classes`.
+    `logits` says which part of a dict or tuple they are: a key or a position (None: the key `logits`, or the only
+    part). A single logit z, of a sigmoid head, is two classes `[0, z]`. Each further name in `outputs` is a part too
+    (`1`, `hidden_states.2`), or the dotted path of a submodule, whose output is taken. A dict with bool `covered`
+    (`[B]`, or `[B, T]`) makes a teacher that abstains from the other rows. `probe`, one prepared row, is run once to
+    learn the shapes. `identity` (JSON) says which module with which weights this is; preprocess state and numeric mode
+    are added to it. Raises `ConfigError` for an output that does not exist, `TeacherError` where forward fails or gives
+    no logits of `num_classes`.
     """
 
     def __init__(
@@ -48,27 +66,26 @@ class TorchTeacher:
         probe: Columns,
         outputs: Sequence[str] = (LOGITS,),
         precision: str = "float32",
+        logits: str | None = None,
     ) -> None:
         self._device = torch.device(device())
         features = [name for name in dict.fromkeys(outputs) if name != LOGITS]
-        self._forward = _Forward(model.eval().to(self._device), features)
+        self._forward = _Forward(model.eval().to(self._device), features, Head(logits, num_classes))
         self._preprocess, self._num_classes = preprocess, num_classes
         self._autocast = PRECISIONS[precision]
         with torch.no_grad():
             said, _ = self._say(probe)
-        logits = said.get(LOGITS)
-        if not (
-            isinstance(logits, Tensor) and logits.ndim > 1 and logits.shape[:1] + logits.shape[-1:] == (1, num_classes)
-        ):
+        found = said[LOGITS]
+        if found.ndim < 2 or found.shape[:1] + found.shape[-1:] != (1, num_classes):
             raise self._misfit(said, LOGITS, 1, f"[1, …, {num_classes}]")
         self.abstains = COVERED in said
         self.outputs = (
-            OutputSpec(name=LOGITS, shape=tuple(logits.shape[1:]), kind="logits"),
+            OutputSpec(name=LOGITS, shape=tuple(found.shape[1:]), kind="logits"),
             *(OutputSpec(name=name, shape=self._forward.shape(name, said), kind="features") for name in features),
         )
         self.fingerprint = {
             **identity,
-            "preprocess_state": dict(preprocess.state()),
+            "preprocess_state": brief(preprocess.state()),
             "numeric_mode": {
                 "parameters": str(next(iter(model.state_dict().values()), torch.empty(0)).dtype),
                 "autocast": precision,
@@ -90,17 +107,29 @@ class TorchTeacher:
             answer[COVERED] = self._covered(said.get(COVERED), answer[LOGITS].shape[:-1])
         return answer
 
+    def lengths(self, columns: Columns) -> NDArray[np.int64]:
+        """Tokens per row `[B]`; 1 each where the preprocess makes none."""
+        of_tokens = getattr(self._preprocess, "lengths", None)
+        if of_tokens is None:
+            return np.ones(len(next(iter(columns.values()))), np.int64)
+        lengths: NDArray[np.int64] = of_tokens(columns)
+        return lengths
+
     def _say(self, columns: Columns) -> tuple[dict[str, Any], int]:
         """What forward returns and its submodules give, as it comes, and the number of rows."""
-        inputs = self._preprocess(columns).to(self._device)
+        inputs = changed(self._preprocess(columns), lambda each: each.to(self._device))
         try:
             with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-                return self._forward(inputs), len(inputs)
+                # Features may have a value per token, so that all batches must be as long.
+                returned = self._forward(inputs if self._forward.has_features else trimmed(inputs))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise TeacherError(
-                f"the teacher's forward failed on an input of shape {list(inputs.shape)}: "
+                f"the teacher's forward failed on an input of shape {described(inputs)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        return self._forward.named(returned), num_rows(inputs)
 
     def _covered(self, covered: Any, expected: torch.Size) -> Tensor:
         if not self.abstains:
@@ -112,7 +141,7 @@ class TorchTeacher:
 
     def _misfit(self, said: Mapping[str, Any], name: str, num_rows: int, expected: str) -> TeacherError:
         found = _kind(said[name]) if name in said else f"a dict of {', '.join(said) or 'nothing'}"
-        number = f" (task.num_classes is {self._num_classes})" if name == LOGITS else ""
+        number = about_classes(said[name].shape, self._num_classes) if name == LOGITS else ""
         return TeacherError(
             f"the teacher's forward returned {found} for {num_rows} rows; expected {name} of shape {expected}{number}"
         )
@@ -121,17 +150,26 @@ class TorchTeacher:
 class _Forward:
     """A module's forward as a dict by name, with the outputs of submodules that are asked for."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, names: Sequence[str], head: Head) -> None:
+        self._model, self._head, self.has_features = model, head, bool(names)
         self._submodules = {name: each for name, each in model.named_modules() if name}
         self._heard: dict[str, Any] = {}
-        for name in set(names) & set(self._submodules):
-            self._submodules[name].register_forward_hook(partial(self._hear, name))
+        for path in {path for name in names for path in _paths(name)} & set(self._submodules):
+            self._submodules[path].register_forward_hook(partial(self._hear, path))
 
-    def __call__(self, inputs: Tensor) -> dict[str, Any]:
+    def __call__(self, inputs: Inputs) -> Any:
+        """What forward returns, as it comes."""
         self._heard = {}
-        returned = self._model(inputs)
-        return self._heard | (dict(returned) if isinstance(returned, Mapping) else {LOGITS: returned})
+        return call(self._model, inputs)
+
+    def named(self, returned: Any) -> dict[str, Any]:
+        """Every part by name, `logits` and the outputs of submodules among them. Raises `TeacherError`."""
+        try:
+            logits = self._head(returned)
+        except ConfigError as error:
+            raise TeacherError(f"the teacher: {error}") from None
+        heard = {part: each for name, value in self._heard.items() for part, each in parts_of(value, name).items()}
+        return heard | by_name(returned) | {LOGITS: logits}
 
     def shape(self, name: str, said: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape per row of an output, from what was said about one row. Raises `ConfigError` with what exists."""
@@ -159,6 +197,12 @@ class _Forward:
         nearest = difflib.get_close_matches(name, existing, n=_NAMES_SHOWN, cutoff=0)
         shown = existing if len(existing) <= _NAMES_SHOWN else [*nearest, f"… ({len(existing)} in all)"]
         return f"forward gives {', '.join(said)}; all names, with those of submodules: {', '.join(shown)}"
+
+
+def _paths(name: str) -> list[str]:
+    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
+    steps = name.split(".")
+    return [".".join(steps[:length]) for length in range(1, len(steps) + 1)]
 
 
 def _kind(value: Any) -> str:

@@ -4,7 +4,8 @@ One row per (sample, view). Columns; `[T]` stands for one more list level in sto
 
 sample_id      string (integers are taken as strings)
 view           int32; absent: 0 everywhere
-covered        bool [T]; absent: the teacher spoke about every row. Where it is false, numbers are NaN, lists empty
+covered        bool [T]; absent: the teacher spoke about every row, and every token that has an entry. Where it is
+               false, numbers are NaN, lists empty
 logits         list of C floats [T], a masked class is -inf: encodings `dense` and `int8`
 class_ids      list of ids [T], log_probs: their log-probabilities at T = 1: encoding `topk`
 tail_log_mass  list of N floats [T]: `log R_T` at each of `temperatures`; optional in imports
@@ -18,9 +19,19 @@ column, `temperatures`, and that JSON as the text `kdpipe`; its lists are padded
 """
 
 from kdpipe.store.tables.exporting import export_table
-from kdpipe.store.tables.files import FORMATS, open_table
+from kdpipe.store.tables.files import FORMATS, Table, open_table
 from kdpipe.store.tables.filling import fill
 from kdpipe.store.tables.importing import TableTargets
 from kdpipe.store.tables.matching import OwnRows, own_rows, prepared_rows
 
-__all__ = ["FORMATS", "OwnRows", "TableTargets", "export_table", "fill", "open_table", "own_rows", "prepared_rows"]
+__all__ = [
+    "FORMATS",
+    "OwnRows",
+    "Table",
+    "TableTargets",
+    "export_table",
+    "fill",
+    "open_table",
+    "own_rows",
+    "prepared_rows",
+]

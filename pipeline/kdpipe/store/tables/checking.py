@@ -20,7 +20,7 @@ from torch import Tensor
 from kdpipe.encodings import TopK
 from kdpipe.errors import DataError
 from kdpipe.store.manifest import COVERED
-from kdpipe.store.tables.columns import depth_of, numbers, padded, spoken
+from kdpipe.store.tables.columns import depth_of, entry_type, list_lengths, numbers, padded, spoken, token_lengths
 from kdpipe.targets import OutputSpec
 
 SLACK = 1e-3
@@ -46,6 +46,14 @@ def read_lists(
     try:
         return padded(batch[name], shape, as_integers=name == "class_ids")
     except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{path}: column {name}: {error}") from None
+
+
+def read_lengths(path: Path, batch: pa.RecordBatch, name: str, depth: int) -> list[NDArray[np.int64]]:
+    """See `columns.list_lengths`. Raises `DataError`."""
+    try:
+        return list_lengths(batch[name], depth)
+    except ValueError as error:
         raise DataError(f"{path}: column {name}: {error}") from None
 
 
@@ -83,16 +91,16 @@ class CheckedRows:
         num_classes = self._num_classes
         values, lengths = self._read("logits", (*self._tokens, num_classes))
         self._refuse(lengths != num_classes, f"have other than {num_classes} logits")
-        worst = values.max(axis=-1)  # of NaN and others, the maximum is NaN
-        self._refuse(~np.isfinite(worst), "have logits that are NaN, +inf or all -inf")
+        largest = values.max(axis=-1)  # of NaN and others, the maximum is NaN
+        self._refuse(~_in_float32(largest), "have logits that are NaN, +inf, all -inf or beyond float32")
         return torch.from_numpy(np.where(self.covered[..., np.newaxis], values, values.dtype.type(0)))
 
     def features(self, output: OutputSpec) -> Tensor:
         """Numbers `[B, ..., D]`, zeros where the teacher did not speak."""
         values, lengths = self._read(output.name, output.shape)
         where = spoken(self.covered, values)
-        wrong = ((lengths != output.shape[-1])[..., np.newaxis] | ~np.isfinite(values)) & where
-        expected = f"have {output.name} that are NaN, infinite or of another shape than {list(output.shape)}"
+        wrong = ((lengths != output.shape[-1])[..., np.newaxis] | ~_in_float32(values)) & where
+        expected = f"have {output.name} that are NaN, beyond float32 or of another shape than {list(output.shape)}"
         self._refuse_rows(wrong.reshape(len(values), -1).any(axis=1), expected)
         return torch.from_numpy(np.where(where, values, values.dtype.type(0)))
 
@@ -173,22 +181,31 @@ class CheckedRows:
             return np.log(np.where(is_whole, 0.0, np.maximum(rest, 0.0)))
 
     def _coverage(self) -> NDArray[np.bool_]:
-        """Where the teacher spoke, bool `[B, ...]`."""
-        covered = np.ones((self._batch.num_rows, *self._tokens), np.bool_)
+        """Where the teacher spoke, bool `[B, ...]`: where `covered` says so; by itself, about tokens with an entry."""
+        said = self._num_said() > 0 if self._tokens else np.ones(self._batch.num_rows, np.bool_)
         if COVERED not in self._batch.schema.names:
+            return said
+        column = self._batch[COVERED]
+        if column.null_count:
+            raise DataError(f"{self._path}: column covered holds null; expected true or false in every row")
+        if not pa.types.is_boolean(entry_type(column.type)):
+            raise DataError(f"{self._path}: column covered holds {column.type}; expected true and false")
+        if not depth_of(column.type):
+            covered: NDArray[np.bool_] = said & numbers(column).reshape(-1, *[1] * len(self._tokens))
             return covered
-        column, path = self._batch[COVERED], self._path
-        if depth_of(column.type):
-            values, lengths = self._read(COVERED, self._tokens or (None,))
-            if (lengths != values.shape[-1]).any():
-                raise DataError(f"{path}: column covered: lists of different lengths")
-        else:
-            values = numbers(column)
-            values = values.reshape(-1, *[1] * len(self._tokens))
-        if values.dtype != np.bool_:
-            raise DataError(f"{path}: column covered holds {column.type} or null; expected true and false")
-        covered &= values
-        return covered
+        told, lengths = self._read(COVERED, self._tokens)
+        untold = said & (np.arange(told.shape[-1]) >= lengths[:, np.newaxis])
+        self._refuse_rows(np.asarray(untold.any(axis=-1)), "have fewer values of covered than tokens")
+        return told
+
+    def _num_said(self) -> NDArray[np.int64]:
+        """How many logits, or classes, there are of each token `[B, T]`."""
+        names = [each for each in ("logits", "class_ids", "log_probs") if each in self._batch.schema.names]
+        try:
+            first, *others = [token_lengths(self._batch[name], *self._tokens) for name in names]
+        except ValueError as error:
+            raise DataError(f"{self._path}: {' and '.join(names)}: {error}") from None
+        return np.asarray(np.maximum(first, *others)) if others else first
 
     def _read(self, name: str, shape: Sequence[int | None]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         return read_lists(self._path, self._batch, name, shape)
@@ -203,6 +220,12 @@ class CheckedRows:
         if len(rows):
             examples = ", ".join(self._ids[rows[:5]].tolist())
             raise DataError(f"{self._path}: {len(rows)} rows of a batch {what}, such as {examples}")
+
+
+def _in_float32(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a number stays finite in float32, in which losses compute."""
+    within: NDArray[np.bool_] = np.abs(values) <= np.finfo(np.float32).max
+    return within
 
 
 def _in_order(ids: NDArray[np.int64], log_probs: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -23,11 +23,8 @@ def padded(
     others by 0. Integers become floats unless `as_integers`. Raises `ValueError` for longer lists, other nesting, and
     what holds no numbers.
     """
-    if depth_of(column.type) != len(shape):
-        raise ValueError(f"lists nested {depth_of(column.type)} deep; expected {len(shape)}")
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    column = _nested(column, len(shape))
+    lengths = _lengths(column)
     width = shape[0]
     if width is None:
         is_fixed = pa.types.is_fixed_size_list(column.type)
@@ -41,6 +38,27 @@ def padded(
         return _spread(values, used), lengths
     inner, inner_lengths = padded(column.flatten(), shape[1:], as_integers=as_integers)
     return _spread(inner, used), _spread(inner_lengths, used)
+
+
+def list_lengths(column: Any, depth: int) -> list[NDArray[np.int64]]:
+    """Of each of `depth` levels how many entries the lists have, one list after the other; 0 for an absent (null) one.
+
+    Raises `ValueError` for other nesting.
+    """
+    column = _nested(column, depth)
+    levels = [_lengths(column)]
+    for _ in range(depth - 1):
+        column = column.flatten()
+        levels.append(_lengths(column))
+    return levels
+
+
+def token_lengths(column: Any, num_tokens: int) -> NDArray[np.int64]:
+    """How many values each token has `[B, num_tokens]`; 0 past a row's last one. Raises `ValueError` as `padded`."""
+    tokens, values = list_lengths(column, 2)
+    if tokens.max(initial=0) > num_tokens:
+        raise ValueError(f"a list of {tokens.max()} values; expected {num_tokens}")
+    return _spread(values, np.arange(num_tokens) < tokens[:, np.newaxis])
 
 
 def spoken(covered: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[np.bool_]:
@@ -59,16 +77,52 @@ def numbers(column: Any) -> NDArray[Any]:
         return np.zeros(0)
     values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
     if values.dtype.kind not in "fiub":
-        raise ValueError(f"it holds {column.type}{' and null' if column.null_count else ''}; expected numbers")
+        found = f"{column.type}{' and null' if column.null_count else ''}"
+        raise ValueError(
+            f"it holds {found}; expected {'true and false' if pa.types.is_boolean(column.type) else 'numbers'}"
+        )
     return values
 
 
 def depth_of(type_: Any) -> int:
     """How many list levels a column has."""
+    return len(_types(type_)) - 1
+
+
+def entry_type(type_: Any) -> Any:
+    """The type of the innermost lists' entries, or of a column without lists."""
+    return _types(type_)[-1]
+
+
+def _nested(column: Any, depth: int) -> Any:
+    """A column of lists nested `depth` deep; JSON Lines do not tell how deep empty ones are. Raises `ValueError`."""
+    types = _types(column.type)
+    if len(types) <= depth and pa.types.is_null(types[-1]):
+        type_ = pa.float64()
+        for _ in range(depth):
+            type_ = pa.list_(type_)
+        return column.cast(type_)
+    if len(types) != depth + 1:
+        raise ValueError(f"lists nested {len(types) - 1} deep; expected {depth}")
+    return _storage(column)
+
+
+def _types(type_: Any) -> list[Any]:
+    """A column's type, that of its lists' entries, and so on."""
     if isinstance(type_, pa.BaseExtensionType):
         type_ = type_.storage_type
     is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-    return 1 + depth_of(type_.value_type) if is_list else 0
+    return [type_, *(_types(type_.value_type) if is_list else [])]
+
+
+def _storage(column: Any) -> Any:
+    return column.storage if isinstance(column, pa.ExtensionArray) else column
+
+
+def _lengths(column: Any) -> NDArray[np.int64]:
+    """How many entries each list has; 0 for an absent (null) one."""
+    lengths: NDArray[np.int64] = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+    return lengths.astype(np.int64)
 
 
 def _spread(values: NDArray[Any], used: NDArray[np.bool_]) -> NDArray[Any]:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdpipe import durable
+from kdpipe.data.npy import ArrayRows
 from kdpipe.errors import DataError
 
 FORMATS = {"parquet": ".parquet", "arrow": ".arrow", "npz": ".npz"}
@@ -75,6 +76,8 @@ class Table:
             for batch in self.read(names):
                 if batch.num_rows:
                     yield batch.select(list(names))
+        except DataError:
+            raise
         except _UNREADABLE as error:
             raise DataError(_damaged(self.path, error)) from None
 
@@ -165,26 +168,61 @@ def _sliced(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def _open_json_lines(path: Path) -> Table:
+    """Keys that the first lines do not have are refused; a line without one of theirs has null there."""
+    with path.open("rb") as file:
+        keys = _parsed_lines(file.readlines(BATCH_BYTES)).schema.names
+
     def read(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         with path.open("rb") as file:
             while lines := file.readlines(BATCH_BYTES):
-                yield from _parsed_lines(lines).to_batches()
+                table = _parsed_lines(lines)
+                if late := set(table.schema.names) - set(keys):
+                    raise DataError(
+                        f"{path}: lines further down have a key {min(late)!r} that the first ones do not have; give "
+                        "every line the same keys"
+                    )
+                for name in set(names) - set(table.schema.names):
+                    table = table.append_column(name, pa.nulls(table.num_rows))
+                yield from table.to_batches()
 
-    with path.open("rb") as file:
-        schema = _parsed_lines(file.readlines(1)).schema
-    return Table(path=path, names=tuple(schema.names), about={}, read=read)
+    return Table(path=path, names=tuple(keys), about={}, read=read)
 
 
 def _parsed_lines(lines: Sequence[bytes]) -> pa.Table:
     content = b"".join(lines)
-    options = pyarrow.json.ReadOptions(use_threads=False, block_size=len(content) + 1)
-    return pyarrow.json.read_json(pa.BufferReader(content), read_options=options).combine_chunks()
+
+    def parsed(types: pa.Schema | None) -> pa.Table:
+        reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(content) + 1)
+        parsing = pyarrow.json.ParseOptions(explicit_schema=types)
+        table = pyarrow.json.read_json(pa.BufferReader(content), read_options=reading, parse_options=parsing)
+        return table.combine_chunks()
+
+    table = parsed(None)
+    types = pa.schema((each.name, _plain(each.type)) for each in table.schema)
+    if types != table.schema or not _is_valid(table):
+        table = parsed(types)
+        table.validate(full=True)
+    return table
+
+
+def _plain(type_: pa.DataType) -> pa.DataType:
+    """What JSON said: a string that looks like a date is a string."""
+    return pa.string() if pa.types.is_timestamp(type_) else type_
+
+
+def _is_valid(table: pa.Table) -> bool:
+    """While it infers types, pyarrow 26 loses the null that a list begins with (apache/arrow#51305)."""
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _open_npz(path: Path) -> Table:
     def read(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         with zipfile.ZipFile(path) as archive, ExitStack() as opened:
-            columns = {name: _Member(opened.enter_context(archive.open(f"{name}.npy")), name) for name in names}
+            columns = {name: ArrayRows(opened.enter_context(archive.open(f"{name}.npy")), name) for name in names}
             rows = batch_rows(sum(each.row_bytes for each in columns.values()))
             (num_rows,) = {each.num_rows for each in columns.values()} or {0}
             for start in range(0, num_rows, rows):
@@ -211,27 +249,6 @@ _OPENERS: dict[bytes, Callable[[Path], Table]] = {
     b"\xff\xff\xff\xff": _open_arrow_stream,
     b"PK\x03\x04": _open_npz,
 }
-
-
-class _Member:
-    """One array of an npz file, read row by row."""
-
-    def __init__(self, file: IO[bytes], name: str) -> None:
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, is_fortran, self._dtype = read_header[version](file)
-        if self._dtype.hasobject or not shape or (is_fortran and len(shape) > 1):
-            raise ValueError(f"{name} is an array of {self._dtype}, shape {list(shape)}; expected rows in C order")
-        self._file, self._name, self._shape = file, name, shape[1:]
-        self.num_rows: int = shape[0]
-        self.row_bytes = int(self._dtype.itemsize * np.prod(self._shape, dtype=np.int64))
-
-    def take(self, num_rows: int) -> NDArray[Any]:
-        """The next rows."""
-        content = self._file.read(num_rows * self.row_bytes)
-        if len(content) < num_rows * self.row_bytes:
-            raise ValueError(f"{self._name} ends before its last row")
-        return np.frombuffer(content, self._dtype).reshape(num_rows, *self._shape)
 
 
 def write_table(

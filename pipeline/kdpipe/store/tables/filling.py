@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from kdpipe.distributed import Shard
 from kdpipe.encodings import ArraySpec
+from kdpipe.store.manifest import COVERED
+from kdpipe.store.rows import grouped
 from kdpipe.store.tables.importing import TableTargets
 from kdpipe.store.target_store import TargetStore
 
@@ -39,11 +41,13 @@ def fill(
     wanted: Sequence[tuple[int, Shard]],
     on_rows: Callable[[int], None] = lambda _: None,
     memory_bytes: int = MEMORY_BYTES,
+    counted: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
 ) -> None:
     """Commit the `wanted` (view, shard) of a store; line i of the table is row `rows[i]` of its view (-1: unused).
 
     Rows that the table lacks are not covered. Raises `DataError` for numbers that mean nothing; what was committed
-    stays. `on_rows` is told how many rows were encoded so far.
+    stays. `on_rows` is told how many rows were encoded so far. `counted` says of the store's rows `[B]` which of their
+    tokens count, bool `[B, T]`; others are not covered.
     """
     numbers = _numbers(store, said.index[1], rows, wanted)
     desk = _Desk(store, wanted, numbers, memory_bytes)
@@ -53,7 +57,11 @@ def fill(
         start += num_rows
         if arrays:
             number, row = numbers[here], rows[here]
-            desk.put(number[number != _NOT_WANTED], row[number != _NOT_WANTED], arrays)
+            number, row = number[number != _NOT_WANTED], row[number != _NOT_WANTED]
+            if counted is not None:
+                arrays[COVERED] = arrays[COVERED] & counted(row)
+                arrays["statistics"][~arrays[COVERED]] = 0
+            desk.put(number, row, arrays)
             done += len(arrays["statistics"])
             on_rows(done)
     desk.finish()
@@ -90,9 +98,7 @@ class _Desk:
 
     def put(self, numbers: NDArray[np.int64], rows: NDArray[np.int64], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Lay rows `[B]` of arrays into their shards; commit those that are complete."""
-        order = np.argsort(numbers, kind="stable")
-        present, starts = np.unique(numbers[order], return_index=True)
-        for number, here in zip(present.tolist(), np.split(order, starts[1:]), strict=True):
+        for number, here in grouped(numbers):
             for name, values in self._opened(number).items():
                 values[rows[here] - self._wanted[number][1].start] = arrays[name][here]
             self._owed[number] -= len(here)

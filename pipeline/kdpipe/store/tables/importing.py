@@ -5,7 +5,8 @@ Shapes: B rows of a batch, C classes, K places, N temperatures; `...` stands for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,17 +20,23 @@ from kdpipe.encodings import Dense, Int8, TargetEncoding, TopK
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.store.manifest import COVERED
 from kdpipe.store.statistics import teacher_statistics
-from kdpipe.store.tables.checking import CheckedRows, Meaning, read_lists
-from kdpipe.store.tables.columns import depth_of, numbers
-from kdpipe.store.tables.files import TEMPERATURES, Table
+from kdpipe.store.tables.checking import CheckedRows, Meaning, read_lengths
+from kdpipe.store.tables.columns import depth_of
+from kdpipe.store.tables.files import TEMPERATURES, Table, batch_rows
+from kdpipe.store.tables.naming import columns_not_read, columns_of
 from kdpipe.targets import OutputSpec
+
+_PLACE_BYTES = 4
+"""Of a number in a padded batch, at least."""
 
 
 class TableTargets:
     """A table as one teacher's targets: either logits of every class, or the classes that each row names.
 
+    Rows of fewer tokens than the longest, or than `num_tokens`, are padded by tokens that are not covered.
     `num_classes` is needed where the table does not say it; `temperatures` are those of `tail_log_mass` where the table
-    does not name them. `features` are further columns. Raises `DataError` for columns that are absent or no numbers.
+    does not name them. `features` are further columns. Raises `DataError` for columns that are absent, misspelt or no
+    numbers, and for rows of more tokens than `num_tokens`.
     """
 
     def __init__(
@@ -39,12 +46,16 @@ class TableTargets:
         num_classes: int | None = None,
         temperatures: Sequence[float] | None = None,
         features: Sequence[str] = (),
+        num_tokens: int | None = None,
     ) -> None:
-        self.table = table
+        self.table, self._features = table, features
         self.is_sparse = "logits" not in table.names
-        self.has_coverage = COVERED in table.names
-        self._columns = self._columns_of(features)
-        self._shapes = self._look()
+        self._columns = columns_of(table, features)
+        self.columns_not_read = columns_not_read(table, self._columns)
+        self._shapes, is_ragged = self._look()
+        if num_tokens is not None and len(self._shapes[self._columns[0]]) > 1:
+            is_ragged |= self._widen(num_tokens)
+        self.has_coverage = COVERED in table.names or is_ragged
         self.num_classes = self._checked_classes(num_classes)
         self.temperatures = self._checked_temperatures(temperatures)
         self._meaning = Meaning(
@@ -84,7 +95,7 @@ class TableTargets:
         ids, views = [np.empty(0, "<U1")], [np.empty(0, np.int64)]
         for batch in self.table.batches(["sample_id", *(["view"] if has_views else [])]):
             ids.append(self._sample_ids(batch["sample_id"]))
-            view = numbers(batch["view"]) if has_views else np.zeros(batch.num_rows, np.int64)
+            view = batch["view"].to_numpy(zero_copy_only=False) if has_views else np.zeros(batch.num_rows, np.int64)
             if view.dtype.kind not in "iu" or view.min() < 0:
                 raise DataError(f"{self.table.path}: view holds other things than numbers from 0 up")
             views.append(view.astype(np.int64))
@@ -94,9 +105,7 @@ class TableTargets:
 
     def widest(self) -> int:
         """The most classes that a row names."""
-        shape = (*self._meaning.tokens, None)
-        batches = self.table.batches(["class_ids"])
-        return max(int(read_lists(self.table.path, each, "class_ids", shape)[1].max()) for each in batches)
+        return self._shapes["class_ids"][-1]
 
     def encoded(
         self, encodings: Mapping[str, TargetEncoding], wanted: NDArray[np.bool_]
@@ -106,7 +115,7 @@ class TableTargets:
         Raises `DataError` naming samples whose numbers mean nothing.
         """
         start, (sample_ids, _) = 0, self.index
-        for batch in self.table.batches(self._columns):
+        for batch in self._batches():
             if start + batch.num_rows > len(sample_ids):
                 break
             here = np.flatnonzero(wanted[start : start + batch.num_rows])
@@ -131,8 +140,6 @@ class TableTargets:
             arrays, statistics = encoding.encode_kept(ids, log_probs, tails, self.num_classes), head.statistics()
         else:
             logits = rows.logits()
-            if not torch.isfinite(logits.amax(dim=-1)).all():
-                raise DataError(f"{self.table.path}: logits hold numbers that float32 cannot; expected smaller ones")
             arrays, statistics = encoding.encode(logits), teacher_statistics(logits)
         result = {f"logits{suffix}": each for suffix, each in arrays.items()}
         for output in self.outputs[1:]:
@@ -141,42 +148,51 @@ class TableTargets:
         statistics[~rows.covered] = 0
         return {**result, "statistics": statistics, COVERED: rows.covered}
 
-    def _columns_of(self, features: Sequence[str]) -> list[str]:
-        """Columns that are read, the one that says most about shapes first."""
-        table = self.table
-        if self.is_sparse and "weights" in table.names:
-            raise DataError(f"{table.path} holds draws from a distribution (weights), which cannot be imported")
-        names = ["class_ids", "log_probs"] if self.is_sparse else ["logits"]
-        if self.is_sparse and "tail_log_mass" in table.names:
-            names.append("tail_log_mass")
-        names += [*features, *([COVERED] if self.has_coverage else [])]
-        absent = [each for each in ("sample_id", *names) if each not in table.names]
-        if absent:
-            raise DataError(
-                f"{table.path} has no column {absent[0]!r}; expected sample_id, and logits or class_ids and log_probs. "
-                f"It has {', '.join(table.names)}"
-            )
-        return names
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        """Batches that stay small when they are padded."""
+        num_rows = batch_rows(_PLACE_BYTES * sum(math.prod(shape) for shape in self._shapes.values()))
+        for batch in self.table.batches(self._columns):
+            yield from (batch.slice(start, num_rows) for start in range(0, batch.num_rows, num_rows))
 
-    def _look(self) -> dict[str, tuple[int, ...]]:
-        """Shape per row of each column, by the first rows that have one; that of `class_ids` may grow further down."""
-        shapes: dict[str, tuple[int, ...]] = {}
+    def _look(self) -> tuple[dict[str, tuple[int, ...]], bool]:
+        """Shape per row of each column, and whether some row has fewer tokens than others, or one without an entry."""
         names = [each for each in self._columns if each != COVERED]
-        for batch in self.table.batches(names):
-            for name in names:
-                values, _ = read_lists(self.table.path, batch, name, [None] * max(1, depth_of(batch[name].type)))
-                shapes[name] = values.shape[1:]
-            if all(all(shape) for shape in shapes.values()):
-                break
-        else:
-            raise DataError(f"{self.table.path} has no row with {' and '.join(names)}")
-        first, *others = self._columns[: len(self._columns) - self.has_coverage]
+        first, shapes = names[0], self._first_shapes(names)
         if len(shapes[first]) > 2:
             raise DataError(f"{self.table.path}: {first} is nested {len(shapes[first])} lists deep; expected 1 or 2")
-        for name in {"log_probs", "tail_log_mass"} & set(others):
+        for name in {"log_probs", "tail_log_mass"} & set(names):
             if len(shapes[name]) != len(shapes[first]):
                 raise DataError(f"{self.table.path}: {name} and {first} are lists of different depth")
-        return shapes
+        is_per_token = len(shapes[first]) == 2
+        if not is_per_token and not self.is_sparse:
+            return shapes, False  # what the first rows have is expected of all
+        counted = [first, *(each for each in self._features if is_per_token and len(shapes[each]) > 1)]
+        shortest = shapes[first]
+        for batch in self.table.batches(counted):
+            lengths = {name: read_lengths(self.table.path, batch, name, len(shapes[name])) for name in counted}
+            shapes |= {name: _extremes(np.max, lengths[name], shapes[name]) for name in counted}
+            shortest = _extremes(np.min, lengths[first], shortest)
+        return shapes, is_per_token and (shortest[0] < shapes[first][0] or not shortest[1])
+
+    def _widen(self, num_tokens: int) -> bool:
+        """Give rows as many tokens as are wanted; returns whether these are more than any has."""
+        most = self._shapes[self._columns[0]][0]
+        if most > num_tokens:
+            raise DataError(f"{self.table.path} has rows of up to {most} tokens; expected at most {num_tokens}")
+        per_token = [name for name, shape in self._shapes.items() if len(shape) > 1 and shape[0] == most]
+        self._shapes |= {name: (num_tokens, *self._shapes[name][1:]) for name in per_token}
+        return most < num_tokens
+
+    def _first_shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The longest lists of each column, in the first rows where none is without."""
+        for batch in self.table.batches(names):
+            shapes = {}
+            for name in names:
+                lengths = read_lengths(self.table.path, batch, name, max(1, depth_of(batch[name].type)))
+                shapes[name] = _extremes(np.max, lengths, (0,) * len(lengths))
+            if all(all(shape) for shape in shapes.values()):
+                return shapes
+        raise DataError(f"{self.table.path} has no row with {' and '.join(names)}")
 
     def _checked_classes(self, wanted: int | None) -> int:
         told = self.table.about.get("num_classes") if self.is_sparse else self._shapes["logits"][-1]
@@ -207,3 +223,10 @@ class TableTargets:
             raise DataError(f"{self.table.path}: sample_id holds {column.type} or null; expected strings or integers")
         ids: NDArray[np.str_] = named.to_numpy(zero_copy_only=False).astype(np.str_)
         return ids
+
+
+def _extremes(
+    choose: Callable[..., Any], lengths: Sequence[NDArray[np.int64]], others: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The longest, or shortest, list of each level, among `others` too."""
+    return tuple(int(choose(each, initial=other)) for each, other in zip(lengths, others, strict=True))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.errors import DataError
+from kdpipe.store.rows import SampleIndex
 from kdpipe.store.tables.importing import TableTargets
 
 _KEYED = re.compile(r"(.+)-[0-9a-f]{16}", re.DOTALL)
@@ -41,7 +42,7 @@ def own_rows(said: TableTargets) -> OwnRows:
             f"{said.table.path} has {num_views} views, of numbers up to {present[-1]}; expected 0..{num_views - 1}"
         )
     sample_ids = ids[views == 0]
-    rows = _found(ids, sample_ids)
+    rows = SampleIndex(sample_ids).find(ids)
     _check_once(said, rows, views)
     shown = np.zeros((num_views, len(sample_ids)), np.bool_)
     shown[views[rows >= 0], rows[rows >= 0]] = True
@@ -61,7 +62,7 @@ def prepared_rows(said: TableTargets, sample_ids: NDArray[np.str_]) -> NDArray[n
     Raises `DataError` for lines that belong to no row or to several, and for two lines about one row and view.
     """
     ids, views = said.index
-    rows = _found(ids, sample_ids)
+    rows = SampleIndex(sample_ids).find(ids)
     if (rows == _UNKNOWN).any():
         row_of: dict[str, int] = {}
         for row, sample_id in enumerate(sample_ids.tolist()):
@@ -79,15 +80,6 @@ def prepared_rows(said: TableTargets, sample_ids: NDArray[np.str_]) -> NDArray[n
             )
     _check_once(said, rows, views)
     return rows
-
-
-def _found(ids: NDArray[np.str_], among: NDArray[np.str_]) -> NDArray[np.int64]:
-    """Positions of ids in `among`; -1: not there."""
-    if not len(among):
-        return np.full(len(ids), _UNKNOWN)
-    order = np.argsort(among, kind="stable")
-    place = np.minimum(np.searchsorted(among[order], ids), len(among) - 1)
-    return np.where(among[order[place]] == ids, order[place], _UNKNOWN)
 
 
 def _check_once(said: TableTargets, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:

@@ -1,13 +1,13 @@
-"""A model's own deterministic way from prepared rows to its input tensor.
+"""Images as a model takes them.
 
-Shapes: B batch, H height, W width, D columns.
+Shapes: B batch, H height, W width.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +16,7 @@ from torch import Tensor
 
 from kdpipe.data.columns import Array, Columns, Ragged
 from kdpipe.errors import ConfigError, DataError
-
-State = Mapping[str, list[float]]
-"""What a fitted preprocess keeps beside its arguments: JSON numbers, stored with the model."""
-
-
-@runtime_checkable
-class Preprocess(Protocol):
-    """Rows in, model input out; the same for the same rows, always."""
-
-    def fit(self, blocks: Iterable[Columns]) -> None:
-        """Learn from the rows that the model trains on. Does nothing where there is nothing to learn."""
-
-    def state(self) -> State:
-        """What `fit` learnt; empty where there is nothing. Raises `ConfigError` before `fit` where there is."""
-
-    def load_state(self, state: State) -> None:
-        """Take back what `state` gave."""
-
-    def __call__(self, columns: Columns) -> Tensor:
-        """Model input `[B, …]`, float32, on the CPU."""
+from kdpipe.preprocess.base import Moments, State
 
 
 class ImageTensor:
@@ -60,7 +41,7 @@ class ImageTensor:
         """Learn mean and std per channel, unless they were given."""
         if self._mean is not None:
             return
-        moments = _Moments()
+        moments = Moments()
         for block in blocks:
             pixels = self._pixels(block)
             moments.add(pixels.reshape(-1, pixels.shape[-1]).astype(np.float64) / self._scale)
@@ -106,66 +87,3 @@ class ImageTensor:
         if self._size is not None:
             image = image.resize((self._size[1], self._size[0]), Image.Resampling.BILINEAR)
         return np.asarray(image, np.uint8).reshape(image.height, image.width, 1 if grey else 3)
-
-
-class Standardize:
-    """Numeric columns `[B, D]` -> `(x - mean) / std`, per column.
-
-    `mean` and `std` are learnt from the training rows where they are not given.
-    """
-
-    def __init__(self, mean: list[float] | None = None, std: list[float] | None = None) -> None:
-        if (mean is None) != (std is None):
-            raise ConfigError("preprocess: give both mean and std, or neither to learn them from the training rows")
-        self._mean, self._std = mean, std
-
-    def fit(self, blocks: Iterable[Columns]) -> None:
-        """Learn mean and std per column, unless they were given."""
-        if self._mean is not None:
-            return
-        moments = _Moments()
-        for block in blocks:
-            moments.add(np.asarray(block["features"], np.float64))
-        self._mean, self._std = moments.mean_and_std()
-
-    def state(self) -> State:
-        """`mean` and `std` per column."""
-        if self._mean is None or self._std is None:
-            raise ConfigError("preprocess Standardize knows no mean and std: give them, or train the model here")
-        return {"mean": self._mean, "std": self._std}
-
-    def load_state(self, state: State) -> None:
-        """Take back what `state` gave."""
-        self._mean, self._std = state["mean"], state["std"]
-
-    def __call__(self, columns: Columns) -> Tensor:
-        """`[B, D]`."""
-        state = self.state()
-        features = torch.from_numpy(np.array(columns["features"], np.float32))
-        return (features - torch.tensor(state["mean"])) / torch.tensor(state["std"])
-
-
-_ROUNDING = 1e-12
-"""Spread relative to the mean that float64 sums of a constant may show."""
-
-
-class _Moments:
-    """Mean and standard deviation per column of a stream, by Chan et al. 1983; a constant column counts as std 1."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._mean: Any = 0.0
-        self._squares: Any = 0.0
-
-    def add(self, rows: Array) -> None:
-        count, mean = len(rows), rows.mean(axis=0)
-        total = self._count + count
-        delta = mean - self._mean
-        self._squares = self._squares + ((rows - mean) ** 2).sum(axis=0) + delta**2 * self._count * count / total
-        self._mean = self._mean + delta * count / total
-        self._count = total
-
-    def mean_and_std(self) -> tuple[list[float], list[float]]:
-        std = np.sqrt(self._squares / self._count)
-        constant = std <= _ROUNDING * np.abs(self._mean)
-        return self._mean.tolist(), np.where(constant, 1.0, std).tolist()

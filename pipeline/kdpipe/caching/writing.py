@@ -1,0 +1,215 @@
+"""What the teacher said, checked, encoded and committed shard by shard behind it.
+
+Shapes: B rows, T tokens, C classes, k kept classes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.caching.batches import Batch
+from kdpipe.encodings import Sampled, TopK
+from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.store import TargetStore
+from kdpipe.store.statistics import kept_statistics, teacher_statistics
+from kdpipe.targets import OutputSpec
+from kdpipe.teachers.base import CLASS_IDS, COVERED, LOG_PROBS, LOGITS, TAIL_LOG_MASS
+from kdpipe.views import row_keys
+
+ENCODE_BYTES = 2**20
+"""What the teacher said is encoded when it is so much, or when its shard ends: many small steps cost more."""
+MAX_WAITING_BYTES = 64 * 2**20
+"""What may wait to be encoded; one batch is always taken."""
+
+
+class _Said:
+    """What the teacher said about batches that follow each other in one shard."""
+
+    def __init__(self) -> None:
+        self._batches: list[Batch] = []
+        self._parts: list[dict[str, Tensor]] = []
+        self.num_bytes = 0
+
+    def add(self, batch: Batch, said: dict[str, Tensor]) -> None:
+        """Append a batch."""
+        self._batches.append(batch)
+        self._parts.append(said)
+        self.num_bytes += sum(each.nbytes for each in said.values())
+
+    @property
+    def last(self) -> Batch:
+        """The latest batch."""
+        return self._batches[-1]
+
+    def joined(self) -> tuple[Batch, dict[str, Tensor]]:
+        """All of it as one batch."""
+        if len(self._batches) == 1:
+            return self._batches[0], self._parts[0]
+        tensors = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+        return Batch.joined(self._batches), tensors
+
+
+class Writer:
+    """Takes what the teacher says; its thread encodes that into the shard in work, and commits the shard when full."""
+
+    def __init__(self, store: TargetStore, sample_ids: NDArray[np.str_], thread: Executor) -> None:
+        manifest = store.manifest
+        self._store, self._sample_ids, self._thread = store, sample_ids, thread
+        self._at_once = 0
+        self._said = _Said()
+        self._waiting: deque[tuple[_Said, Future[None]]] = deque()
+        # One shard's arrays, used for one shard after the other.
+        self._arrays = {
+            name: np.empty((manifest.shard_rows, *spec.shape), spec.dtype) for name, spec in manifest.arrays().items()
+        }
+        self._failed = False
+
+    def put(self, batch: Batch, said: dict[str, Tensor]) -> None:
+        """Hand over what the teacher said. Waits for the writer thread when it is behind; raises what it raised."""
+        self._said.add(batch, self._promised(said, len(batch.rows)) if len(batch.rows) else {})
+        if batch.is_last or self._said.num_bytes >= ENCODE_BYTES:
+            self._waiting.append((self._said, self._thread.submit(self._write, self._said)))
+            self._said = _Said()
+        while self._waiting and (self._waiting[0][1].done() or self._is_behind()):
+            self._waiting.popleft()[1].result()
+
+    def finish(self) -> None:
+        """Wait for the last commit."""
+        while self._waiting:
+            self._waiting.popleft()[1].result()
+
+    def _is_behind(self) -> bool:
+        (oldest, _), (newest, _) = self._waiting[0], self._waiting[-1]
+        too_much = oldest is not newest and sum(said.num_bytes for said, _ in self._waiting) > MAX_WAITING_BYTES
+        return too_much or (newest.last.is_last and not oldest.last.is_beside(newest.last))
+
+    def _promised(self, said: dict[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+        """The outputs that the store keeps, in the promised shapes, and `covered` where the teacher abstains."""
+        promised: dict[str, Tensor] = {}
+        for output in self._store.manifest.outputs:
+            if output.name == LOGITS and CLASS_IDS in said:
+                promised |= self._promised_kept(said, (num_rows, *output.shape[:-1]))
+                continue
+            if output.name not in said:
+                raise TeacherError(f"the teacher gave no output {output.name!r}; it gave {', '.join(said)}")
+            values, expected = said[output.name], (num_rows, *output.shape)
+            if values.shape != expected:
+                found = f"the teacher's {output.name} have shape {list(values.shape)}"
+                raise TeacherError(f"{found}; expected {list(expected)}")
+            promised[output.name] = values
+        if self._store.manifest.coverage:
+            covered, expected = said.get(COVERED), promised[TAIL_LOG_MASS if CLASS_IDS in said else LOGITS].shape
+            expected = expected if CLASS_IDS in said else expected[:-1]
+            if covered is None or covered.dtype != torch.bool or covered.shape != expected:
+                found = "none" if covered is None else f"{covered.dtype} of shape {list(covered.shape)}"
+                raise TeacherError(
+                    f"the teacher abstains, so it must give `covered`, bool {list(expected)}; found {found}"
+                )
+            promised[COVERED] = covered
+        return promised
+
+    def _promised_kept(self, said: dict[str, Tensor], rows: tuple[int, ...]) -> dict[str, Tensor]:
+        """The same of a teacher that knows k classes only."""
+        encoding = self._store.encodings[LOGITS]
+        if not isinstance(encoding, TopK) or encoding.temperatures != (1.0,):
+            raise ConfigError(
+                "the teacher knows its most probable classes at temperature 1 only; store them with encoding: topk and "
+                f"temperatures: [1], found {encoding.to_json()}"
+            )
+        expected = {CLASS_IDS: (*rows, encoding.k), LOG_PROBS: (*rows, encoding.k), TAIL_LOG_MASS: rows}
+        for name, shape in expected.items():
+            if name not in said or said[name].shape != shape:
+                found = list(said[name].shape) if name in said else "nothing"
+                raise TeacherError(f"the teacher's {name} have shape {found}; expected {list(shape)}")
+        return {name: said[name] for name in expected}
+
+    def _write(self, said: _Said) -> None:
+        if self._failed:
+            return
+        self._failed = True  # unless all of this succeeds: after an error nothing is committed
+        batch, tensors = said.joined()
+        if batch.is_first and not self._store.wanted(batch.view, batch.shard).all():
+            for array in self._arrays.values():
+                array[:] = 0
+        self._at_once = batch.at_once if batch.is_first else min(self._at_once, batch.at_once)
+        if len(batch.rows):
+            for name, values in self._encode(batch, tensors).items():
+                self._arrays[name][batch.place] = values
+        if batch.is_last:
+            arrays = {name: values[: batch.shard.num_rows] for name, values in self._arrays.items()}
+            self._store.write(batch.view, batch.shard, arrays, self._at_once)
+        self._failed = False
+
+    def _encode(self, batch: Batch, said: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
+        ids, covered = self._sample_ids[batch.rows], said.get(COVERED)
+        arrays: dict[str, NDArray[Any]] = {}
+        for output in self._store.manifest.outputs:
+            if output.name == LOGITS and CLASS_IDS in said:
+                arrays |= self._encode_kept(said, ids)
+                continue
+            values = zero_where_abstained(said[output.name], covered)
+            refuse_nonfinite(values, output, ids)
+            encoding = self._store.encodings[output.name]
+            keys = row_keys(ids.tolist(), batch.view) if isinstance(encoding, Sampled) else None
+            encoded = encoding.encode(values, keys)
+            arrays |= {output.name + suffix: each for suffix, each in encoded.items()}
+            if output.name == LOGITS:
+                arrays["statistics"] = teacher_statistics(values)
+        if covered is not None:
+            arrays[COVERED] = covered.cpu().numpy()
+            arrays["statistics"][~arrays[COVERED]] = 0
+        return arrays
+
+    def _encode_kept(self, said: dict[str, Tensor], sample_ids: NDArray[np.str_]) -> dict[str, NDArray[Any]]:
+        encoding, covered = self._store.encodings[LOGITS], said.get(COVERED)
+        assert isinstance(encoding, TopK)
+        ids, head, tail = said[CLASS_IDS], said[LOG_PROBS].double(), said[TAIL_LOG_MASS].double()
+        mass = torch.logaddexp(head.logsumexp(dim=-1), tail)
+        wrong = (mass.abs() > _MASS_TOLERANCE) | torch.isnan(mass)
+        if covered is not None:
+            wrong &= covered
+        _refuse(wrong, "log-probs and tail have another mass than 1", sample_ids)
+        num_classes = self._store.outputs[LOGITS].shape[-1]
+        arrays = {
+            LOGITS + suffix: each
+            for suffix, each in encoding.encode_kept(ids, head, tail.unsqueeze(-1), num_classes).items()
+        }
+        return {**arrays, "statistics": kept_statistics(ids, head, tail)}
+
+
+_MASS_TOLERANCE = 1e-3
+
+
+def zero_where_abstained(values: Tensor, covered: Tensor | None) -> Tensor:
+    """`values [B, …]` with zeros where the teacher abstained: those rows and tokens are not looked at.
+
+    Values that are not per token are zero where the teacher abstained from every token of the row.
+    """
+    if covered is None:
+        return values
+    if values.shape[: covered.ndim] != covered.shape:
+        covered = covered.flatten(1).any(dim=1)
+    return torch.where(covered.reshape(*covered.shape, *[1] * (values.ndim - covered.ndim)), values, 0)
+
+
+def refuse_nonfinite(values: Tensor, output: OutputSpec, sample_ids: NDArray[np.str_]) -> None:
+    """Raise `TeacherError` naming samples; -inf is a masked class: legal in logits unless every class is masked."""
+    worst = values.amax(dim=-1) if output.kind == "logits" else values  # of NaN and others, the maximum is NaN
+    _refuse(~torch.isfinite(worst), f"{output.name} are NaN or infinite", sample_ids)
+
+
+def _refuse(bad: Tensor, what: str, sample_ids: NDArray[np.str_]) -> None:
+    wrong = np.flatnonzero(bad.reshape(len(sample_ids), -1).any(dim=1).cpu().numpy())
+    if len(wrong):
+        examples = ", ".join(sample_ids[wrong[:5]].tolist())
+        raise TeacherError(
+            f"the teacher's {what} for {len(wrong)} of {len(sample_ids)} samples of a batch, such as {examples}. "
+            "Mend the teacher (precision: float32?) and run again."
+        )

@@ -1,0 +1,199 @@
+"""Tables: Parquet, CSV, JSON Lines and Arrow files, one or a folder of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from kdpipe.data.sources.base import BLOCK_BYTES, BLOCK_ROWS, bounded, differences, files_below, reading, rows_within
+from kdpipe.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """How files are read: most rows of a block, types by column, bytes parsed at a time, the first file's schema."""
+
+    batch_rows: int
+    types: Mapping[str, Any]
+    block_bytes: int
+    first: pa.Schema | None = None
+
+
+class Table:
+    """A Parquet, CSV, JSON Lines or Arrow file, told by its name, or a folder of files of one of these kinds.
+
+    `.parquet`; `.csv` with a header row; `.jsonl` and `.ndjson`, an object per line; `.arrow` and `.feather`, IPC files
+    and streams. CSV and JSON Lines may be compressed (`.gz` behind the name); their types are those of the first
+    `block_bytes` unless `types` names them by column (`string`, `int64`, `float64`, `date32`, …), and no row
+    may be longer than `block_bytes`. Files of a folder come in the order of their names and have the same columns;
+    those that match a pattern of `ignore` are left out.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        batch_rows: int = BLOCK_ROWS,
+        types: Mapping[str, str] | None = None,
+        ignore: Sequence[str] = (),
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self.path = path
+        self.batch_rows = batch_rows
+        self._ignore = ignore
+        arrow_types = {name: _type(name, alias) for name, alias in (types or {}).items()}
+        self._options = _Options(batch_rows=batch_rows, types=arrow_types, block_bytes=block_bytes)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows in order. Raises `DataError` where a file is absent, damaged or of other columns than the first."""
+        options, paths = self._options, self._files()
+        for path in paths:
+            with reading(path):
+                for block in _READERS[_kind(path)](path, options):
+                    for batch in bounded(block):
+                        batch.validate(full=True)  # text that is not UTF-8, wrong offsets
+                        options = options if options.first is not None else replace(options, first=batch.schema)
+                        if differing := differences(batch.schema, options.first):
+                            raise DataError(
+                                f"{path} has other columns than the first of {len(paths)} files: {differing}. All "
+                                "files must have the same columns and types."
+                            )
+                        yield batch
+
+    def _files(self) -> list[Path]:
+        if self.path.is_dir():
+            paths = [self.path / name for name in files_below(self.path, _ENDINGS, self._ignore)]
+        elif self.path.is_file():
+            paths = [self.path]
+            if not self.path.name.lower().endswith(_ENDINGS):
+                raise DataError(f"{self.path}: expected a name ending in {', '.join(_ENDINGS)}")
+        else:
+            raise DataError(f"no file {self.path}: expected the rows there. Correct data.path in params.yaml.")
+        kinds = {_kind(path): path.name for path in paths}
+        if len(kinds) != 1:
+            found = " and ".join(sorted(kinds.values())) or "none"
+            raise DataError(f"{self.path}: expected files of one kind ({', '.join(_KINDS)}); found {found}")
+        if self._options.types and not kinds.keys() & {".csv", ".jsonl", ".ndjson"}:
+            raise ConfigError(f"data.source.types: {paths[0].name} has types of its own; leave them out")
+        return paths
+
+
+def _type(column: str, alias: str) -> Any:
+    try:
+        return pa.type_for_alias(alias)
+    except ValueError:
+        raise ConfigError(
+            f"data.source.types.{column}: there is no type {alias!r}; expected one of Arrow's, such as string, int64, "
+            "float64, bool, date32"
+        ) from None
+
+
+def _kind(path: Path) -> str:
+    name = path.name.lower().removesuffix(_PACKED)
+    return next(kind for kind in _KINDS if name.endswith(kind))
+
+
+def _read_parquet(path: Path, options: _Options) -> Iterator[pa.RecordBatch]:
+    """Through small buffers: one column of one row group may be as large as the file."""
+    with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True) as file:
+        for group in range(file.num_row_groups):
+            about = file.metadata.row_group(group)
+            rows = rows_within(about.total_byte_size / max(1, about.num_rows), options.batch_rows)
+            yield from file.iter_batches(batch_size=rows, row_groups=[group])
+
+
+def _read_arrow(path: Path, options: _Options) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(str(path)) as mapped:
+        is_file = mapped.read(6) == b"ARROW1"
+        mapped.seek(0)
+        if is_file:
+            with pa.ipc.open_file(mapped) as file:
+                yield from (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            with pa.ipc.open_stream(mapped) as stream:
+                yield from stream
+
+
+def _read_csv(path: Path, options: _Options) -> Iterator[pa.RecordBatch]:
+    types = options.types if options.first is None else {each.name: each.type for each in options.first}
+    with (
+        _parsing(path, options),
+        pyarrow.csv.open_csv(
+            path,
+            pyarrow.csv.ReadOptions(block_size=options.block_bytes),
+            pyarrow.csv.ParseOptions(newlines_in_values=True),
+            pyarrow.csv.ConvertOptions(column_types=types),
+        ) as reader,
+    ):
+        unknown = sorted(options.types.keys() - set(reader.schema.names))
+        if unknown:
+            columns = ", ".join(reader.schema.names)
+            raise ConfigError(f"data.source.types.{unknown[0]}: {path} has no such column; it has {columns}")
+        for each in reader.schema:
+            if pa.types.is_binary(each.type) and each.name not in types:  # what text that is no UTF-8 becomes
+                raise DataError(f"{path} cannot be read: column {each.name!r} is not UTF-8. Save the file as UTF-8.")
+        yield from reader
+
+
+def _read_json(path: Path, options: _Options) -> Iterator[pa.RecordBatch]:
+    """With the types of the first block, as JSON says them; inferring goes astray in pyarrow (apache/arrow#51305)."""
+    block = pyarrow.json.ReadOptions(block_size=options.block_bytes)
+    with _parsing(path, options):
+        schema = options.first
+        if schema is None:
+            given = pyarrow.json.ParseOptions(explicit_schema=pa.schema(options.types) if options.types else None)
+            with pyarrow.json.open_json(path, block, given) as reader:
+                schema = pa.schema(
+                    [(each.name, options.types.get(each.name, _plain(each.type))) for each in reader.schema]
+                )
+        known = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+        with pyarrow.json.open_json(path, block, known) as reader:
+            yield from reader
+
+
+def _plain(inferred: Any) -> Any:
+    """The type without guesses: a string that looks like a date is a string."""
+    if pa.types.is_timestamp(inferred):
+        return pa.string()
+    if pa.types.is_list(inferred):
+        return pa.list_(_plain(inferred.value_type))
+    if pa.types.is_struct(inferred):
+        return pa.struct([(each.name, _plain(each.type)) for each in inferred])
+    return inferred
+
+
+@contextmanager
+def _parsing(path: Path, options: _Options) -> Iterator[None]:
+    """What to do about values that are not of the types that the first block has."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        reason, advice = " ".join(str(error).split()), ""
+        if "straddling object" in reason:
+            advice = f" A row is longer than {options.block_bytes} bytes: give data.source.block_bytes a larger number."
+        elif any(each in reason for each in ("conversion error", "convert JSON", "changed from", "unexpected field")):
+            advice = (
+                " Columns and types are those of the file's first rows: correct the value, or name the column's type in"
+                " data.source.types, such as {label: string}."
+            )
+        raise DataError(f"{path} cannot be read: {reason}.{advice}") from error
+
+
+_READERS = {
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".arrow": _read_arrow,
+    ".feather": _read_arrow,
+}
+_KINDS = tuple(_READERS)
+_PACKED = ".gz"
+_ENDINGS = (*_KINDS, *(kind + _PACKED for kind in (".csv", ".jsonl", ".ndjson")))

@@ -1,0 +1,72 @@
+"""How a teacher is asked about rows: about tokens that count, and fewer rows at a time where memory runs out.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.data.columns import Columns, take
+from kdpipe.data.prepared import MISSING_LABEL
+from kdpipe.errors import TeacherError
+from kdpipe.teachers.base import COVERED, Teacher
+
+
+class Asking:
+    """Asks a teacher about batches; one that does not fit its memory is halved, and so are all that follow."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self.at_once: int | None = None
+        """Rows that a batch had when memory ran out, halved; None when it never did."""
+
+    def __call__(self, columns: Columns, num_rows: int) -> dict[str, Tensor]:
+        """What the teacher says about `B` rows. Raises `TeacherError` when a single row does not fit."""
+        if self.at_once is None or num_rows <= self.at_once:
+            try:
+                return self._teacher.predict(columns)
+            except torch.OutOfMemoryError as error:
+                if num_rows == 1:
+                    raise TeacherError(
+                        f"the teacher runs out of memory on a single row: {error}. Free memory, shorten the rows "
+                        "(max_length), or give it a lower precision"
+                    ) from None
+                self.at_once = num_rows // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        size = self.at_once
+        parts = [
+            self({name: take(column, place) for name, column in columns.items()}, len(place))
+            for place in (np.arange(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class OfCountedTokens:
+    """A teacher whose answers about tokens that do not count (prompts, padding) are not heard: it abstains there."""
+
+    abstains = True
+
+    def __init__(self, teacher: Teacher, token_labels: Callable[[Columns], NDArray[np.int64]]) -> None:
+        self._teacher, self._token_labels = teacher, token_labels
+        self.outputs, self.fingerprint = teacher.outputs, teacher.fingerprint
+        if hasattr(teacher, "lengths"):
+            self.lengths = teacher.lengths
+
+    def predict(self, columns: Columns) -> dict[str, Tensor]:
+        """What the teacher says, and `covered` `[B, T]`."""
+        said = self._teacher.predict(columns)
+        counted = torch.from_numpy(self._token_labels(columns) != MISSING_LABEL).to(next(iter(said.values())).device)
+        return {**said, COVERED: counted & said[COVERED] if COVERED in said else counted}
+
+
+def lengths_of(teacher: Teacher, columns: Columns) -> NDArray[np.int64] | None:
+    """Tokens per row `[B]`, where the teacher can tell."""
+    lengths = getattr(teacher, "lengths", None)
+    return None if lengths is None else np.asarray(lengths(columns), np.int64)

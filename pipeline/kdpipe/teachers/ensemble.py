@@ -1,0 +1,103 @@
+"""Several teachers as one, and any function as a teacher.
+
+Shapes: B rows, T tokens, C classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdpipe.config import resolve
+from kdpipe.data.columns import Columns
+from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.fingerprint import source_digests
+from kdpipe.inputs import LOGITS, class_logits
+from kdpipe.targets import OutputSpec
+from kdpipe.teachers.base import COVERED, Teacher, abstains
+
+
+class Ensemble:
+    """The mean of the members' probabilities (Lakshminarayanan et al. 2017, equation 2), each times its weight.
+
+    Where a member abstains the others speak; where all do, so does the ensemble.
+    """
+
+    def __init__(
+        self, members: Sequence[str], teacher_of: Callable[[str], Teacher], weights: Sequence[float] | None = None
+    ) -> None:
+        """`members`: names of other teachers of params.yaml. Raises `ConfigError`."""
+        if not members:
+            raise ConfigError("Ensemble: members is empty; expected names of other teachers")
+        weights = [1.0] * len(members) if weights is None else weights
+        if len(weights) != len(members) or not all(0 < each < math.inf for each in weights):
+            raise ConfigError(f"Ensemble: weights are {list(weights)}; expected a number above 0 for each of {members}")
+        self._members = [teacher_of(name) for name in members]
+        self._weights = torch.tensor(weights, dtype=torch.float64)
+        shapes = {name: _logits_of(each).shape for name, each in zip(members, self._members, strict=True)}
+        if len(set(shapes.values())) > 1:
+            raise ConfigError(f"Ensemble: the members' logits have different shapes per row: {shapes}")
+        self.outputs = (_logits_of(self._members[0]),)
+        self.abstains = all(abstains(each) for each in self._members)
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The members' and their weights."""
+        return {"members": [dict(each.fingerprint) for each in self._members], "weights": self._weights.tolist()}
+
+    def predict(self, columns: Columns) -> dict[str, Tensor]:
+        """`log` of the mean probabilities `[B, …, C]`, and `covered` where all members abstain."""
+        said = [each.predict(columns) for each in self._members]
+        log_probs = torch.stack([torch.log_softmax(each[LOGITS].double().cpu(), dim=-1) for each in said])
+        spoken = torch.stack(
+            [each[COVERED].cpu() if COVERED in each else torch.ones(log_probs.shape[1:-1]).bool() for each in said]
+        )
+        weights = self._weights.view(-1, *[1] * (spoken.ndim - 1)) * spoken
+        log_weights = (weights / weights.sum(dim=0).clamp(min=torch.finfo().tiny)).log()
+        mean = torch.logsumexp(log_probs + log_weights.unsqueeze(-1), dim=0)
+        covered = spoken.any(dim=0)
+        answer = {LOGITS: torch.where(covered.unsqueeze(-1), mean, 0.0).float()}
+        return answer | {COVERED: covered} if self.abstains else answer
+
+
+class FunctionTeacher:
+    """Any function `(columns) -> logits [B, …, C]` (a NumPy array or tensor), by its import path."""
+
+    def __init__(self, root: Path, function: str, num_classes: int, probe: Columns) -> None:
+        """`function`: "package.module:name" or "file.py:name". Raises `ConfigError`, `TeacherError`."""
+        found: Any = resolve(function, root, "function")
+        self._function: Any = found() if inspect.isclass(found) else found
+        self._name, self._num_classes = function, num_classes
+        shape = tuple(self.predict(probe)[LOGITS].shape[1:])
+        self.outputs = (OutputSpec(name=LOGITS, shape=shape),)
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The source code that the function reaches."""
+        return {"function": self._name, "sources": source_digests(self._function)}
+
+    def predict(self, columns: Columns) -> dict[str, Tensor]:
+        """What the function gives, float32."""
+        try:
+            values = torch.as_tensor(np.asarray(self._function(columns))).float()
+        except Exception as error:  # anything that a user's function raises
+            raise TeacherError(f"{self._name} failed: {type(error).__name__}: {error}") from error
+        logits = class_logits(values, self._num_classes) if values.ndim else values
+        rows = len(next(iter(columns.values())))
+        if logits.ndim < 2 or (len(logits), logits.shape[-1]) != (rows, self._num_classes):
+            raise TeacherError(
+                f"{self._name} gave {list(values.shape)} for {rows} rows; expected logits of shape "
+                f"[{rows}, …, {self._num_classes}]"
+            )
+        return {LOGITS: logits}
+
+
+def _logits_of(teacher: Teacher) -> OutputSpec:
+    return next(each for each in teacher.outputs if each.name == LOGITS)

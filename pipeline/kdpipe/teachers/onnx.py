@@ -1,0 +1,167 @@
+"""An ONNX file as a teacher, by ONNX Runtime: models of TensorFlow, Keras, JAX and others.
+
+Shapes: B rows, T tokens, C classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdpipe.config import package
+from kdpipe.data.columns import Columns
+from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.fingerprint import digest, digest_file
+from kdpipe.inputs import LOGITS, Inputs, about_classes, class_logits, described, num_rows, trimmed
+from kdpipe.preprocess import Preprocess
+from kdpipe.targets import OutputSpec
+
+_SMALLEST, _EPSILON = 1e-38, 1e-7
+_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8,
+}
+_WEIGHTS_BESIDE = re.compile(rb"\x0a\x08location\x12(.)", re.DOTALL)
+"""ONNX's `external_data`, a `StringStringEntryProto`: key "location", then the length of the file's name."""
+
+
+class OnnxTeacher:
+    """A model file with its own preprocess.
+
+    Inputs are matched by name; a single input takes a single tensor, whatever they are called. `layout: channels_last`
+    gives images as `[B, H, W, channels]`, as TensorFlow wants them. `logits` names the output that holds the logits
+    (None: `logits`, or the first); with `probabilities: true` it holds probabilities, whose logarithm is taken.
+    `outputs` may name others, which are stored as features.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        path: str,
+        num_classes: int,
+        preprocess: Preprocess,
+        probe: Columns,
+        *,
+        outputs: Sequence[str] = (LOGITS,),
+        logits: str | None = None,
+        probabilities: bool = False,
+        layout: str = "channels_first",
+        threads: int = 0,
+    ) -> None:
+        """`threads`: of ONNX Runtime on a CPU (0: one per core). Raises `ConfigError`, `TeacherError`."""
+        if layout not in ("channels_first", "channels_last"):
+            raise ConfigError(f"OnnxTeacher: layout is {layout!r}; the choices are channels_first and channels_last")
+        self._path, self._preprocess, self._num_classes = root / path, preprocess, num_classes
+        self._probabilities, self._channels_last = probabilities, layout == "channels_last"
+        self._session = _session(self._path, threads)
+        self._inputs = {each.name: _DTYPES[each.type] for each in self._session.get_inputs() if each.type in _DTYPES}
+        found = [each.name for each in self._session.get_outputs()]
+        self._names = {LOGITS: logits or (LOGITS if LOGITS in found else found[0])}
+        self._names |= {name: name for name in outputs if name != LOGITS}
+        for name in self._names.values():
+            if name not in found:
+                raise ConfigError(f"OnnxTeacher: {self._path} has no output {name!r}; it has {', '.join(found)}")
+        said = self._say(probe)
+        if said[LOGITS].ndim < 2 or said[LOGITS].shape[-1] != num_classes:
+            raise TeacherError(
+                f"{self._path} gives {self._names[LOGITS]} of shape {list(said[LOGITS].shape)} for one row; expected "
+                f"[1, …, {num_classes}]{about_classes(said[LOGITS].shape, num_classes)}"
+            )
+        self.outputs = tuple(
+            OutputSpec(name=name, shape=tuple(each.shape[1:]), kind="logits" if name == LOGITS else "features")
+            for name, each in said.items()
+        )
+        self.description = {"size_bytes": self._path.stat().st_size}
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Digests of the file, of weights beside it, and of the preprocess."""
+        return {
+            "model": [digest_file(each) for each in (self._path, *_weights_beside(self._path))],
+            "preprocess_state": digest(dict(self._preprocess.state())),
+        }
+
+    def predict(self, columns: Columns) -> dict[str, Tensor]:
+        """Every output `[B, …]`, float32. Raises `TeacherError` where the model fails or gives other shapes."""
+        said = self._say(columns)
+        rows = len(next(iter(said.values())))
+        for spec in self.outputs:
+            if said[spec.name].shape != (rows, *spec.shape):
+                raise TeacherError(
+                    f"{self._path} gives {spec.name} of shape {list(said[spec.name].shape)}; expected "
+                    f"{[rows, *spec.shape]}"
+                )
+        return said
+
+    def _say(self, columns: Columns) -> dict[str, Tensor]:
+        inputs = self._preprocess(columns)
+        fed = self._fed(inputs if len(self._names) > 1 else trimmed(inputs))
+        try:
+            values = self._session.run(list(self._names.values()), fed)
+        except Exception as error:  # the library's own
+            wanted = ", ".join(f"{each.name} {each.type} {each.shape}" for each in self._session.get_inputs())
+            raise TeacherError(
+                f"{self._path} failed on inputs of shape {described(inputs)}: {type(error).__name__}: {error}. Its "
+                f"inputs are {wanted}"
+            ) from None
+        said = {
+            name: torch.from_numpy(np.asarray(each)).float() for name, each in zip(self._names, values, strict=True)
+        }
+        if any(len(each) != num_rows(inputs) for each in said.values()):
+            raise TeacherError(f"{self._path} does not give a line per row; export it with a dynamic first axis")
+        logits = said[LOGITS].clamp(min=_SMALLEST).log() if self._probabilities else said[LOGITS]
+        single = self._probabilities and self._num_classes == 2 and logits.shape[1:] in ((), (1,))
+        said[LOGITS] = _of_sigmoid(said[LOGITS]) if single else class_logits(logits, self._num_classes)
+        return said
+
+    def _fed(self, inputs: Inputs) -> dict[str, Any]:
+        if not isinstance(inputs, Mapping):
+            if len(self._inputs) != 1:
+                raise ConfigError(
+                    f"OnnxTeacher: the preprocess gives one tensor, {self._path} takes {', '.join(self._inputs)}"
+                )
+            inputs = {next(iter(self._inputs)): inputs.movedim(1, -1) if self._channels_last else inputs}
+        absent = self._inputs.keys() - inputs.keys()
+        if absent:
+            raise ConfigError(
+                f"OnnxTeacher: {self._path} takes {', '.join(self._inputs)}; the preprocess gives {', '.join(inputs)}"
+            )
+        return {name: np.ascontiguousarray(inputs[name].numpy().astype(dtype)) for name, dtype in self._inputs.items()}
+
+
+def _of_sigmoid(probability: Tensor) -> Tensor:
+    """`[0, logit(p)]` of the probability of class 1, `[B]` or `[B, 1]`."""
+    return class_logits(torch.logit(probability.double(), eps=_EPSILON).float(), 2)
+
+
+def _weights_beside(path: Path) -> list[Path]:
+    """The files in which a model keeps tensors outside its own."""
+    content = path.read_bytes()
+    found = {content[each.end() : each.end() + each[1][0]].decode() for each in _WEIGHTS_BESIDE.finditer(content)}
+    return sorted(path.parent / name for name in found)
+
+
+def _session(path: Path, threads: int) -> Any:
+    onnxruntime = package("onnxruntime", "onnx")
+    if not path.is_file():
+        raise ConfigError(f"OnnxTeacher: there is no file {path}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    providers = [each for each in _PROVIDERS if each in onnxruntime.get_available_providers()]
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # the library's own
+        raise ConfigError(f"OnnxTeacher: {path} is no ONNX model that ONNX Runtime can load: {error}") from None

@@ -1,0 +1,153 @@
+"""A scikit-learn classifier as a teacher: `predict_proba`, or `decision_function` where there is none.
+
+Shapes: B rows, D inputs, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe import durable
+from kdpipe.config import FactoryField, bind
+from kdpipe.data.columns import Columns
+from kdpipe.data.prepared import MISSING_LABEL
+from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.fingerprint import digest, digest_file
+from kdpipe.inputs import LOGITS
+from kdpipe.preprocess import Preprocess
+from kdpipe.skops_files import dumps, loads
+from kdpipe.targets import OutputSpec
+
+_FILE = "estimator.skops"
+
+
+class SklearnTeacher:
+    """An estimator that is fitted here (`estimator:` and `fit_on:`) or was stored by skops (`path:`).
+
+    Its `random_state` is 0 unless it is given, so that the same rows give the same estimator.
+
+    Its logits are `log p` of `predict_proba`, -inf never: probabilities are floored at `smallest`, so that a class
+    which no tree or neighbour voted for is improbable, not impossible. Of `decision_function`, the scores themselves
+    (`[0, z]` for two classes). Nearest neighbours make a teacher of examples. The preprocess gives `[B, D]`; missing
+    numbers (NaN) are the estimator's affair.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        num_classes: int,
+        preprocess: Preprocess,
+        *,
+        estimator: FactoryField | None = None,
+        path: str | None = None,
+        trusted: Sequence[str] = (),
+        smallest: float = 1e-6,
+    ) -> None:
+        """`trusted`: types of other packages that the file may hold. Raises `ConfigError`."""
+        if (estimator is None) == (path is None):
+            raise ConfigError("SklearnTeacher: give estimator (it is fitted here, on `fit_on`) or path (it is ready)")
+        if not 0 < smallest < 1 / num_classes:
+            raise ConfigError(f"SklearnTeacher: smallest is {smallest}; expected a probability below 1 / {num_classes}")
+        self._num_classes, self._preprocess, self._trusted = num_classes, preprocess, trusted
+        self._smallest = smallest
+        self.outputs = (OutputSpec(name=LOGITS, shape=(num_classes,)),)
+        self._estimator: Any = None
+        self._learnt = ""
+        if estimator is not None:
+            self._estimator = self._checked(bind(estimator, root, "estimator", random_state=0).make(), estimator.path)
+        if path is not None:
+            self._open(root / path)
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Digest of the stored estimator, scikit-learn's version, and the preprocess."""
+        import sklearn
+
+        state = digest(dict(self._preprocess.state()))
+        return {
+            "estimator": self._learnt,
+            "scikit-learn": sklearn.__version__,
+            "preprocess_state": state,
+            "smallest": self._smallest,
+        }
+
+    def fit(self, blocks: Iterable[tuple[Columns, NDArray[np.int64]]]) -> None:
+        """Fit the estimator on the labelled rows. Raises `TeacherError` where it fails."""
+        parts = [(self._inputs(columns)[labels != MISSING_LABEL], labels) for columns, labels in blocks]
+        inputs = np.concatenate([each for each, _ in parts])
+        labels = np.concatenate([each[each != MISSING_LABEL] for _, each in parts])
+        if not len(labels):
+            raise TeacherError("the teacher's split has no row with a label; expected some to fit it on")
+        try:
+            self._estimator.fit(inputs, labels)
+        except Exception as error:  # any estimator's own
+            raise TeacherError(
+                f"{type(self._estimator).__name__}.fit failed: {type(error).__name__}: {error}"
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write estimator.skops."""
+        durable.write_bytes(folder / _FILE, dumps(self._estimator))
+
+    def load(self, folder: Path) -> None:
+        """Read estimator.skops."""
+        self._open(folder / _FILE)
+
+    def predict(self, columns: Columns) -> dict[str, Tensor]:
+        """Logits `[B, C]`. Raises `TeacherError` where the estimator fails or knows a class that the task has not."""
+        inputs = self._inputs(columns)
+        try:
+            if hasattr(self._estimator, "predict_proba"):
+                probabilities = np.asarray(self._estimator.predict_proba(inputs), np.float64)
+                logits = np.log(self._spread(probabilities, 0.0).clip(min=self._smallest))
+            else:
+                scores = np.asarray(self._estimator.decision_function(inputs), np.float64)
+                two = np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores
+                logits = self._spread(two, float(two.min()) - 1)
+        except TeacherError:
+            raise
+        except Exception as error:  # any estimator's own
+            raise TeacherError(
+                f"{type(self._estimator).__name__} failed on inputs of shape {list(inputs.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return {LOGITS: torch.from_numpy(logits).float()}
+
+    def _spread(self, values: NDArray[np.float64], absent: float) -> NDArray[np.float64]:
+        """Values of the classes that the estimator knows as `[B, C]` of all classes."""
+        classes = np.asarray(self._estimator.classes_)
+        if classes.dtype.kind not in "iu" or classes.min() < 0 or classes.max() >= self._num_classes:
+            raise TeacherError(
+                f"the estimator's classes are {classes.tolist()}; expected class numbers from 0 to "
+                f"{self._num_classes - 1}, as the task numbers them"
+            )
+        spread = np.full((len(values), self._num_classes), absent)
+        spread[:, classes] = values
+        return spread
+
+    def _inputs(self, columns: Columns) -> NDArray[np.float32]:
+        inputs = self._preprocess(columns)
+        if not isinstance(inputs, Tensor):
+            raise ConfigError("SklearnTeacher: the preprocess gives several inputs; expected one tensor [B, D]")
+        return inputs.flatten(1).numpy()
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file():
+            raise ConfigError(f"SklearnTeacher: there is no file {path}")
+        self._estimator = self._checked(loads(path.read_bytes(), str(path), self._trusted), str(path))
+        self._learnt = digest_file(path)
+
+    @staticmethod
+    def _checked(estimator: Any, name: str) -> Any:
+        if not (hasattr(estimator, "predict_proba") or hasattr(estimator, "decision_function")):
+            raise ConfigError(
+                f"SklearnTeacher: {name} is no classifier: it has neither predict_proba nor decision_function"
+            )
+        return estimator

@@ -1,0 +1,7 @@
+"""Contract suites: what every implementation of a protocol owes, as classes of tests that pytest runs on yours."""
+
+from kdpipe.testing.sources import SourceContract
+from kdpipe.testing.tasks import TaskContract
+from kdpipe.testing.teachers import TeacherContract
+
+__all__ = ["SourceContract", "TaskContract", "TeacherContract"]

@@ -1,0 +1,250 @@
+"""A `Teacher` from params.yaml: a module with trained or ready weights, or any other by its factory.
+
+It is fitted here too, where it learns from rows (`fit_on`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.checkpoint import load_weights, num_parameters
+from kdpipe.config import Bound
+from kdpipe.data.columns import Columns
+from kdpipe.data.prepared import PreparedInputs
+from kdpipe.errors import ConfigError, KdpipeError, StaleStoreError, TeacherError
+from kdpipe.fingerprint import digest_file
+from kdpipe.inputs import LOGITS
+from kdpipe.preprocess import Preprocess
+from kdpipe.tasks.base import Task
+from kdpipe.teachers.base import Learner, Teacher, abstains
+from kdpipe.teachers.torch import TorchTeacher
+from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, fit_preprocess, teacher_fingerprint
+from kdpipe_stages.params import TeacherSection
+from kdpipe_stages.project import Project
+
+_FIT_ROWS = 4096
+_OF_A_TEACHER = ("outputs", "fingerprint", "predict")
+_OF_A_LEARNER = ("fit", "save", "load")
+
+
+def build_teacher(
+    project: Project, name: str, inputs: PreparedInputs, above: Sequence[str] = ()
+) -> tuple[Teacher, dict[str, object]]:
+    """The teacher, ready to speak, and what its store says about it; `above` are the teachers that are made of it."""
+    if section_with_model(project, name).teacher is not None:
+        return _by_factory(project, name, inputs, above)
+    return _module(project, name, inputs)
+
+
+def section_with_model(project: Project, name: str) -> TeacherSection:
+    """The section of a teacher that can be shown rows. Raises `ConfigError` where there is only a table."""
+    section = project.teacher(name)
+    if section.table is not None:
+        raise ConfigError(f"teachers.{name}: what it said is in {section.table}; there is no model to show rows to")
+    return section
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A teacher that has learnt, and its preprocess."""
+
+    where: str
+    teacher: Learner
+    preprocess: Preprocess
+
+    def save(self, folder: Path) -> None:
+        """Write what the teacher learnt."""
+        with _its_own_errors(f"{self.where}: save"):
+            self.teacher.save(folder)
+
+
+def fit_teacher(project: Project, name: str, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> Fitted:
+    """Let a teacher by factory learn from prepared rows and their labels (both `[N]`)."""
+    section, task, where = project.teacher(name), project.task(), f"teachers.{name}"
+    inputs = PreparedInputs(project.prepared / "inputs")
+    preprocess = project.preprocess(section.preprocess, task, f"{where}.preprocess")
+    fit_preprocess(preprocess, inputs, rows)
+    made = bind_teacher(project, name, task, preprocess, _first_row(inputs), _parts(project, inputs, [name])).make()
+    teacher = cast("Learner", checked_teacher(project, name, made))
+
+    def blocks() -> Iterator[tuple[Columns, NDArray[np.int64]]]:
+        for start in range(0, len(rows), _FIT_ROWS):
+            part = slice(start, start + _FIT_ROWS)
+            yield inputs.read(rows[part]), labels[part]
+
+    with _its_own_errors(f"{where}: fit"):
+        teacher.fit(blocks())
+    return Fitted(where=where, teacher=teacher, preprocess=preprocess)
+
+
+def bind_teacher(
+    project: Project,
+    name: str,
+    task: Task,
+    preprocess: Preprocess,
+    probe: Columns | None,
+    teacher_of: Callable[[str], Teacher],
+) -> Bound:
+    """The factory of a teacher with its arguments and what it may ask for."""
+    section, targets = project.teacher(name), project.targets(name)
+    assert section.teacher is not None
+    offered: dict[str, Any] = {
+        "root": project.root,
+        "num_classes": task.num_classes,
+        "class_names": task.class_names,
+        "task": task,
+        "preprocess": preprocess,
+        "probe": probe,
+        "outputs": targets.outputs,
+        "precision": targets.precision,
+        "k": targets.k,
+        "teacher_of": teacher_of,
+    }
+    return project.bind(section.teacher, f"teachers.{name}.teacher", **offered)
+
+
+def checked_teacher(project: Project, name: str, made: Any) -> Teacher:
+    """What a factory made. Raises `ConfigError` where that is no teacher, or not as the other settings have it."""
+    section, where = project.teacher(name), f"teachers.{name}"
+    assert section.teacher is not None
+    # `dir` runs no code: a fingerprint may not be known before a teacher has learnt.
+    lacking = [each for each in _OF_A_TEACHER if each not in dir(made)]
+    if lacking:
+        raise ConfigError(
+            f"{where}.teacher: {section.teacher.path} gave {type(made).__name__}, which is no Teacher (see "
+            f"kdpipe.teachers.base.Teacher): it has no {' and no '.join(lacking)}"
+        )
+    if section.fit_on is not None and not all(each in dir(made) for each in _OF_A_LEARNER):
+        raise ConfigError(f"{where}.fit_on: {section.teacher.path} has nothing to learn; leave fit_on out")
+    with _its_own_errors(where):
+        if section.fit_on is None and isinstance(made, Learner):
+            dict(made.fingerprint)  # type: ignore[attr-defined]  # raises where it has not learnt anything
+        given = [each.name for each in made.outputs]
+    for output in project.targets(name).outputs:
+        if output not in given:
+            raise ConfigError(f"targets.{name}.outputs: {section.teacher.path} gives no {output!r}; it gives {given}")
+    return cast("Teacher", made)
+
+
+def parts_made_by(make: Callable[[str], Teacher], above: Sequence[str]) -> Callable[[str], Teacher]:
+    """What makes a part, by its name, of the last teacher of `above`, each of which is made of the next.
+
+    It raises `ConfigError` where that goes round in a circle.
+    """
+
+    def teacher_of(name: str) -> Teacher:
+        if name in above:
+            raise ConfigError(f"teachers.{name}: it is made of itself: {' of '.join([*above, name])}")
+        return make(name)
+
+    return teacher_of
+
+
+def _by_factory(
+    project: Project, name: str, inputs: PreparedInputs, above: Sequence[str]
+) -> tuple[Teacher, dict[str, object]]:
+    section, task, where = project.teacher(name), project.task(), f"teachers.{name}"
+    assert section.teacher is not None
+    preprocess = project.preprocess(section.preprocess, task, f"{where}.preprocess")
+    learnt = None
+    if section.fit_on is not None:
+        note = _checked_note(project, name, project.teacher_model(name))
+        preprocess.load_state(note["preprocess_state"])
+        learnt = note["fingerprint"]
+    parts = _parts(project, inputs, [*above, name])
+    made = bind_teacher(project, name, task, preprocess, _first_row(inputs), parts).make()
+    teacher = checked_teacher(project, name, made)
+    with _its_own_errors(where):
+        if section.fit_on is not None:
+            cast("Learner", teacher).load(project.teacher_model(name))
+        own = dict(teacher.fingerprint)
+    spec = ModelSpec(where=where, model=section.teacher, preprocess=section.preprocess)
+    identity = {**spec.to_json(), "sources": spec.sources(project), "learnt": learnt}
+    about = {"name": name, **getattr(teacher, "description", {})}
+    return _Asked(where, teacher, project.targets(name).outputs, {**identity, **own}), about
+
+
+def _parts(project: Project, inputs: PreparedInputs, above: Sequence[str]) -> Callable[[str], Teacher]:
+    return parts_made_by(lambda name: build_teacher(project, name, inputs, above)[0], above)
+
+
+class _Asked:
+    """A teacher by factory that gives what is asked of it; its fingerprint covers its factory, code and arguments.
+
+    What goes wrong in its code is a `TeacherError` that names it.
+    """
+
+    def __init__(self, where: str, teacher: Teacher, outputs: Sequence[str], fingerprint: dict[str, Any]) -> None:
+        self._where, self._teacher, self.fingerprint = where, teacher, fingerprint
+        self.outputs = tuple(each for each in teacher.outputs if each.name in outputs)
+        self.abstains = abstains(teacher)
+        for optional in ("lengths", "num_kept"):
+            if hasattr(teacher, optional):
+                setattr(self, optional, getattr(teacher, optional))
+
+    def predict(self, columns: Columns) -> dict[str, Tensor]:
+        """What the teacher says."""
+        with _its_own_errors(f"{self._where}: predict"):
+            said = self._teacher.predict(columns)
+        if not isinstance(said, Mapping) or not all(isinstance(each, Tensor) for each in said.values()):
+            found = type(said).__name__
+            raise TeacherError(f"{self._where}: predict gave {found}; expected a dict of tensors, {LOGITS} among them")
+        return said
+
+
+@contextmanager
+def _its_own_errors(what: str) -> Iterator[None]:
+    """Whatever a teacher's code raises, as one message."""
+    try:
+        yield
+    except (KdpipeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise TeacherError(f"{what} fails: {type(error).__name__}: {error}") from error
+
+
+def _first_row(inputs: PreparedInputs) -> Columns:
+    return inputs.read(np.zeros(1, np.int64))
+
+
+def _module(project: Project, name: str, inputs: PreparedInputs) -> tuple[Teacher, dict[str, object]]:
+    section, task = project.teacher(name), project.task()
+    where = f"teachers.{name}"
+    assert section.model is not None
+    preprocess = project.preprocess(section.preprocess, task, f"{where}.preprocess")
+    if section.weights is not None:
+        weights = project.root / section.weights
+    else:
+        weights = project.teacher_model(name) / WEIGHTS
+        preprocess.load_state(_checked_note(project, name, weights.parent)["preprocess_state"])
+    spec = ModelSpec(where=where, model=section.model, preprocess=section.preprocess, logits=section.logits)
+    model = spec.build(project, task, preprocess, inputs, seed=0)
+    load_weights(model, weights)
+    identity = {**spec.to_json(), "weights": digest_file(weights), "sources": spec.sources(project)}
+    targets, probe = project.targets(name), _first_row(inputs)
+    try:
+        teacher = TorchTeacher(
+            model, preprocess, task.num_classes, identity, probe, targets.outputs, targets.precision, section.logits
+        )
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}.outputs: {error}") from None
+    return teacher, {"name": name, "parameters": num_parameters(model), "size_bytes": weights.stat().st_size}
+
+
+def _checked_note(project: Project, name: str, folder: Path) -> dict[str, Any]:
+    """model.json of what was trained here, with today's settings, code and rows."""
+    note = describe_model(folder, f"kdpipe train-teacher {name}")
+    if note.get("fingerprint") != teacher_fingerprint(project, name):
+        raise StaleStoreError(
+            f"{folder} was trained with other settings, code or rows than today's. Run `kdpipe train-teacher {name}`."
+        )
+    return note

@@ -1,0 +1,92 @@
+"""A small server with vLLM's part of the OpenAI API, in a process of its own: `python completions_server.py FOLDER`.
+
+What it says is a function of the prompt: after token t, token (3 t + 1) mod V is most probable, then the next ones. The
+file FOLDER/behaviour.json changes how it answers; FOLDER/requests.log has a line per request.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+
+VOCABULARY = 257
+CLASSES = [" bad", " good"]
+
+
+def log_probs(token: int, count: int) -> dict[int, float]:
+    """The `count` most probable tokens after a token: 1/2, 1/4, … of the mass."""
+    return {(3 * token + 1 + place) % VOCABULARY: -(place + 1) * math.log(2) for place in range(count)}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    count = 0
+    lock = Lock()
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        path = self.folder / "behaviour.json"
+        behaviour = json.loads(path.read_text()) if path.exists() else {}
+        with self.lock:
+            Handler.count += 1
+            number = Handler.count
+            with (self.folder / "requests.log").open("a") as log:
+                log.write(json.dumps({"time": time.time(), "key": self.headers.get("Authorization")}) + "\n")
+        if number > behaviour.get("dies_after", math.inf):
+            os._exit(1)
+        if number <= behaviour.get("busy_first", 0):
+            self.answer(429, {"error": "slow down"}, {"Retry-After": "0"})
+        elif "status" in behaviour:
+            self.answer(behaviour["status"], {"error": behaviour.get("error", "no")})
+        elif "body" in behaviour:
+            self.answer(200, behaviour["body"])
+        else:
+            self.answer(200, {"choices": [self.choice(asked, behaviour)]})
+
+    def choice(self, asked: dict, behaviour: dict) -> dict:
+        if asked.get("prompt_logprobs") and not behaviour.get("no_prompt_logprobs"):
+            said: list = [None]
+            for before, token in zip(asked["prompt"], asked["prompt"][1:], strict=False):
+                count = min(asked["prompt_logprobs"], behaviour.get("at_most", 100))
+                given = log_probs(before, count)
+                given.setdefault(token, -30.0)  # vLLM adds the prompt's own token
+                said.append({str(key): {"logprob": each, "rank": 1} for key, each in given.items()})
+            return {"text": "", "prompt_logprobs": said}
+        if asked.get("logprobs") and isinstance(asked["prompt"], str):
+            return {"text": "", "logprobs": {"top_logprobs": [top_of(asked["prompt"])]}}
+        return {"text": ""}
+
+    def answer(self, status: int, body: object, headers: dict | None = None) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def top_of(prompt: str) -> dict[str, float]:
+    """The class by the prompt's exclamation marks; of a question nothing is said about classes."""
+    if "?" in prompt:
+        return {" the": math.log(0.9)}
+    if "!!" in prompt:
+        return {CLASSES[1]: math.log(0.7), " the": math.log(0.2)}
+    good = 0.6 if "!" in prompt else 0.1
+    return {CLASSES[1]: math.log(good), CLASSES[0]: math.log(0.9 - good), " the": math.log(0.1)}
+
+
+if __name__ == "__main__":
+    Handler.folder = Path(sys.argv[1])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    (Handler.folder / "port").write_text(str(server.server_port))
+    server.serve_forever()

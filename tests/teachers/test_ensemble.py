@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.targets import OutputSpec
+from kdpipe.teachers.base import Teacher, abstains
+from kdpipe.teachers.ensemble import Ensemble, FunctionTeacher
+
+COLUMNS = {"features": np.arange(8, dtype=np.float32).reshape(4, 2)}
+PROBE = {"features": COLUMNS["features"][:1]}
+
+
+class Member:
+    """Says the same of every row; abstains where `silent`."""
+
+    def __init__(self, logits, silent=None):
+        self.logits, self.silent = torch.tensor(logits), silent
+        self.abstains = silent is not None
+        self.outputs = (OutputSpec(name="logits", shape=(len(logits),)),)
+        self.fingerprint = {"logits": logits}
+
+    def predict(self, columns):
+        rows = len(columns["features"])
+        said = {"logits": self.logits.expand(rows, -1)}
+        return said if self.silent is None else said | {"covered": ~torch.tensor(self.silent)}
+
+
+def ensemble(weights=None, **members):
+    return Ensemble(list(members), members.__getitem__, weights)
+
+
+def test_it_says_the_mean_of_the_probabilities():
+    one, other = [0.0, 1.0, 5.0], [2.0, 2.0, -3.0]
+    teacher = ensemble(one=Member(one), other=Member(other))
+    assert isinstance(teacher, Teacher)
+    assert not abstains(teacher)
+    expected = (torch.tensor(one).softmax(0) + torch.tensor(other).softmax(0)) / 2
+    torch.testing.assert_close(teacher.predict(COLUMNS)["logits"].softmax(dim=1), expected.expand(4, -1))
+
+
+def test_weights_count():
+    one, other = [0.0, 1.0, 5.0], [2.0, 2.0, -3.0]
+    teacher = ensemble([3.0, 1.0], one=Member(one), other=Member(other))
+    expected = (3 * torch.tensor(one).softmax(0) + torch.tensor(other).softmax(0)) / 4
+    torch.testing.assert_close(teacher.predict(COLUMNS)["logits"].softmax(dim=1), expected.expand(4, -1))
+
+
+def test_where_a_member_abstains_the_others_speak_and_where_all_do_so_does_the_ensemble():
+    one, other = [0.0, 1.0, 5.0], [2.0, 2.0, -3.0]
+    members = {
+        "one": Member(one, [True, False, False, True]),
+        "other": Member(other, [False, False, True, True]),
+    }
+    teacher = ensemble(**members)
+    assert abstains(teacher)
+    said = teacher.predict(COLUMNS)
+    assert said["covered"].tolist() == [True, True, True, False]
+    p, q = torch.tensor(one).softmax(0), torch.tensor(other).softmax(0)
+    torch.testing.assert_close(said["logits"][:3].softmax(dim=1), torch.stack([q, (p + q) / 2, p]))
+    assert torch.isfinite(said["logits"]).all()
+    whole = ensemble(one=members["one"], always=Member(other))
+    assert not abstains(whole)
+    torch.testing.assert_close(whole.predict(COLUMNS)["logits"][0].softmax(0), q)
+
+
+@pytest.mark.parametrize(
+    ("members", "weights", "message"),
+    [
+        ({}, None, "members is empty"),
+        ({"one": Member([0.0, 1.0])}, [1.0, 2.0], "expected a number above 0 for each of"),
+        ({"one": Member([0.0, 1.0])}, [0.0], "expected a number above 0"),
+        ({"one": Member([0.0, 1.0]), "two": Member([0.0] * 3)}, None, "different shapes per row"),
+    ],
+)
+def test_what_is_no_ensemble_is_refused(members, weights, message):
+    with pytest.raises(ConfigError, match=message):
+        Ensemble(list(members), members.__getitem__, weights)
+
+
+def write(tmp_path, body):
+    (tmp_path / "said.py").write_text(
+        f"import numpy as np\n\n\ndef speak(columns):\n    x = columns['features']\n    {body}\n"
+    )
+
+
+def test_any_function_is_a_teacher(tmp_path):
+    write(tmp_path, "return np.stack([x[:, 0], x[:, 1], -x[:, 0]], axis=1)")
+    teacher = FunctionTeacher(tmp_path, "said.py:speak", 3, PROBE)
+    assert isinstance(teacher, Teacher)
+    assert teacher.predict(COLUMNS)["logits"].tolist() == [[k, k + 1, -k] for k in (0, 2, 4, 6)]
+    before = teacher.fingerprint
+    write(tmp_path, "return np.stack([x[:, 0], x[:, 1], x[:, 0]], axis=1)")
+    assert FunctionTeacher(tmp_path, "said.py:speak", 3, PROBE).fingerprint != before
+
+
+def test_a_single_score_is_two_classes(tmp_path):
+    write(tmp_path, "return x[:, 0]")
+    assert FunctionTeacher(tmp_path, "said.py:speak", 2, PROBE).predict(COLUMNS)["logits"].tolist() == [
+        [0, k] for k in (0, 2, 4, 6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return x", r"gave \[1, 2\] for 1 rows; expected logits of shape \[1, …, 3\]"),
+        ("return None", "failed|gave"),
+        ("raise ValueError('no')", "said.py:speak failed: ValueError: no"),
+    ],
+)
+def test_a_function_that_fails_is_the_teachers_error(tmp_path, body, message):
+    write(tmp_path, body)
+    with pytest.raises(TeacherError, match=message):
+        FunctionTeacher(tmp_path, "said.py:speak", 3, PROBE)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.preprocess import ImageTensor, Standardize
+from kdpipe.targets import OutputSpec
+from kdpipe.teachers.base import Teacher
+from kdpipe.teachers.onnx import OnnxTeacher
+
+WEIGHTS = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+COLUMNS = {"features": np.random.default_rng(0).normal(3, 2, (6, 4)).astype(np.float32)}
+PROBE = {"features": COLUMNS["features"][:1]}
+
+
+def write(path, nodes, inputs, outputs, weights=WEIGHTS):
+    """A model of `nodes`, whose weights are called w."""
+    tensors = [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in inputs]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    graph = helper.make_graph(nodes, "net", tensors, results, [numpy_helper.from_array(weights, "w")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+def linear(tmp_path, outputs=("logits",), batch="rows", weights=WEIGHTS):
+    """x w, its softmax, and x itself, under the names of `outputs`."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"]),
+        helper.make_node("Sigmoid", ["logits"], ["probability"]),
+        helper.make_node("Relu", ["x"], ["hidden"]),
+    ]
+    write(tmp_path / "net.onnx", nodes, [("x", TensorProto.FLOAT, [batch, 4])], outputs, weights)
+
+
+def fitted():
+    preprocess = Standardize()
+    preprocess.fit([COLUMNS])
+    return preprocess
+
+
+def teacher_of(tmp_path, num_classes=3, **arguments):
+    named = {"preprocess": fitted(), "probe": PROBE, "path": "net.onnx"} | arguments
+    return OnnxTeacher(tmp_path, num_classes=num_classes, **named)
+
+
+EXPECTED = fitted()(COLUMNS) @ torch.from_numpy(WEIGHTS)
+
+
+def test_it_says_what_the_model_says(tmp_path):
+    linear(tmp_path)
+    teacher = teacher_of(tmp_path)
+    assert isinstance(teacher, Teacher)
+    assert teacher.outputs == (OutputSpec(name="logits", shape=(3,)),)
+    torch.testing.assert_close(teacher.predict(COLUMNS)["logits"], EXPECTED)
+
+
+def test_further_outputs_are_features_and_the_first_holds_the_logits(tmp_path):
+    linear(tmp_path, outputs=("logits", "hidden"))
+    teacher = teacher_of(tmp_path, outputs=["logits", "hidden"])
+    assert teacher.outputs[1] == OutputSpec(name="hidden", shape=(4,), kind="features")
+    torch.testing.assert_close(teacher.predict(COLUMNS)["hidden"], fitted()(COLUMNS).relu())
+
+
+def test_probabilities_become_logits(tmp_path):
+    linear(tmp_path, outputs=("probabilities",))
+    logits = teacher_of(tmp_path, probabilities=True).predict(COLUMNS)["logits"]
+    torch.testing.assert_close(logits, EXPECTED.log_softmax(dim=1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_sigmoid_is_two_classes(tmp_path):
+    linear(tmp_path, outputs=("probability",), weights=WEIGHTS[:, :1])
+    logits = teacher_of(tmp_path, 2, probabilities=True).predict(COLUMNS)["logits"]
+    torch.testing.assert_close(logits.softmax(dim=1)[:, 1], EXPECTED[:, 0].sigmoid(), atol=1e-5, rtol=1e-5)
+
+
+def test_images_with_their_channels_last(tmp_path):
+    nodes = [helper.make_node("ReduceMean", ["x"], ["logits"], axes=[1, 2], keepdims=0)]
+    write(tmp_path / "net.onnx", nodes, [("x", TensorProto.FLOAT, ["rows", 5, 4, 3])], ["logits"])
+    images = {"image": np.random.default_rng(0).integers(0, 255, (6, 5, 4, 3)).astype(np.uint8)}
+    preprocess = ImageTensor(mean=[0.0] * 3, std=[1.0] * 3)
+    probe = {"image": images["image"][:1]}
+    with pytest.raises(TeacherError, match=r"(?s)failed on inputs of shape \[1, 3, 5, 4\].*x tensor\(float\)"):
+        teacher_of(tmp_path, preprocess=preprocess, probe=probe)
+    teacher = teacher_of(tmp_path, preprocess=preprocess, probe=probe, layout="channels_last")
+    means = torch.from_numpy(images["image"]).float().mean(dim=(1, 2)) / 255
+    torch.testing.assert_close(teacher.predict(images)["logits"], means)
+
+
+def test_inputs_by_name_in_the_types_that_the_model_wants(tmp_path):
+    class Tokens(Standardize):
+        def state(self):
+            return {}
+
+        def __call__(self, columns):
+            rows = len(columns["features"])
+            ids = torch.arange(rows * 5).view(rows, 5) % 7
+            return {"attention_mask": torch.ones(rows, 5).long(), "input_ids": ids, "unused": ids}
+
+    nodes = [
+        helper.make_node("Mul", ["input_ids", "attention_mask"], ["product"]),
+        helper.make_node("Cast", ["product"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Gemm", ["floats", "w"], ["logits"]),
+    ]
+    kinds = [(name, TensorProto.INT32, ["rows", 5]) for name in ("input_ids", "attention_mask")]
+    write(tmp_path / "net.onnx", nodes, kinds, ["logits"], np.eye(5, 3, dtype=np.float32))
+    logits = teacher_of(tmp_path, preprocess=Tokens()).predict(COLUMNS)["logits"]
+    assert logits.tolist() == [[k % 7, (k + 1) % 7, (k + 2) % 7] for k in range(0, 30, 5)]
+
+
+def test_another_file_or_preprocess_is_another_teacher(tmp_path):
+    linear(tmp_path)
+    before = teacher_of(tmp_path).fingerprint
+    assert teacher_of(tmp_path).fingerprint == before
+    assert teacher_of(tmp_path, preprocess=Standardize(mean=[0.0] * 4, std=[1.0] * 4)).fingerprint != before
+    linear(tmp_path, weights=2 * WEIGHTS)
+    assert teacher_of(tmp_path).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"path": "nowhere.onnx"}, ConfigError, "there is no file"),
+        ({"path": "text.onnx"}, ConfigError, "no ONNX model that ONNX Runtime can load"),
+        ({"path": "cut.onnx"}, ConfigError, "no ONNX model that ONNX Runtime can load"),
+        ({"logits": "scores"}, ConfigError, "no output 'scores'; it has logits, hidden"),
+        ({"outputs": ["logits", "features"]}, ConfigError, "no output 'features'"),
+        ({"num_classes": 5}, TeacherError, r"gives logits of shape \[1, 3\] for one row; expected \[1, …, 5\]"),
+        ({"layout": "nhwc"}, ConfigError, "layout is 'nhwc'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, arguments, error, message):
+    linear(tmp_path, outputs=("logits", "hidden"))
+    (tmp_path / "text.onnx").write_text("import os")
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "net.onnx").read_bytes()[:80])
+    with pytest.raises(error, match=message):
+        teacher_of(tmp_path, **arguments)
+
+
+def test_a_model_of_one_row_at_a_time_is_refused(tmp_path):
+    linear(tmp_path, batch=1)
+    with pytest.raises(TeacherError, match="failed on inputs of shape"):
+        teacher_of(tmp_path).predict(COLUMNS)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdpipe.data.columns import Ragged
+from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.huggingface import quietly
+from kdpipe.models.pretrained import sequence_classifier
+from kdpipe.preprocess import PretrainedTokenizer
+from kdpipe.teachers.base import Teacher
+from kdpipe.teachers.pretrained import PretrainedTeacher
+from toy_text import TEXTS, ragged, save_bert, save_tokenizer
+
+ONE = {"text": ragged(TEXTS[:1])}
+ALL = {"text": ragged(TEXTS)}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_tokenizer(save_bert(tmp_path_factory.mktemp("bert")))
+
+
+def teacher_in(folder: Path, num_classes: int = 3, max_length: int = 24, **settings) -> PretrainedTeacher:
+    preprocess = PretrainedTokenizer(path=folder, max_length=max_length)
+    return PretrainedTeacher(num_classes, preprocess, ONE, path=folder, **settings)
+
+
+def test_it_says_what_transformers_says(bert):
+    teacher = teacher_in(bert)
+    assert isinstance(teacher, Teacher)
+    with quietly() as transformers:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(str(bert)).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(bert))
+    inputs = tokenizer(TEXTS, truncation=True, max_length=24, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+    torch.testing.assert_close(teacher.predict(ALL)["logits"], expected)
+    assert teacher.lengths(ALL).tolist() == inputs["attention_mask"].sum(dim=1).tolist()
+    assert teacher.description["parameters"] == sum(each.numel() for each in model.parameters())
+
+
+def test_texts_by_themselves_and_together_give_the_same(bert):
+    teacher = teacher_in(bert)
+    together = teacher.predict(ALL)["logits"]
+    alone = torch.cat([teacher.predict({"text": ragged([text])})["logits"] for text in TEXTS])
+    torch.testing.assert_close(alone, together)
+
+
+def test_hidden_states_are_features(bert):
+    teacher = teacher_in(bert, outputs=("logits", "bert.pooler"))
+    assert {each.name: each.shape for each in teacher.outputs} == {"logits": (3,), "bert.pooler": (16,)}
+    assert teacher.predict(ALL)["bert.pooler"].shape == (len(TEXTS), 16)
+
+
+def test_the_fingerprint_covers_weights_configuration_and_tokenizer(tmp_path, bert):
+    digests = {}
+
+    def another(name):
+        shutil.copytree(bert, tmp_path / name)
+        return tmp_path / name
+
+    digests["same"] = teacher_in(another("same")).fingerprint
+    weights = another("weights") / "model.safetensors"
+    state = load_file(weights)
+    state["classifier.bias"] += 1
+    save_file(state, weights, {"format": "pt"})
+    digests["weights"] = teacher_in(tmp_path / "weights").fingerprint
+    config = another("config") / "config.json"
+    config.write_text(config.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 0.5'))
+    digests["config"] = teacher_in(tmp_path / "config").fingerprint
+    save_tokenizer(another("tokenizer"), words=["a", "film", "fine"])
+    digests["tokenizer"] = teacher_in(tmp_path / "tokenizer").fingerprint
+    expected = teacher_in(bert).fingerprint
+    assert {name for name, found in digests.items() if found == expected} == {"same"}
+    assert digests["tokenizer"]["preprocess_state"] != expected["preprocess_state"]
+
+
+def test_a_checkpoint_without_a_head_is_no_teacher(tmp_path, bert):
+    sequence_classifier(3, path=bert).base_model.save_pretrained(tmp_path)
+    preprocess = PretrainedTokenizer(path=bert, max_length=24)
+    message = r"no weights for classifier\.bias, classifier\.weight: it was not trained for sequence classification"
+    with pytest.raises(TeacherError, match=message):
+        PretrainedTeacher(3, preprocess, ONE, path=tmp_path)
+
+
+def test_a_teacher_of_other_classes_is_refused(bert):
+    with pytest.raises(TeacherError, match=r"returned \[1, 3\] for 1 rows; expected logits .*num_classes is 5"):
+        teacher_in(bert, num_classes=5)
+
+
+def test_a_tokenizer_of_other_tokens_is_refused(tmp_path, bert):
+    save_tokenizer(tmp_path, words=[f"word{number}" for number in range(20)])
+    preprocess = PretrainedTokenizer(path=tmp_path, max_length=24)
+    with pytest.raises(ConfigError, match="embeddings for 12 tokens, its tokenizer makes 25"):
+        PretrainedTeacher(3, preprocess, ONE, path=bert)
+
+
+def test_rows_are_what_the_task_prepared(bert):
+    teacher = teacher_in(bert)
+    empty = {"text": Ragged(values=ALL["text"].values[:0], offsets=ALL["text"].offsets[:1].repeat(3))}
+    logits = teacher.predict(empty)["logits"]
+    assert torch.isfinite(logits).all()
+    assert torch.equal(logits[0], logits[1])

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import completions_server
+from completions_server import CLASSES, VOCABULARY, log_probs
+from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.teachers.base import Teacher, abstains
+from kdpipe.teachers.server import ServedClassifier, ServedLanguageModel, ServerSection
+
+TOKENS = np.random.default_rng(0).integers(0, 250, (5, 9)).astype(np.int32)
+COUNTED = np.random.default_rng(1).random((5, 8)) < 0.6
+COUNTED[3] = False
+COLUMNS = {"tokens": TOKENS, "counted": COUNTED}
+PROBE = {name: each[:1] for name, each in COLUMNS.items()}
+K = 4
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        if self._process is not None:
+            self.stop()
+        (self.folder / "port").unlink(missing_ok=True)
+        self._process = subprocess.Popen([sys.executable, completions_server.__file__, str(self.folder)])
+        while not (self.folder / "port").exists() or not (self.folder / "port").read_text():
+            assert self._process.poll() is None
+            time.sleep(0.02)
+        self.url = f"http://127.0.0.1:{(self.folder / 'port').read_text()}/v1"
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def behave(self, **how: object) -> None:
+        (self.folder / "behaviour.json").write_text(json.dumps(how))
+
+    @property
+    def requests(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in (self.folder / "requests.log").read_text().splitlines()]
+
+    def section(self, **settings: object) -> ServerSection:
+        return ServerSection(**{"url": self.url, "model": "toy", "retries": 2, **settings})
+
+
+@pytest.fixture
+def server(tmp_path):
+    process = Process(tmp_path)
+    yield process
+    process.stop()
+
+
+def language_model(server, k=K, num_classes=VOCABULARY, probe=PROBE, **settings):
+    return ServedLanguageModel(num_classes, k, probe, server.section(**settings))
+
+
+def test_each_counted_position_gets_the_next_tokens_of_its_own_context(server):
+    teacher = language_model(server)
+    assert isinstance(teacher, Teacher)
+    said = teacher.predict(COLUMNS)
+    assert said["class_ids"].shape == (5, 8, K)
+    for row, position in np.argwhere(COUNTED):
+        ids = said["class_ids"][row, position]
+        found = dict(zip(ids.tolist(), said["log_probs"][row, position].tolist(), strict=True))
+        assert found == pytest.approx(log_probs(int(TOKENS[row, position]), K))
+        assert ids.tolist() == sorted(ids.tolist())
+        assert said["tail_log_mass"][row, position].exp() == pytest.approx(0.5**K)
+    assert torch.isneginf(said["log_probs"][~torch.from_numpy(COUNTED)]).all()
+
+
+def test_rows_that_predict_nothing_are_not_asked_about(server):
+    teacher = language_model(server)
+    before = len(server.requests)
+    teacher.predict(COLUMNS)
+    assert len(server.requests) == before + 4
+
+
+def test_a_busy_server_is_asked_again(server):
+    server.behave(busy_first=2)
+    teacher = language_model(server)
+    assert len(server.requests) == 3
+    assert teacher.predict(COLUMNS)["class_ids"].shape == (5, 8, K)
+
+
+def test_requests_are_spread_over_time(server):
+    teacher = language_model(server, requests_per_minute=600)
+    teacher.predict(COLUMNS)
+    times = sorted(each["time"] for each in server.requests[1:])
+    assert times[-1] - times[0] >= 0.25, "four requests, a tenth of a second apart"
+
+
+def test_the_key_comes_from_the_environment(server, monkeypatch):
+    with pytest.raises(ConfigError, match="the environment variable TOY_KEY holds no key"):
+        language_model(server, api_key_env="TOY_KEY")
+    monkeypatch.setenv("TOY_KEY", "secret")
+    teacher = language_model(server, api_key_env="TOY_KEY")
+    assert server.requests[-1]["key"] == "Bearer secret"
+    assert "secret" not in json.dumps(dict(teacher.fingerprint))
+
+
+def test_a_server_that_dies_is_an_error_and_goes_on_when_it_is_back(server):
+    teacher = language_model(server, retries=1)
+    server.behave(dies_after=3)
+    with pytest.raises(TeacherError, match=r"does not answer .* What was committed stays"):
+        teacher.predict(COLUMNS)
+    server.behave()
+    server.start()
+    assert language_model(server).predict(COLUMNS)["class_ids"].shape == (5, 8, K)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"status": 401, "error": "wrong key"}, "answered 401: .*wrong key"),
+        ({"status": 400, "error": "max 20 logprobs"}, "answered 400: .*max 20 logprobs"),
+        ({"no_prompt_logprobs": True}, "gives no log-probs of .* prompt tokens .*vLLM does"),
+        ({"at_most": 2}, "gives [23] tokens where 4 were asked; .*--max-logprobs"),
+        ({"body": {"choices": []}}, "gives no completions"),
+        ({"body": ["choices"]}, "gives no completions"),
+        ({"body": {"choices": [{"prompt_logprobs": 3}]}}, "gives no log-probs"),
+    ],
+)
+def test_what_the_server_cannot_give_is_said(server, how, message):
+    server.behave(**how)
+    with pytest.raises(TeacherError, match=message):
+        language_model(server)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(server):
+    columns = {"tokens": np.array([[85, 1]]), "counted": np.array([[True]])}  # 3 * 85 + 1 = 256
+    with pytest.raises(TeacherError, match=r"names token 256, but there are 256 \(task.num_classes\)"):
+        language_model(server, num_classes=256, probe=columns)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": None}, "set encoding: topk and k"),
+        ({"probe": {"features": np.zeros((1, 2))}}, "must be language modelling"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(server, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        language_model(server, **arguments)
+
+
+# Classes
+
+
+TEXTS = np.array(["dull", "fine!", "grand!!", "what?"])
+TASK = SimpleNamespace(num_classes=2, column_values=lambda columns: {"text": TEXTS[columns["rows"]]})
+
+
+def classifier(server, prompt="Review: {text}\nIt is", answers=tuple(CLASSES), task=TASK):
+    return ServedClassifier(task, server.section(), prompt, answers)
+
+
+def test_a_class_is_the_next_token(server):
+    teacher = classifier(server)
+    assert isinstance(teacher, Teacher)
+    assert abstains(teacher)
+    said = teacher.predict({"rows": np.array([1, 0, 2, 3])})
+    assert said["covered"].tolist() == [True, True, True, False]
+    found = said["logits"].softmax(dim=1)[:, 1].tolist()
+    assert found[:2] == pytest.approx([0.6 / 0.9, 0.1 / 0.9], rel=1e-5)
+    assert found[2] == pytest.approx(0.7 / 0.8, rel=1e-5), "the other class had 0.1 at most: what is left of 1"
+    assert torch.isfinite(said["logits"]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"answers": [" good"]}, "expected 2 different texts"),
+        ({"answers": [" good", " good"]}, "expected 2 different texts"),
+        ({"task": SimpleNamespace(num_classes=2)}, "has no columns by name"),
+    ],
+)
+def test_what_is_no_question_is_refused(server, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        classifier(server, **arguments)
+
+
+def test_a_prompt_that_names_no_column_is_refused(server):
+    with pytest.raises(ConfigError, match=r"prompt: 'review' in .*the columns are text"):
+        classifier(server, prompt="{review}").predict({"rows": np.array([0])})
+
+
+def test_a_server_without_log_probs_is_refused(server):
+    server.behave(body={"choices": [{"text": " good", "logprobs": None}]})
+    with pytest.raises(TeacherError, match=r"no log-probs of the next token .*it gives text, logprobs"):
+        classifier(server).predict({"rows": np.array([0])})

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from kdpipe.config import Factory
+from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.preprocess import Standardize
+from kdpipe.skops_files import dumps
+from kdpipe.targets import OutputSpec
+from kdpipe.teachers.base import Learner, Teacher
+from kdpipe.teachers.sklearn import SklearnTeacher
+
+FEATURES = np.random.default_rng(0).normal(3, 2, (60, 4)).astype(np.float32)
+LABELS = (FEATURES[:, 0] > 3).astype(np.int64) + 2 * (FEATURES[:, 1] > 6)
+COLUMNS = {"features": FEATURES}
+
+
+def teacher_of(tmp_path, num_classes=4, **arguments):
+    preprocess = Standardize()
+    preprocess.fit([COLUMNS])
+    return SklearnTeacher(tmp_path, num_classes, preprocess, **arguments)
+
+
+def blocks():
+    return [({"features": FEATURES[:40]}, LABELS[:40]), ({"features": FEATURES[40:]}, LABELS[40:])]
+
+
+BOOSTING = Factory(path="sklearn.ensemble:HistGradientBoostingClassifier", arguments={"max_iter": 5})
+
+
+def test_a_fitted_teacher_says_what_the_estimator_says(tmp_path):
+    teacher = teacher_of(tmp_path, estimator=BOOSTING)
+    assert isinstance(teacher, Teacher)
+    assert isinstance(teacher, Learner)
+    assert teacher.outputs == (OutputSpec(name="logits", shape=(4,)),)
+    teacher.fit(blocks())
+    (tmp_path / "model").mkdir()
+    teacher.save(tmp_path / "model")
+    other = teacher_of(tmp_path, estimator=BOOSTING)
+    other.load(tmp_path / "model")
+    logits = other.predict(COLUMNS)["logits"]
+    inputs = (FEATURES - FEATURES.mean(axis=0)) / FEATURES.std(axis=0)
+    reference = HistGradientBoostingClassifier(max_iter=5, random_state=0).fit(inputs, LABELS)
+    expected = np.zeros((60, 4))
+    expected[:, reference.classes_] = reference.predict_proba(inputs)
+    assert np.allclose(logits.softmax(dim=1), expected, atol=1e-5)
+    assert torch.isfinite(logits).all()
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    written = []
+    for name in ("one", "two"):
+        teacher = teacher_of(tmp_path, estimator=BOOSTING)
+        teacher.fit(blocks())
+        (tmp_path / name).mkdir()
+        teacher.save(tmp_path / name)
+        written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert written[0] == written[1]
+
+
+def test_rows_without_label_are_not_learnt_from(tmp_path):
+    teacher, reference = (teacher_of(tmp_path, estimator=BOOSTING) for _ in range(2))
+    some = np.where(np.arange(60) % 3, LABELS, -1)
+    teacher.fit([(COLUMNS, some)])
+    reference.fit([({"features": FEATURES[some != -1]}, LABELS[some != -1])])
+    assert torch.equal(teacher.predict(COLUMNS)["logits"], reference.predict(COLUMNS)["logits"])
+    with pytest.raises(TeacherError, match="no row with a label"):
+        teacher_of(tmp_path, estimator=BOOSTING).fit([(COLUMNS, np.full(60, -1))])
+
+
+def test_a_ready_estimator_and_its_digest(tmp_path):
+    (tmp_path / "a.skops").write_bytes(dumps(KNeighborsClassifier(3).fit(FEATURES, LABELS)))
+    (tmp_path / "b.skops").write_bytes(dumps(KNeighborsClassifier(5).fit(FEATURES, LABELS)))
+    neighbours, others = (teacher_of(tmp_path, path=f"{name}.skops") for name in "ab")
+    probabilities = neighbours.predict(COLUMNS)["logits"].exp()
+    assert set((3 * probabilities).round().int().unique().tolist()) <= {0, 1, 2, 3}
+    assert neighbours.fingerprint != others.fingerprint
+
+
+def test_scores_without_probabilities(tmp_path):
+    from sklearn.svm import LinearSVC
+
+    two = LinearSVC().fit(FEATURES, LABELS > 0)
+    two.classes_ = np.array([0, 1])
+    (tmp_path / "two.skops").write_bytes(dumps(two))
+    logits = teacher_of(tmp_path, 2, path="two.skops").predict(COLUMNS)["logits"]
+    inputs = (FEATURES - FEATURES.mean(axis=0)) / FEATURES.std(axis=0)
+    assert (logits[:, 0] == 0).all()
+    assert np.allclose(logits[:, 1], two.decision_function(inputs), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give estimator .* or path"),
+        ({"path": "nowhere.skops"}, "there is no file"),
+        ({"path": "pickled.skops"}, "is no skops file.*A pickle is not loaded"),
+        ({"path": "scaler.skops"}, "is no classifier"),
+        ({"path": "own.skops"}, "types that are not known to be safe: .*Fraction"),
+        ({"path": "cut.skops"}, "is no skops file|cannot be loaded"),
+        ({"estimator": Factory(path="sklearn.svm:SVR")}, "is no classifier"),
+        ({"estimator": BOOSTING, "smallest": 0.5}, "smallest is 0.5"),
+    ],
+)
+def test_what_is_no_estimator_is_refused(tmp_path, arguments, message):
+    from fractions import Fraction
+
+    from sklearn.preprocessing import StandardScaler
+
+    fitted = LogisticRegression(max_iter=2000).fit(FEATURES, LABELS)
+    (tmp_path / "pickled.skops").write_bytes(pickle.dumps(fitted))
+    (tmp_path / "scaler.skops").write_bytes(dumps(StandardScaler().fit(FEATURES)))
+    (tmp_path / "cut.skops").write_bytes(dumps(fitted)[:1000])
+    fitted.extra = Fraction(1, 2)
+    (tmp_path / "own.skops").write_bytes(dumps(fitted))
+    with pytest.raises(ConfigError, match=message):
+        teacher_of(tmp_path, **arguments)
+
+
+def test_classes_that_the_task_has_not_are_refused(tmp_path):
+    (tmp_path / "a.skops").write_bytes(dumps(LogisticRegression(max_iter=2000).fit(FEATURES, LABELS + 3)))
+    with pytest.raises(TeacherError, match=r"classes are \[3, 4, 5, 6\]; expected class numbers from 0 to 3"):
+        teacher_of(tmp_path, path="a.skops").predict(COLUMNS)
+
+
+def test_an_estimator_that_fails_is_the_teachers_error(tmp_path):
+    (tmp_path / "a.skops").write_bytes(dumps(LogisticRegression(max_iter=2000).fit(FEATURES[:, :2], LABELS)))
+    with pytest.raises(TeacherError, match=r"LogisticRegression failed on inputs of shape \[60, 4\]"):
+        teacher_of(tmp_path, path="a.skops").predict(COLUMNS)
