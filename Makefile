@@ -9,7 +9,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dvc,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dvc,dev]'
 	touch $@
 
 demo: install

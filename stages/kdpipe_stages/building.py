@@ -69,6 +69,7 @@ class ModelSpec:
         """A freshly initialised module; its factory is offered what `model_offers` says."""
         where = f"{self.where}.model"
         offered = model_offers(preprocess, preprocess(inputs.read(np.zeros(1, np.int64))), task)
+        check_vocabulary(self, offered)
         bound = project.bind(self.model, where, **offered)
         torch.manual_seed(seed)
         model = bound.make()
@@ -81,6 +82,16 @@ def model_offers(preprocess: Preprocess, inputs: Inputs, task: Task) -> dict[str
     """What a model's factory may ask for: `num_classes`, `input_shape` of one tensor, what the preprocess offers."""
     shape = {"input_shape": tuple(inputs.shape[1:])} if isinstance(inputs, torch.Tensor) else {}
     return {"num_classes": task.num_classes, **shape, **offers(preprocess)}
+
+
+def check_vocabulary(spec: ModelSpec, offered: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where params.yaml gives a model fewer tokens than its tokenizer has."""
+    given, known = spec.model.arguments.get("vocab_size"), offered.get("vocab_size")
+    if known is not None and isinstance(given, int) and given < known:
+        raise ConfigError(
+            f"{spec.where}.model.vocab_size is {given}, but its tokenizer has {known} tokens; leave it out, or give "
+            f"{known} or more"
+        )
 
 
 def fit_preprocess(preprocess: Preprocess, inputs: PreparedInputs, rows: NDArray[np.int64]) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from kdpipe.checkpoint import load_weights
+from kdpipe.checkpoint import load_weights, read_weights
 from kdpipe.data.columns import Columns, take
 from kdpipe.data.prepared import PreparedData
 from kdpipe.data.preparing import column_of
@@ -21,13 +21,13 @@ from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task, TokenTask, rows_of
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher
-from kdpipe_stages.building import ModelSpec, encodings_of, model_offers
+from kdpipe_stages.building import ModelSpec, check_vocabulary, encodings_of, model_offers
 from kdpipe_stages.lesson import check_term, known_labels, loss_term
 from kdpipe_stages.params import source_columns
 from kdpipe_stages.prepare_data import source_of
 from kdpipe_stages.project import Project
 from kdpipe_stages.tables import TableTeacher
-from kdpipe_stages.teachers import bind_teacher, checked_teacher, parts_made_by, section_with_model
+from kdpipe_stages.teachers import bind_teacher, checked_teacher, of_what_counts, parts_made_by, section_with_model
 
 SAMPLE_ROWS = 64
 
@@ -98,7 +98,7 @@ def _check_teachers(project: Project, task: Task, sample: Columns | None) -> str
             continue
         teacher = _teacher(project, name, task, sample)
         if teacher is not None:
-            _check_layout(project, name, teacher, task)
+            _check_layout(project, name, of_what_counts(teacher, task), task)
     return ", ".join(project.params.teachers)
 
 
@@ -185,9 +185,9 @@ def _encodings(project: Project, name: str, outputs: Sequence[OutputSpec]) -> di
 def _check_student(project: Project, task: Task, sample: Columns | None) -> str:
     section = project.params.student
     spec = ModelSpec(where="student", model=section.model, preprocess=section.preprocess, logits=section.logits)
-    checked = _check_model(project, task, spec, sample, True)
-    if section.init_from is not None and checked is not None:
-        load_weights(checked[0], project.root / section.init_from)
+    _check_model(project, task, spec, sample, True)
+    if section.init_from is not None:  # whether its shapes fit may depend on what the preprocess learns of all rows
+        read_weights(project.root / section.init_from)
     return f"{section.model.path}, {section.seeds} seeds"
 
 
@@ -202,7 +202,9 @@ def _check_model(
     if is_fitted_here:
         to_input.fit([sample])
     inputs = to_input(sample)
-    module = project.bind(model, f"{where}.model", **model_offers(to_input, inputs, task)).make()
+    offered = model_offers(to_input, inputs, task)
+    check_vocabulary(spec, offered)
+    module = project.bind(model, f"{where}.model", **offered).make()
     if not isinstance(module, torch.nn.Module):
         raise ConfigError(f"{where}.model: {model.path} gave {type(module).__name__}; expected a torch.nn.Module")
     try:

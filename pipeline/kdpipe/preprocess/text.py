@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -99,8 +100,9 @@ class Utf8Bytes:
 class Tokenizer:
     """A vocabulary of at most `vocab_size` tokens, learnt from the rows that the model trains on.
 
-    `bpe`: byte-level byte-pair encoding (Sennrich et al. 2016; GPT-2); no text is unknown to it. `word`: the most
-    frequent words and punctuation marks, [UNK] for the others. Rows become `[CLS] text [SEP]`, or
+    `bpe`: byte-level byte-pair encoding (Sennrich et al. 2016; GPT-2); no text is unknown to it. `wordpiece`: pieces of
+    words, `##` before those inside one (Wu et al. 2016; BERT). `word`: the most frequent words and punctuation marks,
+    [UNK] for the others. Rows become `[CLS] text [SEP]`, or
     `[CLS] text [SEP] pair [SEP]`; of longer ones than `max_length` the end is cut, of a pair the longer text first.
     The same rows give the same vocabulary, in any order. With `token_type_ids` a pair's rows tell which text a token
     belongs to. The state is a `tokenizer.json`. Needs the package tokenizers.
@@ -110,7 +112,7 @@ class Tokenizer:
         self,
         vocab_size: int,
         max_length: int,
-        kind: Literal["bpe", "word"] = "bpe",
+        kind: Literal["bpe", "wordpiece", "word"] = "bpe",
         lowercase: bool = False,
         token_type_ids: bool = True,
     ) -> None:
@@ -134,9 +136,13 @@ class Tokenizer:
 
     def fit(self, blocks: Iterable[Columns]) -> None:
         """Learn the vocabulary."""
-        tokenizer, trainer = self._untrained()
-        texts = (texts_of(_column(block, name)) for block in blocks for name in (TEXT, PAIR) if name in block)
-        tokenizer.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
+        parts = (texts_of(_column(block, name)) for block in blocks for name in (TEXT, PAIR) if name in block)
+        texts = itertools.chain.from_iterable(parts)
+        if self._kind == "wordpiece":
+            tokenizer = self._wordpiece(texts)
+        else:
+            tokenizer, trainer = self._untrained()
+            tokenizer.train_from_iterator(texts, trainer)
         tokenizer.post_processor = package("tokenizers", "text").processors.TemplateProcessing(
             single="[CLS] $A [SEP]",
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -181,16 +187,11 @@ class Tokenizer:
         return self._tokenizer
 
     def _untrained(self) -> tuple[Any, Any]:
-        """A tokenizer and its trainer.
-
-        WordPiece and unigram are left out: of the same rows their trainers make another vocabulary in each process.
-        """
+        """A tokenizer and its trainer. Unigram's makes another vocabulary of the same rows in each process."""
         library = package("tokenizers", "text")
         settings = {"special_tokens": list(SPECIAL_TOKENS), "vocab_size": self._vocab_size, "show_progress": False}
         if self._kind == "word":
-            tokenizer = library.Tokenizer(library.models.WordLevel(unk_token="[UNK]"))
-            tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=self._lowercase, strip_accents=False)
-            tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+            tokenizer = self._of_words(library.models.WordLevel(unk_token="[UNK]"))
             return tokenizer, library.trainers.WordLevelTrainer(**settings)
         tokenizer = library.Tokenizer(library.models.BPE())
         normalizers = [library.normalizers.NFC(), *([library.normalizers.Lowercase()] if self._lowercase else [])]
@@ -199,6 +200,58 @@ class Tokenizer:
         tokenizer.decoder = library.decoders.ByteLevel()
         alphabet = library.pre_tokenizers.ByteLevel.alphabet()
         return tokenizer, library.trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
+
+    def _wordpiece(self, texts: Iterable[str]) -> Any:
+        """WordPiece from byte-pair merges of words, whose ties are broken by ids.
+
+        The library's own trainer numbers the characters inside words in another order in each process; here they are
+        given, as tokens of their own.
+        """
+        library = package("tokenizers", "text")
+        result = self._of_words(library.models.WordPiece(unk_token="[UNK]"))
+        words = Counter(
+            word
+            for text in texts
+            for word, _ in result.pre_tokenizer.pre_tokenize_str(result.normalizer.normalize_str(text))
+        )
+        alphabet = sorted({character for word in words for character in word})
+        inside = [f"##{character}" for character in alphabet]
+        if self._vocab_size < len(SPECIAL_TOKENS) + 2 * len(alphabet):
+            raise ConfigError(
+                f"preprocess: vocab_size is {self._vocab_size}, but the rows have {len(alphabet)} different characters;"
+                f" expected at least {len(SPECIAL_TOKENS) + 2 * len(alphabet)}, or use kind: bpe"
+            )
+        merges = library.Tokenizer(library.models.BPE(continuing_subword_prefix="##"))
+        merges.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=self._vocab_size,
+            special_tokens=[*SPECIAL_TOKENS, *inside],
+            initial_alphabet=alphabet,
+            continuing_subword_prefix="##",
+            show_progress=False,
+        )
+        repeated = (
+            f"{word} " * min(_REPEATED, count - start)
+            for word, count in sorted(words.items())
+            for start in range(0, count, _REPEATED)
+        )
+        merges.train_from_iterator(repeated, trainer)
+        result.model = library.models.WordPiece(merges.get_vocab(), unk_token="[UNK]", continuing_subword_prefix="##")
+        result.add_special_tokens(list(SPECIAL_TOKENS))
+        result.decoder = library.decoders.WordPiece(prefix="##")
+        return result
+
+    def _of_words(self, model: Any) -> Any:
+        """A tokenizer that splits at blanks and punctuation, as BERT does."""
+        library = package("tokenizers", "text")
+        tokenizer = library.Tokenizer(model)
+        tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=self._lowercase, strip_accents=False)
+        tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+        return tokenizer
+
+
+_REPEATED = 10_000
+"""How often a word stands in one text at most, while merges are learnt."""
 
 
 class PretrainedTokenizer:
