@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from scipy.special import entr, logsumexp
+from scipy.special import logsumexp
 from torch import Tensor
 
 from kdpipe.encodings import TopK
@@ -65,17 +65,6 @@ class Head:
     log_probs: NDArray[np.float64]
     tails: NDArray[np.float64]
     temperatures: Sequence[float]
-
-    def statistics(self) -> NDArray[np.float32]:
-        """Class, confidence and entropy (nats) at T = 1, `[B, ..., 3]`; the entropy is that of K + 1 buckets.
-
-        That is a lower bound: what the tail's classes add among themselves is not known.
-        """
-        best = self.log_probs.argmax(axis=-1)[..., np.newaxis]
-        top1, confidence = (np.take_along_axis(each, best, -1)[..., 0] for each in (self.ids, np.exp(self.log_probs)))
-        tail = self.tails[..., list(self.temperatures).index(1.0)]
-        entropy = entr(np.exp(self.log_probs)).sum(axis=-1) + entr(np.exp(tail))
-        return np.stack([top1, confidence, entropy], axis=-1).astype(np.float32)
 
 
 class CheckedRows:

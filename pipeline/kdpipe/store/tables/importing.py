@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kdpipe.encodings import Dense, Int8, TargetEncoding, TopK
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.store.manifest import COVERED
-from kdpipe.store.statistics import teacher_statistics
+from kdpipe.store.statistics import kept_statistics, teacher_statistics
 from kdpipe.store.tables.checking import CheckedRows, Meaning, read_lengths
 from kdpipe.store.tables.columns import depth_of
 from kdpipe.store.tables.files import TEMPERATURES, Table, batch_rows
@@ -137,7 +137,8 @@ class TableTargets:
             assert isinstance(encoding, TopK)
             head = rows.head(encoding)
             ids, log_probs, tails = map(torch.from_numpy, (head.ids, head.log_probs, head.tails))
-            arrays, statistics = encoding.encode_kept(ids, log_probs, tails, self.num_classes), head.statistics()
+            arrays = encoding.encode_kept(ids, log_probs, tails, self.num_classes)
+            statistics = kept_statistics(ids, log_probs, tails[..., list(head.temperatures).index(1.0)])
         else:
             logits = rows.logits()
             arrays, statistics = encoding.encode(logits), teacher_statistics(logits)
