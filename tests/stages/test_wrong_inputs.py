@@ -18,6 +18,7 @@ import pytest
 
 from kdpipe_stages.cli import run
 from projects import cache, fails, make_project, params, project_in, tree, write_params
+from real_processes import committed_rows, work_folders
 
 processes = multiprocessing.get_context("spawn")
 
@@ -391,16 +392,16 @@ def test_read_only_folder(cached, capsys):
         subprocess.run(["umount", data], check=True)
 
 
-def _cache_slowly(folder):
-    os.environ["TEACHER_SECONDS"] = "0.05"
+def _cache_slowly(folder, seconds):
+    os.environ["TEACHER_SECONDS"] = str(seconds)
     os.chdir(folder)
     sys.exit(run(["cache-teacher"]))
 
 
-def _started_slow_capture(folder):
-    """A process that caches, once it has begun; the store is at least a second from complete."""
+def _started_slow_capture(folder, seconds=0.05):
+    """A process that caches, once it has begun; each of 29 batches takes so long."""
     (folder / "calls.log").unlink(missing_ok=True)
-    child = processes.Process(target=_cache_slowly, args=(folder,))
+    child = processes.Process(target=_cache_slowly, args=(folder, seconds))
     child.start()
     while child.is_alive() and not (folder / "calls.log").exists():
         time.sleep(0.01)
@@ -419,8 +420,9 @@ def test_two_processes_cache_at_once(folder, capsys):
 
 def test_ctrl_c_keeps_what_was_committed(folder, capfd):
     assert run(["train-teacher"]) == 0
-    child = _started_slow_capture(folder)
-    time.sleep(0.3)
+    child = _started_slow_capture(folder, seconds=0.5)
+    while child.is_alive() and not committed_rows(*work_folders(folder)):
+        time.sleep(0.01)
     os.kill(child.pid, signal.SIGINT)
     child.join()
     assert child.exitcode == 1
