@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -83,6 +86,61 @@ def top_of(prompt: str) -> dict[str, float]:
         return {CLASSES[1]: math.log(0.7), " the": math.log(0.2)}
     good = 0.6 if "!" in prompt else 0.1
     return {CLASSES[1]: math.log(good), CLASSES[0]: math.log(0.9 - good), " the": math.log(0.1)}
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it, again where it runs or died, at another port."""
+        if self._process is not None:
+            self.stop()
+        (self.folder / "port").unlink(missing_ok=True)
+        self._process = subprocess.Popen([sys.executable, __file__, str(self.folder)])
+        while not (self.folder / "port").exists() or not (self.folder / "port").read_text():
+            assert self._process.poll() is None
+            time.sleep(0.02)
+        self.url = f"http://127.0.0.1:{(self.folder / 'port').read_text()}/v1"
+
+    def stop(self) -> None:
+        """Kill it."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def behave(self, **how: object) -> None:
+        """Change how it answers."""
+        (self.folder / "behaviour.json").write_text(json.dumps(how))
+
+    @property
+    def requests(self) -> list[dict[str, object]]:
+        """What it was asked."""
+        return [json.loads(line) for line in (self.folder / "requests.log").read_text().splitlines()]
+
+    def settings(self, **settings: object) -> dict[str, object]:
+        """`server:` of a teacher that asks it."""
+        return {"url": self.url, "retries": 2, **settings}
+
+    def section(self, **settings: object) -> object:
+        """The same as the library takes it."""
+        from kdpipe.teachers.server import ServerSection
+
+        return ServerSection(**self.settings(**settings))
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Process]:
+    """A server that is stopped at the end."""
+    process = Process(folder)
+    try:
+        yield process
+    finally:
+        process.stop()
 
 
 if __name__ == "__main__":

@@ -55,3 +55,8 @@ def test_numbers_are_uniform_and_uncorrelated():
     correlations = np.corrcoef(numbers.reshape(4000, 12).T) - np.eye(12)
     assert np.abs(correlations).max() < 5 / np.sqrt(4000)
     assert abs(np.corrcoef(numbers[:-1, 0, 0], numbers[1:, 0, 0])[0, 1]) < 5 / np.sqrt(4000)
+
+
+def test_no_rows_and_no_draws_have_no_numbers():
+    assert uniform(KEYS[:0], (2, 3), 0).shape == (0, 2, 3)
+    assert uniform(KEYS, (0,), 0).shape == (5, 0)

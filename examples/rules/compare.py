@@ -1,53 +1,131 @@
-"""What rules are worth: 20, 100 and all labels, as targets and as first weights, by vote and by label model.
+"""What rules are worth at 20, 100 and all labels: as targets, by vote and by label model, and as first weights.
 
-`python compare.py [test|validation]`, after `kdpipe prepare-data`: 20 draws of the labels; paired by draw. Writes
-comparison.json, works below data/comparison, and goes on where it stopped.
+`python compare.py [DRAWS]` splits the passengers and draws labels anew 20 times, and prints the tables of README.md;
+every accuracy is in comparison.json. It works below data/comparison, and goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import numpy as np
 import yaml
-from initial_weights import weights_from_rules
+from initial_weights import FILE, write_weights
 
+from kdpipe.evaluation import paired_gain
+from kdpipe.store import TargetStore
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.project import Project
 
+HERE = Path(__file__).parent
 LABELS = (20, 100, None)
-TEACHERS = ("rules", "learnt")
-FIRST_WEIGHTS = (None, "rules.safetensors")
-DRAWS = 20
+VOTE, LABEL_MODEL = "rules", "learnt"
+BEGINNINGS: Mapping[str, Mapping[str, Any]] = {
+    "zero": {"init_from": None},
+    "rules": {"init_from": str(FILE), "train": {"learning_rate": 0.003, "weight_decay": 0.0}},
+}
+ARMS = ("labels only", "vote", "label model")
 
 
-class Comparison:
-    """The project of `params.yaml` in a folder of its own, with other settings each time."""
+class Draw:
+    """The project of params.yaml in a folder of its own, with other splits and other labels."""
 
-    def __init__(self, params: Path, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._params = folder, yaml.safe_load(params.read_text())
-        self._params["data"]["path"] = str((params.parent / self._params["data"]["path"]).resolve())
-        shutil.copyfile(params.parent / "rules.yaml", folder / "rules.yaml")
-        project = self._project({}, "test")
-        prepare_data.run(project)
-        for name in TEACHERS:
-            train_teacher.run(project, name)
-            cache_teacher.run(project, name)
-        safetensors.torch.save_file(dict(weights_from_rules(project).state_dict), folder / "rules.safetensors")
+    def __init__(self, number: int) -> None:
+        self._folder = HERE / "data" / "comparison" / f"draw-{number}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(HERE / "rules.yaml", self._folder / "rules.yaml")
+        self._params = yaml.safe_load((HERE / "params.yaml").read_text())
+        data, student = self._params["data"], self._params["student"]
+        data["path"] = str((HERE / data["path"]).resolve())
+        data["splits"]["seed"] = student["labelled_seed"] = number
+        self._project = self._with()
+        prepare_data.run(self._project)
+        for name in (VOTE, LABEL_MODEL):
+            train_teacher.run(self._project, name)
+            cache_teacher.run(self._project, name)
+        write_weights(self._project)
 
-    def metrics(self, teacher: str, split: str, **student: Any) -> Mapping[str, Any]:
-        """metrics.json of one student, and of the same model on labels only."""
-        loss = self._params["student"]["losses"][0] | {"teacher": teacher}
-        project = self._project(student | {"losses": [loss], "seeds": 1}, split)
-        train_student.run(project)
-        return evaluate.run(project)
+    def coverage(self) -> float:
+        """Share of the test rows that a rule votes about."""
+        data = self._project.prepared_data()
+        rows = data.rows_of([self._project.params.evaluate.split])
+        covered = TargetStore.open(self._project.store(VOTE)).targets(data.inputs.sample_ids[rows].tolist()).covered
+        assert covered is not None
+        return float(covered.float().mean())
 
-    def _project(self, student: Mapping[str, Any], split: str) -> Project:
+    def accuracies(self, labels: int | None, beginning: str) -> dict[str, float]:
+        """By arm, and by teacher (on the rows that rules vote about), on the test split."""
+        found = {}
+        for arm, teacher, baselines in (("vote", VOTE, ["labels_only"]), ("label model", LABEL_MODEL, [])):
+            changes = BEGINNINGS[beginning]
+            train = self._params["student"]["train"] | changes.get("train", {})
+            losses = [each | {"teacher": teacher} for each in self._params["student"]["losses"]]
+            given = {**changes, "train": train, "losses": losses, "labelled_rows": labels, "baselines": baselines}
+            project = self._with(**given)
+            train_student.run(project)
+            metrics = evaluate.run(project)
+            found |= {arm: metrics["student"]["accuracy"], f"{arm} itself": metrics["teacher"]["accuracy"]}
+            if baselines:
+                found["labels only"] = metrics["baseline"]["accuracy"]
+        return found
+
+    def _with(self, **changes: Any) -> Project:
         path = self._folder / "params.yaml"
-        params = self._params | {"student": self._params["student"] | student, "evaluate": {"split": split}}
-        path.write_text(yaml.safe_dump(params))
+        student = self._params["student"] | {"seeds": 1} | changes
+        path.write_text(yaml.safe_dump(self._params | {"student": student}))
         return Project(path)
+
+
+def compare(draws: int) -> dict[str, Any]:
+    """Accuracies by number of labels and beginning, a list of one per draw for each arm; and of the rules alone."""
+    students: dict[str, dict[str, list[float]]] = {}
+    alone: dict[str, list[float]] = {"coverage": [], "vote": [], "label model": []}
+    for number in range(draws):
+        draw = Draw(number)
+        alone["coverage"].append(draw.coverage())
+        for labels in LABELS:
+            for beginning in BEGINNINGS:
+                found = draw.accuracies(labels, beginning)
+                row = students.setdefault(f"{labels or 'all'} labels, from {beginning}", {arm: [] for arm in ARMS})
+                for arm in ARMS:
+                    row[arm].append(found[arm])
+        alone["vote"].append(found["vote itself"])
+        alone["label model"].append(found["label model itself"])
+        print(f"draw {number + 1} of {draws}", file=sys.stderr)
+    return {"students": students, "rules alone": alone}
+
+
+def show(comparison: Mapping[str, Any]) -> None:
+    """The tables of README.md: % of the test rows, mean ± standard deviation over draws; points, 95 % interval."""
+    for name, values in comparison["rules alone"].items():
+        print(f"{name}: {_percent(values)}")
+    print("\n| | labels only | vote, gain | label model, gain |")
+    for name, row in comparison["students"].items():
+        only = row["labels only"]
+        cells = [name, _percent(only)]
+        cells += [f"{_percent(row[arm])}, {_gain(row[arm], only)}" for arm in ("vote", "label model")]
+        print("| " + " | ".join(cells) + " |")
+    print("\nfirst weights from the rules over zero:")
+    for labels in LABELS:
+        zero, rules = (comparison["students"][f"{labels or 'all'} labels, from {each}"] for each in BEGINNINGS)
+        print("| " + " | ".join([str(labels or "all"), *(_gain(rules[arm], zero[arm]) for arm in ARMS)]) + " |")
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
+
+
+def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    gain = paired_gain(ours, theirs)
+    return f"{100 * gain.mean:+.1f} [{100 * gain.low:.1f}, {100 * gain.high:.1f}] {gain.verdict}"
+
+
+if __name__ == "__main__":
+    comparison = compare(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    (HERE / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n")
+    show(comparison)

@@ -92,8 +92,12 @@ def parse(cls: type[T], value: Any, where: str) -> T:
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
+_NO_KEYS = ("function-", "literal[", "tuple[")
+"""What pydantic's locations name besides keys: validators, and the choices of a union."""
+
+
 def _explain(cls: Any, problem: Any) -> str:
-    location = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    location = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(_NO_KEYS))
     if problem["type"] == "unexpected_keyword_argument":
         choices = _keys_at(cls, problem["loc"][:-1])
         hint = did_you_mean(problem["loc"][-1], choices)
@@ -157,7 +161,8 @@ def resolve(path: str, root: Path, where: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if not callable(found):
         public = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
-        own = sorted(key for key, value in public.items() if getattr(value, "__module__", None) == module.__name__)
+        inside = f"{module.__name__}."
+        own = sorted(key for key, value in public.items() if f"{getattr(value, '__module__', '')}.".startswith(inside))
         raise ConfigError(f"{where}: {module_name} has no {name!r}; it has {', '.join(own) or 'nothing callable'}")
     return typing.cast("Callable[..., Any]", found)
 

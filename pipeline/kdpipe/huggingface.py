@@ -6,7 +6,7 @@ Weights are read from safetensors, nothing is unpickled, and no code that comes 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -109,12 +109,12 @@ class Checkpoint:
         )
 
     def _read(self, function: str, *arguments: Any, **settings: Any) -> Any:
-        try:
-            with quietly() as transformers:
+        with quietly() as transformers:
+            try:
                 return attrgetter(function)(transformers)(*arguments, **settings)
-        except Exception as error:  # transformers raises whatever its backends raise
-            name = function.removesuffix(".from_pretrained")
-            raise ConfigError(f"{self} cannot be read as {name}: {first_line(error)}") from error
+            except Exception as error:  # transformers raises whatever its backends raise
+                name = function.removesuffix(".from_pretrained")
+                raise ConfigError(f"{self} cannot be read as {name}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -151,6 +151,21 @@ def check_text_fits(model: Any, vocab_size: int | None, max_length: int | None) 
         raise ConfigError(
             f"the model has embeddings for {positions} positions, its preprocess makes rows of {max_length} tokens. "
             "Lower the preprocess's max_length, or set max_position_embeddings in the model's config"
+        )
+
+
+def check_same_tokens(checkpoint: Checkpoint, tokens: Mapping[str, int]) -> None:
+    """Raise `ConfigError` where rows are tokenised otherwise than by the tokenizer that comes with a model, if any."""
+    if not checkpoint.tokenizer_identity():
+        return
+    own = checkpoint.tokenizer().get_vocab()
+    others = [token for token, number in tokens.items() if own.get(token) != number]
+    if others:
+        other = min(others, key=lambda token: tokens[token])
+        raise ConfigError(
+            f"{checkpoint} comes with another tokenizer than the one that makes its tokens: {other!r} is "
+            f"{own.get(other, 'unknown')} there and {tokens[other]} here. Take the model's own (path or hub of the "
+            "preprocess, task.tokenizer of language modelling)"
         )
 
 

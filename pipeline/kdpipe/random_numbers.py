@@ -33,7 +33,7 @@ def uniform(keys: NDArray[np.uint64], shape: tuple[int, ...], seed: int) -> NDAr
     w0, w1, w2, w3 = philox(keys[:, None, None], counter)
     high, low = np.stack([w0, w2], axis=-1), np.stack([w1, w3], axis=-1)
     mantissa = (high << np.uint64(21)) | (low >> np.uint64(11))
-    return (mantissa.reshape(len(keys), tokens, -1)[..., :draws] * 2.0**-53).reshape(len(keys), *shape)
+    return (mantissa.reshape(len(keys), tokens, 2 * blocks)[..., :draws] * 2.0**-53).reshape(len(keys), *shape)
 
 
 def philox(keys: NDArray[np.uint64], counter: tuple[NDArray[np.uint64] | np.uint64, ...]) -> list[NDArray[np.uint64]]:

@@ -25,7 +25,8 @@ from kdpipe.distributed import cpu_threads, join_peers
 from kdpipe.errors import TrainingError
 from kdpipe.fingerprint import digest
 from kdpipe.inputs import Head, call, trimmed
-from kdpipe.losses import LossTerm
+from kdpipe.losses import LabelLoss, LossTerm, valid_rows, values_of
+from kdpipe.targets import Targets
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,7 +89,7 @@ class TrainingTerm(Protocol):
 class LabelTerm:
     """The task's loss on labels, on labelled rows only."""
 
-    loss: Callable[[Tensor, Tensor, float], Tensor]
+    loss: LabelLoss
     weight: float
     smoothing: float = 0.0
     name: str = "label"
@@ -108,7 +109,10 @@ class LabelTerm:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillTerm:
-    """A distillation loss on one teacher's cached targets, on every row that it speaks about."""
+    """A distillation loss on one teacher's cached targets, on every row that it speaks about.
+
+    A loss that needs labels is left out of rows without one.
+    """
 
     term: LossTerm
 
@@ -123,17 +127,20 @@ class DistillTerm:
         return self.term.weight
 
     def valid(self, batch: Batch) -> Tensor:
-        """Rows that the teacher speaks about."""
-        covered = batch.targets[self.term.teacher][self.term.output].covered
-        return torch.ones_like(batch.labels, dtype=torch.bool) if covered is None else covered
+        """Rows that the teacher speaks about, and that have a label where the loss needs one."""
+        valid = valid_rows(self.term.loss, self._targets(batch), batch.labels)
+        return torch.ones_like(batch.labels, dtype=torch.bool) if valid is None else valid
 
     def values(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss, one value per row or token."""
-        return self.term.loss(logits, batch.targets[self.term.teacher][self.term.output])
+        return values_of(self.term.loss, logits, self._targets(batch), batch.labels)
 
     def unscaled(self, values: Tensor) -> Tensor:
         """Without T^2."""
         return self.term.loss.unscaled(values)
+
+    def _targets(self, batch: Batch) -> Targets:
+        return batch.targets[self.term.teacher][self.term.output]
 
 
 @dataclass(frozen=True, kw_only=True)

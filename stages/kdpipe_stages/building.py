@@ -18,16 +18,17 @@ from kdpipe.batches import BatchStream, Rows
 from kdpipe.checkpoint import num_parameters, save_weights
 from kdpipe.config import Factory
 from kdpipe.data.columns import Columns
-from kdpipe.data.prepared import PreparedInputs
+from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
 from kdpipe.distributed import join_peers
 from kdpipe.encodings import Features, FeaturesInt8, TargetEncoding
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json, digest, digest_file
 from kdpipe.inputs import Head, Inputs
+from kdpipe.losses import LabelLoss, class_weighted, logit_adjusted
 from kdpipe.order import BatchOrder
 from kdpipe.preprocess import Preprocess, offers
 from kdpipe.targets import OutputSpec
-from kdpipe.tasks.base import Task
+from kdpipe.tasks.base import Task, TokenTask
 from kdpipe.training import TrainPlan
 from kdpipe_stages.params import FREE_OF_TRAINING, TargetsSection, TrainSection, logits_encoding
 from kdpipe_stages.project import Project
@@ -110,6 +111,53 @@ def train_plan(section: TrainSection, steps: int, seed: int) -> TrainPlan:
     return TrainPlan(steps=steps, seed=seed, **{name: getattr(section, name) for name in taken})
 
 
+def label_loss(task: Task, section: TrainSection, labels: NDArray[np.int64], where: str) -> LabelLoss:
+    """The task's loss on labels, with the class weights and the logit adjustment of a `train` section.
+
+    `labels [N]` are those that the model learns from, -1 where there is none. Raises `ConfigError`.
+    """
+    loss: LabelLoss = task.label_loss
+    weights = section.class_weights
+    if weights == "balanced":
+        counts = _class_counts(task, labels, f"{where}.class_weights")
+        weights = tuple(float(each) for each in counts.sum() / (len(counts) * counts))
+    if weights is not None:
+        check_class_weights(task, section, where)
+        loss = class_weighted(loss, torch.tensor(weights))
+    if section.logit_adjustment is not None:
+        counts = _class_counts(task, labels, f"{where}.logit_adjustment")
+        loss = logit_adjusted(loss, torch.from_numpy(counts), section.logit_adjustment)
+    return loss
+
+
+def check_class_weights(task: Task, section: TrainSection, where: str) -> None:
+    """Raise `ConfigError` unless weights that are given are one per class."""
+    weights = section.class_weights
+    if weights is not None and weights != "balanced" and len(weights) != task.num_classes:
+        raise ConfigError(
+            f"{where}.class_weights has {len(weights)} numbers, and the task {task.num_classes} classes; expected one "
+            "per class, or balanced"
+        )
+
+
+def _class_counts(task: Task, labels: NDArray[np.int64], where: str) -> NDArray[np.int64]:
+    """Labelled rows of each class."""
+    if isinstance(task, TokenTask):
+        raise ConfigError(
+            f"{where}: it counts labelled rows per class, but here every token has a label; leave it out, or give "
+            "class_weights as a list"
+        )
+    counts = np.bincount(labels[labels != MISSING_LABEL], minlength=task.num_classes)
+    absent = np.flatnonzero(counts == 0)
+    if len(absent):
+        shown = ", ".join(str(each) for each in absent[:5]) + (", …" if len(absent) > 5 else "")
+        raise ConfigError(
+            f"{where}: class {shown} has no labelled row to learn from, so its share is unknown; label one, or give "
+            "class_weights as a list"
+        )
+    return counts
+
+
 def stream_of(section: TrainSection, rows: Rows, order: BatchOrder) -> BatchStream:
     """Batches as a `train` section wants them held: in memory, on the device or read ahead."""
     device = join_peers().device if section.keep_on_device else None
@@ -133,8 +181,9 @@ def encodings_of(section: TargetsSection, outputs: Iterable[OutputSpec]) -> dict
 
 
 def plan_json(section: TrainSection) -> dict[str, Any]:
-    """A `train` section without what changes no number."""
-    return {key: value for key, value in asdict(section).items() if key not in FREE_OF_TRAINING}
+    """A `train` section without what changes no number, and without what it does not ask of its labels."""
+    left_out = {key for key in ("class_weights", "logit_adjustment") if getattr(section, key) is None}
+    return {key: value for key, value in asdict(section).items() if key not in left_out.union(FREE_OF_TRAINING)}
 
 
 def save_model(folder: Path, model: nn.Module, preprocess: Preprocess, description: Mapping[str, Any]) -> None:

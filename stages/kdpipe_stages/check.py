@@ -21,8 +21,8 @@ from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task, TokenTask, rows_of
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher
-from kdpipe_stages.building import ModelSpec, check_vocabulary, encodings_of, model_offers
-from kdpipe_stages.lesson import check_term, known_labels, loss_term
+from kdpipe_stages.building import ModelSpec, check_class_weights, check_vocabulary, encodings_of, model_offers
+from kdpipe_stages.lesson import check_batches, check_term, known_labels, loss_term
 from kdpipe_stages.params import source_columns
 from kdpipe_stages.prepare_data import source_of
 from kdpipe_stages.project import Project
@@ -131,6 +131,8 @@ def _teacher(
 def _module(project: Project, name: str, task: Task, sample: Columns | None) -> TorchTeacher | None:
     section, targets = project.teacher(name), project.targets(name)
     assert section.model is not None
+    if section.train is not None:
+        check_class_weights(task, section.train, f"teachers.{name}.train")
     spec = ModelSpec(
         where=f"teachers.{name}", model=section.model, preprocess=section.preprocess, logits=section.logits
     )
@@ -186,6 +188,7 @@ def _check_student(project: Project, task: Task, sample: Columns | None) -> str:
     section = project.params.student
     spec = ModelSpec(where="student", model=section.model, preprocess=section.preprocess, logits=section.logits)
     _check_model(project, task, spec, sample, True)
+    check_class_weights(task, section.train, "student.train")
     if section.init_from is not None:  # whether its shapes fit may depend on what the preprocess learns of all rows
         read_weights(project.root / section.init_from)
     return f"{section.model.path}, {section.seeds} seeds"
@@ -231,6 +234,7 @@ def _check_losses(project: Project, task: Task) -> str:
     terms = [loss_term(project, index, each) for index, each in enumerate(project.params.student.losses)]
     logits = OutputSpec(name="logits", shape=(task.num_classes,))
     for index, term in enumerate(terms):
+        check_batches(f"student.losses.{index}", term, project.params.student.train)
         if term.output == logits.name:
             encoding = _encodings(project, term.teacher, [logits])[logits.name]
             check_term(f"student.losses.{index}", term, encoding, logits, logits)

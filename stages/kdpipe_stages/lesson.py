@@ -10,15 +10,24 @@ from numpy.typing import NDArray
 
 from kdpipe.config import Factory
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
+from kdpipe.distributed import world_size
 from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, StaleStoreError, StoreNotFoundError
 from kdpipe.fingerprint import digest, digest_file, uniform_by_id
-from kdpipe.losses import DistillLoss, LossTerm
+from kdpipe.losses import DistillLoss, LossTerm, needs_labels, needs_whole_batch, values_of
 from kdpipe.store import TargetStore
 from kdpipe.targets import OutputSpec, SampledTargets
 from kdpipe.tasks.base import Task
-from kdpipe_stages.building import ModelSpec, plan_json
-from kdpipe_stages.params import LOSS_KEYS, LossSection, StudentSection, first_difference, store_sections, to_json
+from kdpipe_stages.building import ModelSpec, label_loss, plan_json
+from kdpipe_stages.params import (
+    LOSS_KEYS,
+    LossSection,
+    StudentSection,
+    TrainSection,
+    first_difference,
+    store_sections,
+    to_json,
+)
 from kdpipe_stages.project import Project
 
 STUDENT = "student"
@@ -48,8 +57,10 @@ class Lesson:
             store = self.stores[term.teacher]
             output = store.outputs[term.output]
             check_term(f"student.losses.{index}", term, store.encodings[term.output], output, store.outputs["logits"])
+            check_batches(f"student.losses.{index}", term, self.section.train)
         self._project = project
         self._check_labels()
+        self.label_loss = label_loss(self.task, self.section.train, self.labels[self.rows], "student.train")
 
     @property
     def labelled(self) -> NDArray[np.int64]:
@@ -99,6 +110,12 @@ class Lesson:
             return
         if self.section.label_weight > 0:
             raise ConfigError("student.label_weight is above 0 but no row has a label that it may know; set it to 0")
+        for index, term in enumerate(self.terms):
+            if needs_labels(term.loss):
+                raise ConfigError(
+                    f"student.losses.{index}: {type(term.loss).__name__} learns from labelled rows only, and the "
+                    "student may know no label; use kdpipe.losses:ForwardKL"
+                )
         if self.section.baselines:
             raise ConfigError("student.baselines learn from labels, and there are none; set baselines: []")
 
@@ -111,7 +128,11 @@ def teachers_of(section: StudentSection) -> list[str]:
 def loss_term(project: Project, index: int, section: LossSection) -> LossTerm:
     """One entry of student.losses. Raises `ConfigError` when its factory makes no `DistillLoss`."""
     where = f"student.losses.{index}"
-    loss = project.bind(Factory(path=section.factory, arguments=section.arguments), where, LOSS_KEYS).make()
+    bound = project.bind(Factory(path=section.factory, arguments=section.arguments), where, LOSS_KEYS)
+    try:
+        loss = bound.make()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
     if not isinstance(loss, DistillLoss):
         raise ConfigError(f"{where}: {section.factory} is no DistillLoss (see kdpipe.losses.DistillLoss)")
     return LossTerm(teacher=section.teacher, output=section.output, loss=loss, weight=section.weight)
@@ -130,9 +151,24 @@ def check_term(where: str, term: LossTerm, encoding: TargetEncoding, output: Out
                 f"{type(term.loss).__name__} is not linear in the teacher's probabilities, so sampled targets would "
                 "bias it; use forward KL, or cache with encoding: topk or dense"
             )
-        term.loss(torch.zeros(1, *logits.shape), targets)
+        student = torch.zeros(1, *logits.shape)
+        values_of(term.loss, student, targets, torch.zeros(student.shape[:-1], dtype=torch.int64))
     except ConfigError as error:
         raise ConfigError(f"{where}: on {output.name} of {term.teacher}: {error}") from error
+
+
+def check_batches(where: str, term: LossTerm, train: TrainSection) -> None:
+    """Raise `ConfigError` where a loss on whole batches would see parts of them."""
+    if not needs_whole_batch(term.loss):
+        return
+    what = f"{where}: {type(term.loss).__name__} relates the rows of a batch to each other"
+    if train.micro_batch_size is not None and train.micro_batch_size < train.batch_size:
+        raise ConfigError(
+            f"{what}, but student.train.micro_batch_size: {train.micro_batch_size} cuts batches of {train.batch_size} "
+            "up; leave it out, or set a smaller batch_size"
+        )
+    if world_size() > 1:
+        raise ConfigError(f"{what}, but each of {world_size()} ranks has a share of it; train in one process")
 
 
 def known_labels(data: PreparedData, rows: NDArray[np.int64], section: StudentSection) -> NDArray[np.int64]:
@@ -182,7 +218,23 @@ def open_checked_store(project: Project, name: str) -> TargetStore:
             f"`kdpipe train-teacher {name}` and `{command}`."
         )
     _check_made_from(store, project, name, command)
+    _check_transform(store, project, command)
     return store
+
+
+def _check_transform(store: TargetStore, project: Project, command: str) -> None:
+    """That the code which made the teacher's views is the code that makes the student's."""
+    views = project.params.views
+    if not views.count or views.transform is None:
+        return
+    then = store.manifest.ingredients["views"]["sources"]
+    now = project.sources(views.transform, "views.transform")
+    changed = sorted(each for each in {*then, *now} if then.get(each) != now.get(each))
+    if changed:
+        raise StaleStoreError(
+            f"{store.path} holds views of another views.transform: {changed[0]} was "
+            f"{then.get(changed[0], 'not used')}, it is {now.get(changed[0], 'not used')}. Restore it, or run `{command}`."
+        )
 
 
 def _check_made_from(store: TargetStore, project: Project, name: str, command: str) -> None:

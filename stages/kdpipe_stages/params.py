@@ -50,9 +50,15 @@ class DataSection:
     splits: SplitsSection = field(default_factory=SplitsSection)
 
 
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainSection:
-    """How a model is optimised; `epochs` counts passes over all of a student's rows, `threads` those of the CPU."""
+    """How a model is optimised; `epochs` counts passes over all of a student's rows, `threads` those of the CPU.
+
+    `class_weights` (of the label's class, or `balanced`) and `logit_adjustment` (tau) are about the loss on labels.
+    """
 
     epochs: int = Field(gt=0)
     batch_size: int = Field(default=128, gt=0)
@@ -70,6 +76,8 @@ class TrainSection:
     keep_on_device: bool = False
     threads: int | None = Field(default=None, gt=0)
     checkpoint_every_s: float = Field(default=20.0, ge=0)
+    class_weights: Literal["balanced"] | tuple[Weight, ...] | None = None
+    logit_adjustment: float | None = Field(default=None, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -89,12 +97,14 @@ OutputName = Annotated[str, BeforeValidator(lambda value: str(value) if type(val
 class TeacherSection:
     """teachers.<name>: a module that is trained here (`train`) or is ready (`weights`), or what one said (`table`).
 
-    Or any other `teacher`, which learns from the rows of `fit_on` where it has something to learn. `logits` says which
-    part of what the module gives they are.
+    Or any other `teacher`, which learns from the rows of `fit_on` where it has something to learn; `runtime` holds those
+    keyword arguments of its factory that change nothing of what it says (a server's address). `logits` says which part
+    of what the module gives they are.
     """
 
     model: FactoryField | None = None
     teacher: FactoryField | None = None
+    runtime: dict[str, Any] | None = None
     preprocess: FactoryField | None = None
     train: TeacherTrainSection | None = None
     fit_on: str | None = None
@@ -283,10 +293,10 @@ def check_params(params: Params) -> None:
 
 _TEACHERS = ("train", "weights", "teacher", "table")
 _NOT_WITH = {
-    "train": ("fit_on",),
-    "weights": ("fit_on",),
+    "train": ("fit_on", "runtime"),
+    "weights": ("fit_on", "runtime"),
     "teacher": ("model", "logits"),
-    "table": ("model", "preprocess", "logits", "fit_on"),
+    "table": ("model", "preprocess", "logits", "fit_on", "runtime"),
 }
 
 
@@ -302,6 +312,9 @@ def _check_teacher(name: str, teacher: TeacherSection) -> None:
     for key in _NOT_WITH[given[0]]:
         if getattr(teacher, key) is not None:
             raise ConfigError(f"teachers.{name}.{key}: it does not go with {given[0]}; leave it out")
+    for key in teacher.runtime or ():
+        if teacher.teacher is not None and key in teacher.teacher.arguments:
+            raise ConfigError(f"teachers.{name}.runtime.{key}: it is given in teachers.{name}.teacher, too")
 
 
 def _check_views(params: Params) -> None:
@@ -364,6 +377,7 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
     The student compares them with today's params.yaml: it can tell a store of other settings without any teacher.
     """
     section = to_json(params.teachers[teacher])
+    section.pop("runtime")
     for free in FREE_OF_TRAINING:
         (section["train"] or {}).pop(free, None)
     chosen = params.targets.get(teacher, TargetsSection())

@@ -143,7 +143,7 @@ class Project:
         section = self.params.views
         transform = None
         if section.transform is not None:
-            transform = self.bind(section.transform, "views.transform").make()
+            transform = self.bind(section.transform, "views.transform", root=self.root).make()
             if not callable(transform) or not takes(transform, 3):
                 raise ConfigError(
                     f"views.transform: {section.transform.path} is no Transform: it must take (columns, keys, seed), "

@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.checkpoint import load_weights, num_parameters
-from kdpipe.config import Bound
+from kdpipe.config import Bound, Factory
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.errors import ConfigError, KdpipeError, StaleStoreError, TeacherError
 from kdpipe.fingerprint import digest_file
 from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess
-from kdpipe.tasks.base import Task
+from kdpipe.tasks.base import Task, token_labels
+from kdpipe.teachers.asking import OfCountedTokens
 from kdpipe.teachers.base import Learner, Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher
 from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, fit_preprocess, teacher_fingerprint
@@ -41,8 +42,16 @@ def build_teacher(
 ) -> tuple[Teacher, dict[str, object]]:
     """The teacher, ready to speak, and what its store says about it; `above` are the teachers that are made of it."""
     if section_with_model(project, name).teacher is not None:
-        return _by_factory(project, name, inputs, above)
-    return _module(project, name, inputs)
+        teacher, about = _by_factory(project, name, inputs, above)
+    else:
+        teacher, about = _module(project, name, inputs)
+    return (teacher if above else of_what_counts(teacher, project.task())), about
+
+
+def of_what_counts(teacher: Teacher, task: Task) -> Teacher:
+    """The teacher, unheard about tokens that do not count."""
+    labels = token_labels(task)
+    return teacher if labels is None else OfCountedTokens(teacher, labels)
 
 
 def section_with_model(project: Project, name: str) -> TeacherSection:
@@ -109,7 +118,8 @@ def bind_teacher(
         "k": targets.k,
         "teacher_of": teacher_of,
     }
-    return project.bind(section.teacher, f"teachers.{name}.teacher", **offered)
+    arguments = {**section.teacher.arguments, **(section.runtime or {})}
+    return project.bind(Factory(path=section.teacher.path, arguments=arguments), f"teachers.{name}.teacher", **offered)
 
 
 def checked_teacher(project: Project, name: str, made: Any) -> Teacher:

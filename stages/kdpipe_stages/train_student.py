@@ -162,10 +162,10 @@ class _Classroom:
         lesson = self._lesson
         smoothing = lesson.section.label_smoothing if arm == "label_smoothing" else 0.0
         if arm != STUDENT:
-            return [LabelTerm(loss=lesson.task.label_loss, weight=1.0, smoothing=smoothing)]
+            return [LabelTerm(loss=lesson.label_loss, weight=1.0, smoothing=smoothing)]
         terms: list[TrainingTerm] = [DistillTerm(term=term) for term in lesson.terms]
         if lesson.section.label_weight > 0:
-            terms.append(LabelTerm(loss=lesson.task.label_loss, weight=lesson.section.label_weight))
+            terms.append(LabelTerm(loss=lesson.label_loss, weight=lesson.section.label_weight))
         return terms
 
 

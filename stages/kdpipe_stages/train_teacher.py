@@ -23,6 +23,7 @@ from kdpipe_stages.building import (
     ModelSpec,
     adopt_model,
     fit_preprocess,
+    label_loss,
     save_model,
     stream_of,
     teacher_fingerprint,
@@ -96,7 +97,8 @@ def _train(
         token_labels=token_labels(task),
     )
     stream = stream_of(plan, learnt, BatchOrder(rows=rows, batch_size=plan.batch_size, seed=plan.seed))
-    terms: list[TrainingTerm] = [LabelTerm(loss=task.label_loss, weight=1.0, smoothing=plan.label_smoothing)]
+    loss = label_loss(task, plan, data.labels[rows], f"{where}.train")
+    terms: list[TrainingTerm] = [LabelTerm(loss=loss, weight=1.0, smoothing=plan.label_smoothing)]
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / f"checkpoint{durable.TEMPORARY_SUFFIX}"
     steps = plan.epochs * stream.steps_per_epoch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-NAMES = ["read_store", "write_store", "end_to_end", "open_and_memory", "encodings"]
+NAMES = ["read_store", "write_store", "end_to_end", "open_and_memory", "encodings", "preparing", "views"]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)

@@ -7,7 +7,7 @@ import gzip
 import numpy as np
 import pytest
 
-from benchmarks import encodings, end_to_end, measuring, open_and_memory, peers, read_store
+from benchmarks import encodings, end_to_end, measuring, open_and_memory, peers, preparing, read_store, views
 
 
 def test_read_store(capsys):
@@ -33,6 +33,20 @@ def test_end_to_end(capsys):
 def test_open_and_memory(capsys):
     open_and_memory.main(num_shards=12, shard_rows=4, num_rows=70_000, num_classes=4, rounds=1)
     assert "| `TargetStore.open` |" in capsys.readouterr().out
+
+
+def test_preparing(capsys, tmp_path):
+    preparing.main(tiny_rows=300, num_rows=1000, rounds=1, kinds=["tables of 2 numbers"], folder=tmp_path)
+    printed = capsys.readouterr().out
+    assert "| tables of 2 numbers | 0 | 300 | " in printed
+    assert "| JPEG images of 64 pixels | pyarrow and PIL alone |" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_views(capsys):
+    views.main({16: (8, 3)}, rounds=1)
+    printed = capsys.readouterr().out
+    assert all(f"| 16 | {name} | " in printed for name in views.BUILT_IN)
 
 
 def test_encodings(capsys, tmp_path):

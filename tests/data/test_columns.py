@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from kdpipe.data.columns import Ragged, bytes_of, concatenate, fixed_bytes, take
+from kdpipe.data.columns import Ragged, bytes_of, concatenate, fixed_bytes, ragged_bytes, take, texts_of
+from kdpipe.errors import DataError
 
 ROWS = st.lists(st.lists(st.integers(0, 255), max_size=5), min_size=1, max_size=12)
 
@@ -86,3 +88,24 @@ def test_bytes_of_reads_chunks_and_slices(data):
 def test_fixed_bytes_takes_rows_that_are_not_contiguous():
     values = np.arange(40, dtype=np.uint8).reshape(10, 4)[::3, ::-1]
     np.testing.assert_array_equal(bytes_of(pa.chunked_array([fixed_bytes(values)])), values)
+
+
+ARROW_KINDS = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.string_view()]
+
+
+@given(st.lists(st.text(), max_size=6), st.sampled_from(ARROW_KINDS), st.data())
+def test_arrow_texts_become_rows_of_bytes_and_back(texts, kind, data):
+    column = pa.array([text.encode() for text in texts], pa.large_binary()).cast(kind)
+    start = data.draw(st.integers(0, len(texts)))
+    stop = data.draw(st.integers(start, len(texts)))
+    rows = ragged_bytes(column.slice(start, stop - start))
+    assert rows.offsets[0] == 0
+    assert rows.values.dtype == np.uint8
+    assert texts_of(rows) == texts[start:stop]
+    assert texts_of(rows.take(np.arange(len(rows))[::-1])) == texts[start:stop][::-1]
+
+
+def test_bytes_that_are_no_text_are_refused():
+    rows = Ragged(values=np.array([0xC3, 0x41], np.uint8), offsets=np.array([0, 1, 2]))
+    with pytest.raises(DataError, match="rows of text are not UTF-8"):
+        texts_of(rows)

@@ -19,6 +19,7 @@ from kdpipe.data.columns import Ragged
 from kdpipe.data.prepared import PreparedData
 from kdpipe.data.preparing import RowSchema, SourceColumns, SplitPlan, column_of, prepare
 from kdpipe.data.sources import Table
+from kdpipe.data.sources.base import BLOCK_BYTES
 from kdpipe.errors import DataError
 
 COLUMNS = SourceColumns(id="key", label="label", split="split")
@@ -268,6 +269,26 @@ def test_blocks_without_rows_are_no_matter(folder):
 
     schema = RowSchema(to_inputs=stacking, to_labels=to_labels)
     assert prepare(Source(), schema, COLUMNS, SplitPlan(), folder).num_rows == 2
+
+
+def test_rows_that_grow_while_they_are_prepared_come_in_small_blocks(folder):
+    """One batch of small rows, as of images that are well compressed."""
+    sizes = []
+
+    def unpacked(batch, name_of):
+        sizes.append(batch.num_rows)
+        return {
+            "pixels": np.broadcast_to(column_of(batch, "number").to_numpy()[:, None], (batch.num_rows, 2**12)).copy()
+        }
+
+    class OneBatch:
+        def batches(self):
+            yield pa.Table.from_pylist(rows(500), pa.schema(FIELDS)).combine_chunks().to_batches()[0]
+
+    schema = RowSchema(to_inputs=unpacked, to_labels=to_labels)
+    assert prepare(OneBatch(), schema, COLUMNS, SplitPlan(), folder).num_rows == 500
+    assert max(sizes[1:]) * 2**12 * 8 <= BLOCK_BYTES
+    assert PreparedData(folder).inputs.read(np.array([499]))["pixels"][0, 0] == 499
 
 
 # Labels

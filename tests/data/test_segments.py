@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
+import pyarrow.parquet as pq
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from kdpipe.data.columns import Ragged, take
 from kdpipe.data.prepared import ColumnLayout
-from kdpipe.data.segments import SegmentWriter, content_digests
+from kdpipe.data.segments import ROW_GROUP, SegmentWriter, content_digests
 
 IMAGES = npst.arrays(np.uint8, st.tuples(st.integers(1, 6), st.just(2), st.just(3)))
 
@@ -107,3 +111,29 @@ def test_a_discarded_segment_leaves_nothing(tmp_path):
     writer.append({"x": np.ones((3, 2))}, ["a", "b", "c"], [b"0" * 16] * 3)
     writer.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(small_disk):
+    """The disk is full while the ids of a row group are written."""
+    writer = SegmentWriter(small_disk, (ColumnLayout.of("x", np.zeros((1, 1), np.uint8)),))
+    ids = [os.urandom(20).hex() for _ in range(ROW_GROUP)]
+    with pytest.raises(OSError, match="No space left"):
+        writer.append({"x": np.zeros((ROW_GROUP, 1), np.uint8)}, ids, [os.urandom(16) for _ in ids])
+    writer.discard()
+    assert list(small_disk.iterdir()) == []
+
+
+def test_rows_beyond_a_row_group_come_back_in_order(tmp_path):
+    count = 2 * ROW_GROUP + 3
+    ids = [f"row {index}" for index in range(count)]
+    names = []
+    for block in (5000, count):
+        writer = SegmentWriter(tmp_path, (ColumnLayout.of("x", np.zeros(1, np.int32)),))
+        for start in range(0, count, block):
+            part = np.arange(start, min(start + block, count), dtype=np.int32)
+            writer.append({"x": part}, ids[start : start + block], [int(row).to_bytes(16, "little") for row in part])
+        names.append(writer.close())
+    rows = pq.read_table(tmp_path / names[0] / "rows.parquet")
+    assert names[0] == names[1]
+    assert rows["sample_id"].to_pylist() == ids
+    assert [int.from_bytes(each, "little") for each in rows["digest"].to_pylist()] == list(range(count))

@@ -3,12 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdpipe.errors import DataError
-from kdpipe.tasks.base import check_class_names, class_labels, cross_entropy
+from kdpipe.tasks.base import check_class_names, class_labels
 
 NAMES = ["cat", "dog", "emu"]
 
@@ -99,21 +98,3 @@ def test_class_names_must_fit_the_class_count(num_classes, class_names, message)
 @pytest.mark.parametrize("class_names", [None, NAMES])
 def test_fitting_class_names_are_accepted(class_names):
     check_class_names(3, class_names)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy_is_one_value_per_row_and_nothing_where_the_label_is_missing(smoothing):
-    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)) * 3
-    labels = torch.tensor([2, -1, 0, 1])
-    soft = torch.nn.functional.one_hot(labels.clamp(min=0), 3) * (1 - smoothing) + smoothing / 3
-    expected = -(soft * torch.log_softmax(logits, dim=-1)).sum(dim=-1)
-    expected[1] = 0
-    torch.testing.assert_close(cross_entropy(logits, labels, smoothing), expected)
-    assert cross_entropy(logits.half(), labels, smoothing).dtype == torch.float32
-
-
-def test_no_gradient_flows_from_rows_without_label():
-    logits = torch.zeros(2, 3, requires_grad=True)
-    cross_entropy(logits, torch.tensor([-1, 1])).sum().backward()
-    assert logits.grad[0].tolist() == [0, 0, 0]
-    assert logits.grad[1].abs().sum() > 0

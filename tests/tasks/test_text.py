@@ -13,8 +13,8 @@ from kdpipe.data.preparing import RowSchema, SourceColumns, SplitPlan, prepare
 from kdpipe.data.sources import Table
 from kdpipe.errors import DataError
 from kdpipe.preprocess import Utf8Bytes
-from kdpipe.tasks.base import Task
 from kdpipe.tasks.text import TextClassification
+from kdpipe.testing import TaskContract
 from toy_text import TEXTS
 
 TASK = TextClassification(num_classes=2)
@@ -40,9 +40,29 @@ def inputs_of(column, task=TASK):
     return task.to_inputs(pa.RecordBatch.from_arrays([column], ["text"]), name_of)
 
 
-def test_it_is_a_task():
-    assert isinstance(TASK, Task)
+def test_a_model_that_names_no_preprocess_reads_bytes():
     assert isinstance(TASK.default_preprocess(), Utf8Bytes)
+
+
+class TestTexts(TaskContract):
+    """The laws of every task."""
+
+    def task(self, folder):
+        return TextClassification(num_classes=2)
+
+    def batch(self):
+        labels = [row % 2 if row < 5 else None for row in range(len(TEXTS))]
+        return pa.RecordBatch.from_pydict({"text": TEXTS, "label": labels})
+
+
+class TestPairs(TestTexts):
+    """The laws of every task, for two texts."""
+
+    def task(self, folder):
+        return TextClassification(num_classes=2, pair_column="other")
+
+    def batch(self):
+        return super().batch().append_column("other", pa.array(TEXTS[::-1]))
 
 
 @EVERY_KIND

@@ -66,6 +66,29 @@ def test_where_a_member_abstains_the_others_speak_and_where_all_do_so_does_the_e
     torch.testing.assert_close(whole.predict(COLUMNS)["logits"][0].softmax(0), q)
 
 
+class Silent(Member):
+    """What it says of rows that it abstains from is no number."""
+
+    def predict(self, columns):
+        said = super().predict(columns)
+        return {**said, "logits": torch.where(said["covered"].unsqueeze(-1), said["logits"], torch.nan)}
+
+
+def test_what_is_said_of_rows_that_are_not_covered_is_not_heard():
+    other = [2.0, 2.0, -3.0]
+    teacher = ensemble(one=Silent([0.0, 1.0, 5.0], silent=[True, False, True, False]), other=Member(other))
+    found = teacher.predict(COLUMNS)["logits"].softmax(dim=1)
+    torch.testing.assert_close(found[0], torch.tensor(other).softmax(0))
+    assert torch.isfinite(found).all()
+
+
+def test_who_knows_some_classes_only_is_no_member():
+    served = Member([0.0, 1.0])
+    served.num_kept = 1
+    with pytest.raises(ConfigError, match="two knows its most probable classes only"):
+        ensemble(one=Member([0.0, 1.0]), two=served)
+
+
 @pytest.mark.parametrize(
     ("members", "weights", "message"),
     [
@@ -94,6 +117,17 @@ def test_any_function_is_a_teacher(tmp_path):
     before = teacher.fingerprint
     write(tmp_path, "return np.stack([x[:, 0], x[:, 1], x[:, 0]], axis=1)")
     assert FunctionTeacher(tmp_path, "said.py:speak", 3, PROBE).fingerprint != before
+
+
+def test_the_file_that_names_a_function_is_covered_too(tmp_path):
+    source = "import functools\nimport said\n\nspeak = functools.partial(said.speak, 1)\n"
+    (tmp_path / "said.py").write_text("import numpy as np\n\n\ndef speak(c, columns):\n    return np.eye(3)[[c]]\n")
+    fingerprints = []
+    for text in (source, source.replace("1", "2")):
+        (tmp_path / "named.py").write_text(text)
+        fingerprints.append(FunctionTeacher(tmp_path, "named.py:speak", 3, PROBE).fingerprint)
+    assert fingerprints[0] != fingerprints[1]
+    assert "said" in fingerprints[0]["sources"]
 
 
 def test_a_single_score_is_two_classes(tmp_path):

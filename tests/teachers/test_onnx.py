@@ -44,7 +44,7 @@ def fitted():
 
 def teacher_of(tmp_path, num_classes=3, **arguments):
     named = {"preprocess": fitted(), "probe": PROBE, "path": "net.onnx"} | arguments
-    return OnnxTeacher(tmp_path, num_classes=num_classes, **named)
+    return OnnxTeacher(num_classes=num_classes, **named | {"path": tmp_path / named["path"]})
 
 
 EXPECTED = fitted()(COLUMNS) @ torch.from_numpy(WEIGHTS)
@@ -120,6 +120,33 @@ def test_another_file_or_preprocess_is_another_teacher(tmp_path):
     assert teacher_of(tmp_path).fingerprint != before
 
 
+def test_weights_beside_the_file_belong_to_the_teacher(tmp_path):
+    found = []
+    for weights in (WEIGHTS, 2 * WEIGHTS):
+        linear(tmp_path, weights=weights)
+        model = onnx.load(tmp_path / "net.onnx")
+        (tmp_path / "any name.bin").unlink(missing_ok=True)
+        onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location="any name.bin", size_threshold=0)
+        found.append(((tmp_path / "net.onnx").read_bytes(), teacher_of(tmp_path).fingerprint))
+    assert found[0][0] == found[1][0], "the file itself is the same"
+    assert found[0][1] != found[1][1]
+
+
+def test_a_padded_vocabulary_is_told_apart_from_wrong_classes(tmp_path):
+    nodes = [
+        helper.make_node("Unsqueeze", ["x", "axis"], ["wide"]),
+        helper.make_node("MatMul", ["wide", "w"], ["logits"]),
+    ]
+    write(
+        tmp_path / "net.onnx", nodes, [("x", TensorProto.FLOAT, ["rows", 4])], ["logits"], np.ones((1, 6), np.float32)
+    )
+    model = onnx.load(tmp_path / "net.onnx")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2]), "axis"))
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(TeacherError, match=r"\[1, 4, 6\] for one row; expected \[1, …, 5\] .*set it to .* outputs, 6"):
+        teacher_of(tmp_path, 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -129,7 +156,6 @@ def test_another_file_or_preprocess_is_another_teacher(tmp_path):
         ({"logits": "scores"}, ConfigError, "no output 'scores'; it has logits, hidden"),
         ({"outputs": ["logits", "features"]}, ConfigError, "no output 'features'"),
         ({"num_classes": 5}, TeacherError, r"gives logits of shape \[1, 3\] for one row; expected \[1, …, 5\]"),
-        ({"layout": "nhwc"}, ConfigError, "layout is 'nhwc'"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, arguments, error, message):

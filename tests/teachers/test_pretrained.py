@@ -12,8 +12,8 @@ from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.huggingface import quietly
 from kdpipe.models.pretrained import sequence_classifier
 from kdpipe.preprocess import PretrainedTokenizer
-from kdpipe.teachers.base import Teacher
 from kdpipe.teachers.pretrained import PretrainedTeacher
+from kdpipe.testing import TeacherContract
 from toy_text import TEXTS, ragged, save_bert, save_tokenizer
 
 ONE = {"text": ragged(TEXTS[:1])}
@@ -32,7 +32,6 @@ def teacher_in(folder: Path, num_classes: int = 3, max_length: int = 24, **setti
 
 def test_it_says_what_transformers_says(bert):
     teacher = teacher_in(bert)
-    assert isinstance(teacher, Teacher)
     with quietly() as transformers:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(str(bert)).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(bert))
@@ -44,11 +43,17 @@ def test_it_says_what_transformers_says(bert):
     assert teacher.description["parameters"] == sum(each.numel() for each in model.parameters())
 
 
-def test_texts_by_themselves_and_together_give_the_same(bert):
-    teacher = teacher_in(bert)
-    together = teacher.predict(ALL)["logits"]
-    alone = torch.cat([teacher.predict({"text": ragged([text])})["logits"] for text in TEXTS])
-    torch.testing.assert_close(alone, together)
+class TestCheckpoint(TeacherContract):
+    """The laws of every teacher."""
+
+    def teacher(self, folder):
+        return teacher_in(save_tokenizer(save_bert(folder)), outputs=("logits", "bert.pooler"))
+
+    def another(self, folder):
+        return teacher_in(save_tokenizer(save_bert(folder, seed=1)), outputs=("logits", "bert.pooler"))
+
+    def columns(self):
+        return ALL
 
 
 def test_hidden_states_are_features(bert):
@@ -96,8 +101,16 @@ def test_a_teacher_of_other_classes_is_refused(bert):
 def test_a_tokenizer_of_other_tokens_is_refused(tmp_path, bert):
     save_tokenizer(tmp_path, words=[f"word{number}" for number in range(20)])
     preprocess = PretrainedTokenizer(path=tmp_path, max_length=24)
-    with pytest.raises(ConfigError, match="embeddings for 12 tokens, its tokenizer makes 25"):
+    with pytest.raises(ConfigError, match=r"another tokenizer than .*: 'word0' is unknown there and 5 here"):
         PretrainedTeacher(3, preprocess, ONE, path=bert)
+    with pytest.raises(ConfigError, match="embeddings for 12 tokens, its tokenizer makes 25"):
+        PretrainedTeacher(3, preprocess, ONE, path=save_bert(tmp_path / "without a tokenizer"))
+
+
+def test_the_same_words_in_another_order_are_another_tokenizer(tmp_path, bert):
+    save_tokenizer(tmp_path, words=["fine", "a", "film", "##s", "not"])
+    with pytest.raises(ConfigError, match=r"another tokenizer than .*: 'fine' is 6 there and 5 here"):
+        PretrainedTeacher(3, PretrainedTokenizer(path=tmp_path, max_length=24), ONE, path=bert)
 
 
 def test_rows_are_what_the_task_prepared(bert):

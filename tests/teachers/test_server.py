@@ -1,21 +1,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import completions_server
-from completions_server import CLASSES, VOCABULARY, log_probs
+from completions_server import CLASSES, VOCABULARY, log_probs, running
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.teachers.base import Teacher, abstains
-from kdpipe.teachers.server import ServedClassifier, ServedLanguageModel, ServerSection
+from kdpipe.teachers.server import ServedClassifier, ServedLanguageModel
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (5, 9)).astype(np.int32)
 COUNTED = np.random.default_rng(1).random((5, 8)) < 0.6
@@ -25,49 +20,14 @@ PROBE = {name: each[:1] for name, each in COLUMNS.items()}
 K = 4
 
 
-class Process:
-    """A server in a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        if self._process is not None:
-            self.stop()
-        (self.folder / "port").unlink(missing_ok=True)
-        self._process = subprocess.Popen([sys.executable, completions_server.__file__, str(self.folder)])
-        while not (self.folder / "port").exists() or not (self.folder / "port").read_text():
-            assert self._process.poll() is None
-            time.sleep(0.02)
-        self.url = f"http://127.0.0.1:{(self.folder / 'port').read_text()}/v1"
-
-    def stop(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def behave(self, **how: object) -> None:
-        (self.folder / "behaviour.json").write_text(json.dumps(how))
-
-    @property
-    def requests(self) -> list[dict[str, object]]:
-        return [json.loads(line) for line in (self.folder / "requests.log").read_text().splitlines()]
-
-    def section(self, **settings: object) -> ServerSection:
-        return ServerSection(**{"url": self.url, "model": "toy", "retries": 2, **settings})
-
-
 @pytest.fixture
 def server(tmp_path):
-    process = Process(tmp_path)
-    yield process
-    process.stop()
+    with running(tmp_path) as process:
+        yield process
 
 
 def language_model(server, k=K, num_classes=VOCABULARY, probe=PROBE, **settings):
-    return ServedLanguageModel(num_classes, k, probe, server.section(**settings))
+    return ServedLanguageModel(num_classes, k, probe, "toy", server.section(**settings))
 
 
 def test_each_counted_position_gets_the_next_tokens_of_its_own_context(server):
@@ -168,7 +128,7 @@ TASK = SimpleNamespace(num_classes=2, column_values=lambda columns: {"text": TEX
 
 
 def classifier(server, prompt="Review: {text}\nIt is", answers=tuple(CLASSES), task=TASK):
-    return ServedClassifier(task, server.section(), prompt, answers)
+    return ServedClassifier(task, "toy", server.section(), prompt, answers)
 
 
 def test_a_class_is_the_next_token(server):
@@ -196,9 +156,9 @@ def test_what_is_no_question_is_refused(server, arguments, message):
         classifier(server, **arguments)
 
 
-def test_a_prompt_that_names_no_column_is_refused(server):
+def test_a_prompt_that_names_no_column_is_refused_before_any_row_is_asked_about(server):
     with pytest.raises(ConfigError, match=r"prompt: 'review' in .*the columns are text"):
-        classifier(server, prompt="{review}").predict({"rows": np.array([0])})
+        ServedClassifier(TASK, "toy", server.section(), "{review}", CLASSES, probe={"rows": np.array([0])})
 
 
 def test_a_server_without_log_probs_is_refused(server):

@@ -37,7 +37,6 @@ BOOSTING = Factory(path="sklearn.ensemble:HistGradientBoostingClassifier", argum
 
 def test_a_fitted_teacher_says_what_the_estimator_says(tmp_path):
     teacher = teacher_of(tmp_path, estimator=BOOSTING)
-    assert isinstance(teacher, Teacher)
     assert isinstance(teacher, Learner)
     assert teacher.outputs == (OutputSpec(name="logits", shape=(4,)),)
     teacher.fit(blocks())
@@ -45,6 +44,7 @@ def test_a_fitted_teacher_says_what_the_estimator_says(tmp_path):
     teacher.save(tmp_path / "model")
     other = teacher_of(tmp_path, estimator=BOOSTING)
     other.load(tmp_path / "model")
+    assert isinstance(other, Teacher)
     logits = other.predict(COLUMNS)["logits"]
     inputs = (FEATURES - FEATURES.mean(axis=0)) / FEATURES.std(axis=0)
     reference = HistGradientBoostingClassifier(max_iter=5, random_state=0).fit(inputs, LABELS)
@@ -94,6 +94,43 @@ def test_scores_without_probabilities(tmp_path):
     inputs = (FEATURES - FEATURES.mean(axis=0)) / FEATURES.std(axis=0)
     assert (logits[:, 0] == 0).all()
     assert np.allclose(logits[:, 1], two.decision_function(inputs), atol=1e-4)
+
+
+def test_a_class_without_rows_is_improbable_whatever_the_batch(tmp_path):
+    """Scores of `decision_function` have no floor of their own."""
+    from sklearn.svm import LinearSVC
+
+    known = LABELS % 3
+    (tmp_path / "a.skops").write_bytes(dumps(LinearSVC().fit(FEATURES, known)))
+    teacher = teacher_of(tmp_path, path="a.skops")
+    logits = teacher.predict(COLUMNS)["logits"]
+    assert logits.softmax(dim=1)[:, 3].numpy() == pytest.approx(1e-6, rel=0.01)
+    alone = torch.cat([teacher.predict({"features": FEATURES[[row]]})["logits"] for row in range(60)])
+    torch.testing.assert_close(alone, logits)
+
+
+def test_who_has_learnt_nothing_says_so(tmp_path):
+    with pytest.raises(TeacherError, match="has not seen any rows: give the teacher `fit_on: SPLIT`"):
+        _ = teacher_of(tmp_path, estimator=BOOSTING).fingerprint
+    (tmp_path / "a.skops").write_bytes(dumps(KNeighborsClassifier(3).fit(FEATURES, LABELS)))
+    with pytest.raises(ConfigError, match="is ready; leave fit_on out"):
+        teacher_of(tmp_path, path="a.skops").fit(blocks())
+
+
+def test_a_ready_estimator_is_tried_on_a_row_at_once(tmp_path):
+    (tmp_path / "a.skops").write_bytes(dumps(KNeighborsClassifier(3).fit(FEATURES[:, :2], LABELS)))
+    with pytest.raises(TeacherError, match=r"KNeighborsClassifier failed on inputs of shape \[1, 4\]"):
+        teacher_of(tmp_path, path="a.skops", probe={"features": FEATURES[:1]})
+
+
+def test_the_code_of_an_estimator_is_among_what_it_reads(tmp_path):
+    (tmp_path / "mine.py").write_text("from sklearn.linear_model import LogisticRegression\n")
+    found = [SklearnTeacher.reads({"estimator": {"factory": "mine.py:LogisticRegression"}}, tmp_path)]
+    (tmp_path / "mine.py").write_text("from sklearn.linear_model import RidgeClassifier as LogisticRegression\n")
+    found.append(SklearnTeacher.reads({"estimator": {"factory": "mine.py:LogisticRegression"}}, tmp_path))
+    assert found[0]["mine@"] != found[1]["mine@"]
+    assert found[0]["sklearn"] == found[1]["sklearn"]
+    assert SklearnTeacher.reads({"path": "a.skops"}, tmp_path) == {}
 
 
 @pytest.mark.parametrize(

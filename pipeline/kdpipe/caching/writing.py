@@ -171,12 +171,14 @@ class Writer:
         encoding, covered = self._store.encodings[LOGITS], said.get(COVERED)
         assert isinstance(encoding, TopK)
         ids, head, tail = said[CLASS_IDS], said[LOG_PROBS].double(), said[TAIL_LOG_MASS].double()
+        spoken = torch.ones_like(tail, dtype=torch.bool) if covered is None else covered
         mass = torch.logaddexp(head.logsumexp(dim=-1), tail)
         wrong = (mass.abs() > _MASS_TOLERANCE) | torch.isnan(mass)
-        if covered is not None:
-            wrong &= covered
-        _refuse(wrong, "log-probs and tail have another mass than 1", sample_ids)
+        _refuse(wrong & spoken, "log-probs and tail have another mass than 1", sample_ids)
         num_classes = self._store.outputs[LOGITS].shape[-1]
+        disorder = ((ids.diff(dim=-1) <= 0) & ~torch.isneginf(head[..., 1:])).any(dim=-1)
+        absent = ((ids < 0) | (ids >= num_classes)).any(dim=-1)
+        _refuse((disorder | absent) & spoken, "class ids are not ascending numbers of classes", sample_ids)
         arrays = {
             LOGITS + suffix: each
             for suffix, each in encoding.encode_kept(ids, head, tail.unsqueeze(-1), num_classes).items()

@@ -15,15 +15,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kdpipe import durable
-from kdpipe.data.columns import Columns, take
+from kdpipe.data.columns import Columns, Ragged, take
 from kdpipe.data.growing import Growing, KeyTable, text_keys
 from kdpipe.data.labels import Labels, write_labels
 from kdpipe.data.prepared import DIGEST_BYTES, FORMAT_VERSION, MISSING_LABEL, ColumnLayout, PreparedInputs
 from kdpipe.data.segments import SegmentWriter, content_digests
-from kdpipe.data.sources.base import Source, bounded
+from kdpipe.data.sources.base import Source, rows_within
 from kdpipe.errors import DataError
 from kdpipe.fingerprint import canonical_json, uniform_by_id
 
+_FIRST_ROWS = 64
+"""Of a source, before it is known how large a row is: images may be a hundred times their encoded bytes."""
 NameOf = Callable[[int], str]
 """Position in a batch -> how a message names that row."""
 
@@ -90,8 +92,7 @@ def _read(
     reading = _Reading(folder / "inputs", schema, columns, plan)
     try:
         for batch in source.batches():
-            for block in bounded(batch):
-                reading.add(block)
+            reading.add(batch)
         labels = reading.labels()
         if reading.starts_anew:  # a crash before the labels are written must not leave another source's labels
             (folder / "labels" / "labels.parquet").unlink(missing_ok=True)
@@ -122,11 +123,20 @@ class _Reading:
         for kept in (self._splits, self._is_drawn):
             kept.append(np.zeros(len(self._known)))
         self._segment: SegmentWriter | None = None
+        self._block_rows = _FIRST_ROWS
         self.starts_anew = True
         """Whether the source has none of the known rows."""
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Take in one block of source rows."""
+        """Take in source rows, in blocks as small as the rows before were large, once they were prepared."""
+        start = 0
+        while start < batch.num_rows:
+            block = batch.slice(start, self._block_rows)
+            start += block.num_rows
+            self._block_rows = rows_within(max(block.nbytes, self._add(block)) / block.num_rows)
+
+    def _add(self, batch: pa.RecordBatch) -> int:
+        """Take in one block; returns the bytes of its rows once they are prepared."""
         first = len(self._seen)
         keys = self._keys(batch, first)
 
@@ -156,6 +166,7 @@ class _Reading:
         elif len(new):
             chosen = {name: take(column, new) for name, column in inputs.items()}
             self._append(chosen, [ids[i] for i in new], [digests[i] for i in new])
+        return sum((each.values if isinstance(each, Ragged) else each).nbytes for each in inputs.values())
 
     def labels(self) -> Labels:
         """Label and split of every row that there will be. Raises `DataError`."""

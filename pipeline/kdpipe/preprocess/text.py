@@ -283,6 +283,12 @@ class PretrainedTokenizer:
         size = max(self._tokenizer.get_vocab().values()) + 1
         self.offers = {"vocab_size": size, "pad_id": self._pad_id, "max_length": max_length}
 
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Ids by token."""
+        tokens: dict[str, int] = self._tokenizer.get_vocab()
+        return tokens
+
     @staticmethod
     def reads(arguments: Mapping[str, Any], root: Path) -> dict[str, str]:
         """Digests of the tokenizer's files."""

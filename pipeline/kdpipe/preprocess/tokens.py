@@ -5,7 +5,7 @@ Shapes: B batch, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,17 @@ from kdpipe.preprocess.base import State
 class TokenIds:
     """`tokens` int32 `[B, T + 1]` -> `input_ids` int64 `[B, T]`: all but the last, which is predicted only."""
 
-    def __init__(self, vocab_size: int, max_length: int) -> None:
-        """Both are offered to the model's factory."""
+    def __init__(
+        self, vocab_size: int, max_length: int, tokens: Callable[[], Mapping[str, int] | None] | None = None
+    ) -> None:
+        """`vocab_size` and `max_length` are offered to the model's factory; `tokens` gives ids by token."""
         self.offers: Mapping[str, Any] = {"vocab_size": vocab_size, "max_length": max_length}
+        self._tokens = tokens
+
+    @property
+    def tokens(self) -> Mapping[str, int] | None:
+        """Ids by token, where they are known."""
+        return None if self._tokens is None else self._tokens()
 
     def fit(self, blocks: Iterable[Columns]) -> None:
         """There is nothing to learn."""

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -133,18 +132,3 @@ def check_class_names(num_classes: int, class_names: Sequence[str] | None) -> No
             f"task.class_names has {len(class_names)} names, {len(set(class_names))} of them different, "
             f"for {num_classes} classes"
         )
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with label smoothing (Szegedy et al. 2016), `[B, ..., C]` x `[B, ...]` -> `[B, ...]`.
-
-    0 where the label is -1.
-    """
-    values = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, -2),
-        labels.flatten(),
-        ignore_index=MISSING_LABEL,
-        reduction="none",
-        label_smoothing=smoothing,
-    )
-    return values.view_as(labels)

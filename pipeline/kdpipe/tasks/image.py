@@ -15,8 +15,9 @@ from torch import Tensor
 from kdpipe.data.columns import Array, Columns, ragged_bytes
 from kdpipe.data.preparing import NameOf, column_of
 from kdpipe.errors import ConfigError, DataError
+from kdpipe.losses import cross_entropy
 from kdpipe.preprocess import ImageTensor, Preprocess
-from kdpipe.tasks.base import check_class_names, class_labels, cross_entropy
+from kdpipe.tasks.base import check_class_names, class_labels
 
 _CHANNELS_TO_MODE = {1: "L", 3: "RGB"}
 _UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)

@@ -20,9 +20,9 @@ from kdpipe.data.columns import Columns
 from kdpipe.data.preparing import NameOf, SourceColumns, column_of
 from kdpipe.data.sources import Source
 from kdpipe.errors import ConfigError, DataError
+from kdpipe.losses import cross_entropy
 from kdpipe.preprocess import Preprocess
 from kdpipe.preprocess.tokens import TokenIds
-from kdpipe.tasks.base import cross_entropy
 from kdpipe.tasks.vocabulary import Vocabulary, open_vocabulary
 
 _BLOCKS_AT_ONCE = 1024
@@ -100,7 +100,7 @@ class LanguageModelling:
 
     def default_preprocess(self) -> Preprocess:
         """Token ids."""
-        return TokenIds(vocab_size=self.num_classes, max_length=self._length)
+        return TokenIds(vocab_size=self.num_classes, max_length=self._length, tokens=self._vocabulary.tokens)
 
     def label_loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy, one value per token `[B, T]`."""

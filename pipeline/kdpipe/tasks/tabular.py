@@ -14,9 +14,10 @@ from torch import Tensor
 from kdpipe.data.columns import Array, Columns, Ragged, ragged_bytes
 from kdpipe.data.preparing import NameOf, column_of
 from kdpipe.errors import DataError
+from kdpipe.losses import cross_entropy
 from kdpipe.preprocess import Preprocess, Standardize
 from kdpipe.preprocess.columns import FEATURES, ColumnEncoder, category_column, values_by_name
-from kdpipe.tasks.base import check_class_names, class_labels, cross_entropy
+from kdpipe.tasks.base import check_class_names, class_labels
 
 
 class TabularClassification:

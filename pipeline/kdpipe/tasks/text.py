@@ -12,8 +12,9 @@ from torch import Tensor
 from kdpipe.data.columns import Array, Columns, Ragged, ragged_bytes, texts_of
 from kdpipe.data.preparing import NameOf, column_of
 from kdpipe.errors import DataError
+from kdpipe.losses import cross_entropy
 from kdpipe.preprocess import Preprocess, Utf8Bytes
-from kdpipe.tasks.base import check_class_names, class_labels, cross_entropy
+from kdpipe.tasks.base import check_class_names, class_labels
 
 
 class TextClassification:

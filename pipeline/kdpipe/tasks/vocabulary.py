@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,9 @@ class Vocabulary(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
 
+    def tokens(self) -> Mapping[str, int]:
+        """Ids by token."""
+
 
 def open_vocabulary(root: Path, name: str, end_token: str | None, vocab_size: int | None) -> Vocabulary:
     """`bytes`, or a tokenizer's file or folder below `root`. Raises `ConfigError` when it is absent or unreadable."""
@@ -60,6 +63,10 @@ class _Bytes:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Bytes of each text."""
         return [list(text.encode()) for text in texts]
+
+    def tokens(self) -> Mapping[str, int]:
+        """Under names that no other tokenizer has."""
+        return {f"byte {number}": number for number in range(256)}
 
 
 class _Tokenizer:
@@ -124,6 +131,11 @@ class _Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
         return [each.ids for each in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def tokens(self) -> Mapping[str, int]:
+        """Of the file."""
+        tokens: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return tokens
 
     def _open(self) -> None:
         tokenizers = _library()

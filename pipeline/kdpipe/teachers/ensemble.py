@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdpipe.config import resolve
+from kdpipe.config import load_module, resolve
 from kdpipe.data.columns import Columns
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.fingerprint import source_digests
@@ -40,6 +40,11 @@ class Ensemble:
         if len(weights) != len(members) or not all(0 < each < math.inf for each in weights):
             raise ConfigError(f"Ensemble: weights are {list(weights)}; expected a number above 0 for each of {members}")
         self._members = [teacher_of(name) for name in members]
+        for name, each in zip(members, self._members, strict=True):
+            if hasattr(each, "num_kept"):
+                raise ConfigError(
+                    f"Ensemble: {name} knows its most probable classes only; the mean needs the logits of all of them"
+                )
         self._weights = torch.tensor(weights, dtype=torch.float64)
         shapes = {name: _logits_of(each).shape for name, each in zip(members, self._members, strict=True)}
         if len(set(shapes.values())) > 1:
@@ -59,6 +64,7 @@ class Ensemble:
         spoken = torch.stack(
             [each[COVERED].cpu() if COVERED in each else torch.ones(log_probs.shape[1:-1]).bool() for each in said]
         )
+        log_probs = torch.where(spoken.unsqueeze(-1), log_probs, 0.0)  # which may be NaN where a member abstains
         weights = self._weights.view(-1, *[1] * (spoken.ndim - 1)) * spoken
         log_weights = (weights / weights.sum(dim=0).clamp(min=torch.finfo().tiny)).log()
         mean = torch.logsumexp(log_probs + log_weights.unsqueeze(-1), dim=0)
@@ -75,13 +81,14 @@ class FunctionTeacher:
         found: Any = resolve(function, root, "function")
         self._function: Any = found() if inspect.isclass(found) else found
         self._name, self._num_classes = function, num_classes
+        self._sources = source_digests(found, load_module(function, root, "function").__name__)
         shape = tuple(self.predict(probe)[LOGITS].shape[1:])
         self.outputs = (OutputSpec(name=LOGITS, shape=shape),)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         """The source code that the function reaches."""
-        return {"function": self._name, "sources": source_digests(self._function)}
+        return {"function": self._name, "sources": self._sources}
 
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         """What the function gives, float32."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,8 +48,7 @@ class OnnxTeacher:
 
     def __init__(
         self,
-        root: Path,
-        path: str,
+        path: Path,
         num_classes: int,
         preprocess: Preprocess,
         probe: Columns,
@@ -57,15 +56,15 @@ class OnnxTeacher:
         outputs: Sequence[str] = (LOGITS,),
         logits: str | None = None,
         probabilities: bool = False,
-        layout: str = "channels_first",
-        threads: int = 0,
+        layout: Literal["channels_first", "channels_last"] = "channels_first",
     ) -> None:
-        """`threads`: of ONNX Runtime on a CPU (0: one per core). Raises `ConfigError`, `TeacherError`."""
-        if layout not in ("channels_first", "channels_last"):
-            raise ConfigError(f"OnnxTeacher: layout is {layout!r}; the choices are channels_first and channels_last")
-        self._path, self._preprocess, self._num_classes = root / path, preprocess, num_classes
+        """It runs on a GPU where ONNX Runtime has one, else on as many CPU threads as torch. Raises `ConfigError`.
+
+        Raises `TeacherError` where `probe`, one prepared row, does not fit the model.
+        """
+        self._path, self._preprocess, self._num_classes = path, preprocess, num_classes
         self._probabilities, self._channels_last = probabilities, layout == "channels_last"
-        self._session = _session(self._path, threads)
+        self._session = _session(path)
         self._inputs = {each.name: _DTYPES[each.type] for each in self._session.get_inputs() if each.type in _DTYPES}
         found = [each.name for each in self._session.get_outputs()]
         self._names = {LOGITS: logits or (LOGITS if LOGITS in found else found[0])}
@@ -153,12 +152,12 @@ def _weights_beside(path: Path) -> list[Path]:
     return sorted(path.parent / name for name in found)
 
 
-def _session(path: Path, threads: int) -> Any:
+def _session(path: Path) -> Any:
     onnxruntime = package("onnxruntime", "onnx")
     if not path.is_file():
         raise ConfigError(f"OnnxTeacher: there is no file {path}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     providers = [each for each in _PROVIDERS if each in onnxruntime.get_available_providers()]
     try:

@@ -9,7 +9,7 @@ from typing import Literal
 from kdpipe.data.columns import Columns
 from kdpipe.errors import TeacherError
 from kdpipe.fingerprint import digest_path
-from kdpipe.huggingface import Checkpoint, check_text_fits
+from kdpipe.huggingface import Checkpoint, check_same_tokens, check_text_fits
 from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess, offers
 from kdpipe.teachers.torch import TorchTeacher
@@ -48,6 +48,9 @@ class PretrainedTeacher:
                 f"not trained for {auto.replace('_', ' ')}. Train it (teachers.<name>: model and train), or take one "
                 "that was"
             )
+        tokens = getattr(preprocess, "tokens", None)
+        if tokens is not None:
+            check_same_tokens(checkpoint, tokens)
         offered = offers(preprocess)
         check_text_fits(model, offered.get("vocab_size"), offered.get("max_length"))
         identity = {"checkpoint": hub if path is None else digest_path(path)}

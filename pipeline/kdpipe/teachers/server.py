@@ -33,14 +33,13 @@ _SHOWN = 300
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ServerSection:
-    """Where the server is, which model it serves, and how hard it may be asked.
+    """Where the server is, and how hard it may be asked.
 
     Up to `at_once` requests run at a time; what fails for now is tried again, later each time. The key comes from the
     environment variable `api_key_env`, and is written nowhere.
     """
 
     url: str
-    model: str
     at_once: int = Field(default=8, gt=0)
     requests_per_minute: float | None = Field(default=None, gt=0)
     retries: int = Field(default=6, ge=0)
@@ -51,7 +50,7 @@ class ServerSection:
 class _Server:
     """`POST {url}/completions`. A server that says when to come back (Retry-After) is believed."""
 
-    def __init__(self, section: ServerSection) -> None:
+    def __init__(self, section: ServerSection, model: str) -> None:
         requests, adapters = package("requests", "server"), package("requests.adapters", "server")
         self._errors = requests.RequestException
         again = package("urllib3.util", "server").Retry(
@@ -72,7 +71,7 @@ class _Server:
             self._session.headers["Authorization"] = f"Bearer {key}"
         self._url, self._model, self._timeout = (
             f"{section.url.rstrip('/')}/completions",
-            section.model,
+            model,
             section.timeout_s,
         )
         self._at_once, self._pace = section.at_once, _Pace(section.requests_per_minute)
@@ -127,13 +126,13 @@ class ServedLanguageModel:
     T = 1 and no features: store with `encoding: topk`, `temperatures: [1]`. The tail is what is left of 1.
     """
 
-    def __init__(self, num_classes: int, k: int | None, probe: Columns, server: ServerSection) -> None:
-        """Raises `ConfigError`, and `TeacherError` where the server cannot do it."""
+    def __init__(self, num_classes: int, k: int | None, probe: Columns, model: str, server: ServerSection) -> None:
+        """`model`: what the server calls it. Raises `ConfigError`, and `TeacherError` where the server cannot do it."""
         if k is None:
             raise ConfigError("a served language model gives its most probable tokens: set encoding: topk and k")
         if "tokens" not in probe:
             raise ConfigError("a served language model speaks about tokens; the task must be language modelling")
-        self._server, self._model, self._num_classes = _Server(server), server.model, num_classes
+        self._server, self._model, self._num_classes = _Server(server, model), model, num_classes
         self.num_kept = k
         positions = np.asarray(probe["counted"]).shape[1]
         self.outputs = (OutputSpec(name=LOGITS, shape=(positions, num_classes)),)
@@ -209,12 +208,17 @@ class ServedClassifier:
     def __init__(
         self,
         task: Any,
+        model: str,
         server: ServerSection,
         prompt: str,
         answers: Sequence[str],
         top: int = 20,
+        probe: Columns | None = None,
     ) -> None:
-        """`task`: one with `column_values` (see `kdpipe.tasks.base.Task`). Raises `ConfigError`."""
+        """`task`: one with `column_values` (see `kdpipe.tasks.base.Task`); `probe`: a prepared row to try at once.
+
+        Raises `ConfigError`, and `TeacherError` where the server cannot do it.
+        """
         if len(answers) != task.num_classes or len(set(answers)) != len(answers):
             raise ConfigError(
                 f"answers are {list(answers)}; expected {task.num_classes} different texts, one per class"
@@ -225,8 +229,10 @@ class ServedClassifier:
                 f"{type(task).__name__} has no columns by name, so there is nothing to put into the prompt"
             )
         self._values, self._prompt, self._answers, self._top = values, prompt, list(answers), top
-        self._server, self._model = _Server(server), server.model
+        self._server, self._model = _Server(server, model), model
         self.outputs = (OutputSpec(name=LOGITS, shape=(len(answers),)),)
+        if probe is not None:
+            self.predict(probe)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:

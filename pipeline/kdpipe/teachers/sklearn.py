@@ -5,6 +5,7 @@ Shapes: B rows, D inputs, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 from torch import Tensor
 
 from kdpipe import durable
-from kdpipe.config import FactoryField, bind
+from kdpipe.config import FactoryField, bind, load_module, resolve
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.errors import ConfigError, TeacherError
-from kdpipe.fingerprint import digest, digest_file
+from kdpipe.fingerprint import digest, digest_file, source_digests
 from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess
 from kdpipe.skops_files import dumps, loads
@@ -35,8 +37,8 @@ class SklearnTeacher:
 
     Its logits are `log p` of `predict_proba`, -inf never: probabilities are floored at `smallest`, so that a class
     which no tree or neighbour voted for is improbable, not impossible. Of `decision_function`, the scores themselves
-    (`[0, z]` for two classes). Nearest neighbours make a teacher of examples. The preprocess gives `[B, D]`; missing
-    numbers (NaN) are the estimator's affair.
+    (`[0, z]` for two classes); a class that no row was of is as improbable. Nearest neighbours make a teacher of
+    examples. The preprocess gives `[B, D]`; missing numbers (NaN) are the estimator's affair.
     """
 
     def __init__(
@@ -49,8 +51,12 @@ class SklearnTeacher:
         path: str | None = None,
         trusted: Sequence[str] = (),
         smallest: float = 1e-6,
+        probe: Columns | None = None,
     ) -> None:
-        """`trusted`: types of other packages that the file may hold. Raises `ConfigError`."""
+        """`trusted`: types of other packages that the file may hold.
+
+        A ready estimator is tried on `probe`, a prepared row, at once. Raises `ConfigError`, `TeacherError`.
+        """
         if (estimator is None) == (path is None):
             raise ConfigError("SklearnTeacher: give estimator (it is fitted here, on `fit_on`) or path (it is ready)")
         if not 0 < smallest < 1 / num_classes:
@@ -59,17 +65,35 @@ class SklearnTeacher:
         self._smallest = smallest
         self.outputs = (OutputSpec(name=LOGITS, shape=(num_classes,)),)
         self._estimator: Any = None
-        self._learnt = ""
+        self._is_ready, self._learnt = path is not None, ""
         if estimator is not None:
             self._estimator = self._checked(bind(estimator, root, "estimator", random_state=0).make(), estimator.path)
         if path is not None:
             self._open(root / path)
+            if probe is not None:
+                self.predict(probe)
+
+    @staticmethod
+    def reads(arguments: Mapping[str, Any], root: Path) -> dict[str, str]:
+        """Digests of the code that `estimator` reaches, or its package's version."""
+        path = dict(arguments.get("estimator") or {}).get("factory")
+        if path is None:
+            return {}
+        return source_digests(resolve(path, root, "estimator"), load_module(path, root, "estimator").__name__)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """Digest of the stored estimator, scikit-learn's version, and the preprocess."""
+        """Digest of the stored estimator, scikit-learn's version, and the preprocess.
+
+        Raises `TeacherError` where it has learnt nothing yet.
+        """
         import sklearn
 
+        if not self._learnt:
+            raise TeacherError(
+                "the estimator has not seen any rows: give the teacher `fit_on: SPLIT` and run `kdpipe train-teacher`, "
+                "or name a file that holds a fitted one (path)"
+            )
         state = digest(dict(self._preprocess.state()))
         return {
             "estimator": self._learnt,
@@ -79,7 +103,9 @@ class SklearnTeacher:
         }
 
     def fit(self, blocks: Iterable[tuple[Columns, NDArray[np.int64]]]) -> None:
-        """Fit the estimator on the labelled rows. Raises `TeacherError` where it fails."""
+        """Fit it on the labelled rows. Raises `TeacherError` where that fails, `ConfigError` of a ready one."""
+        if self._is_ready:
+            raise ConfigError("SklearnTeacher: the estimator of `path` is ready; leave fit_on out")
         parts = [(self._inputs(columns)[labels != MISSING_LABEL], labels) for columns, labels in blocks]
         inputs = np.concatenate([each for each, _ in parts])
         labels = np.concatenate([each[each != MISSING_LABEL] for _, each in parts])
@@ -110,7 +136,7 @@ class SklearnTeacher:
             else:
                 scores = np.asarray(self._estimator.decision_function(inputs), np.float64)
                 two = np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores
-                logits = self._spread(two, float(two.min()) - 1)
+                logits = self._spread(two, logsumexp(two, axis=1) + math.log(self._smallest))
         except TeacherError:
             raise
         except Exception as error:  # any estimator's own
@@ -120,15 +146,16 @@ class SklearnTeacher:
             ) from error
         return {LOGITS: torch.from_numpy(logits).float()}
 
-    def _spread(self, values: NDArray[np.float64], absent: float) -> NDArray[np.float64]:
-        """Values of the classes that the estimator knows as `[B, C]` of all classes."""
+    def _spread(self, values: NDArray[np.float64], absent: float | NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values of the classes that the estimator knows as `[B, C]`, and that of an absent class (`[B]`, or all)."""
         classes = np.asarray(self._estimator.classes_)
         if classes.dtype.kind not in "iu" or classes.min() < 0 or classes.max() >= self._num_classes:
             raise TeacherError(
                 f"the estimator's classes are {classes.tolist()}; expected class numbers from 0 to "
                 f"{self._num_classes - 1}, as the task numbers them"
             )
-        spread = np.full((len(values), self._num_classes), absent)
+        spread = np.empty((len(values), self._num_classes))
+        spread.T[:] = absent
         spread[:, classes] = values
         return spread
 

@@ -2,6 +2,6 @@
 
 from kdpipe.testing.sources import SourceContract
 from kdpipe.testing.tasks import TaskContract
-from kdpipe.testing.teachers import TeacherContract
+from kdpipe.testing.teachers import LearnerContract, TeacherContract
 
-__all__ = ["SourceContract", "TaskContract", "TeacherContract"]
+__all__ = ["LearnerContract", "SourceContract", "TaskContract", "TeacherContract"]

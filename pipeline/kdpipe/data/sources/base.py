@@ -70,7 +70,9 @@ def files_below(folder: Path, endings: Sequence[str], ignore: Sequence[str] = ()
     Left out are names beginning with `.` or `_`, and relative names that match a pattern of `ignore`. Raises
     `DataError` for a file whose name ends otherwise than `endings`, in lower or upper case.
     """
-    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+    with reading(folder):
+        entries = sorted(os.scandir(folder), key=lambda each: each.name)
+    for entry in entries:
         if entry.name.startswith((".", "_")) or any(fnmatch(entry.name, pattern) for pattern in ignore):
             continue
         if entry.is_dir():

@@ -202,7 +202,7 @@ class ConstrainedTeacher:
         The logits of q are unnormalised, like the teacher's.
         """
         said = self._teacher.predict(columns)
-        logits = said[LOGITS]
+        logits = said.get(LOGITS)
         if not isinstance(logits, Tensor):
             raise TeacherError("rules reshape logits of all classes; this teacher knows its first k only")
         votes = self._rules.votes(columns)[:, :, None]

@@ -12,13 +12,10 @@ from torch import Tensor
 from kdpipe.errors import ConfigError
 from kdpipe.losses import DistillLoss, ForwardKL, ReverseKL, forward_kl, kd_loss, reverse_kl
 from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, SparseTargets, Targets
+from loss_definitions import random_logits
 from toy_targets import dense_of, sparse_of
 
 TEMPERATURES = st.floats(0.5, 20)
-
-
-def random_logits(seed: int, *shape: int, scale: float = 3.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def definition(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -340,16 +337,6 @@ def test_a_student_may_mask_classes_of_the_tail():
     assert torch.isfinite(gradient).all()
 
 
-def test_the_sparse_loss_keeps_one_buffer_of_all_classes():
-    student = torch.randn(2, 4, 1000, requires_grad=True)
-    targets = sparse_of(torch.randn(2, 4, 1000), 10, (1.0, 2.0))
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda x: x):
-        loss = ForwardKL(temperature=2.0)(student, targets)
-    loss.sum().backward()
-    assert sorted(saved)[-2] < 1000 <= sorted(saved)[-1] == student.numel()
-
-
 def test_autocast_does_not_narrow_the_sparse_loss():
     student, targets = random_logits(10, 8, 6).float(), sparse_of(random_logits(11, 8, 6).float(), 2, (1.0, 4.0))
     plain = ForwardKL(temperature=4.0)(student, targets)
@@ -450,7 +437,7 @@ def test_draws_serve_forward_kl_at_temperature_one_only():
     p = torch.full((2, 4), 0.25)
     targets, logits = sampled_of(p, torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)), torch.zeros(2, 4)
     assert ForwardKL.linear_in_targets
-    assert not ReverseKL.linear_in_targets
+    assert not hasattr(ReverseKL, "linear_in_targets")
     with pytest.raises(ConfigError, match="cannot be softened; set temperature: 1"):
         ForwardKL(temperature=4.0)(logits, targets)
     with pytest.raises(ConfigError, match="linear in the teacher's probabilities"):

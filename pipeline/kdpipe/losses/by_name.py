@@ -1,0 +1,76 @@
+"""Losses for one's own training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdpipe.errors import ConfigError
+from kdpipe.losses.base import DistillLoss, valid_rows, values_of
+from kdpipe.losses.decoupled import DKD, NKD
+from kdpipe.losses.divergences import ForwardKL, GeneralisedJSD, ReverseKL, SoftTargetCE, TopKRenormKL, TotalVariation
+from kdpipe.losses.logits import LogitMSE
+from kdpipe.losses.relational import DIST
+from kdpipe.losses.vocabularies import ULD
+from kdpipe.targets import Targets
+
+LOSSES: Mapping[str, type[Any]] = {
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "soft_target_ce": SoftTargetCE,
+    "gjsd": GeneralisedJSD,
+    "total_variation": TotalVariation,
+    "logit_mse": LogitMSE,
+    "topk_renorm_kl": TopKRenormKL,
+    "dkd": DKD,
+    "nkd": NKD,
+    "dist": DIST,
+    "uld": ULD,
+}
+"""What `kd_loss` calls them."""
+
+
+def kd_loss(
+    logits: Tensor,
+    targets: Targets,
+    *,
+    temperature: float | None = None,
+    loss: str | DistillLoss = "forward_kl",
+    labels: Tensor | None = None,
+    allow_interpolation: bool = False,
+) -> Tensor:
+    """Distillation loss for your own loop: the mean over valid rows (or tokens), a scalar; 0 if there is none.
+
+    Student logits `[B, ..., C]`; targets from `store.targets(sample_ids)`. `loss` is a name of `LOSSES`, at its own
+    default where `temperature` is None; or any `DistillLoss`, which has a temperature of its own. `labels [B, ...]` are
+    for a loss that needs them (-1: none); a row without is left out, as is one that is not covered.
+    `allow_interpolation` between the temperatures of sparse targets, see `SparseTargets.tail_bounds`. Raises
+    `ConfigError`.
+    """
+    loss = _loss(loss, temperature, allow_interpolation)
+    values, valid = values_of(loss, logits, targets, labels), valid_rows(loss, targets, labels)
+    if valid is None:
+        return values.sum() / max(1, values.numel())
+    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def _loss(loss: str | DistillLoss, temperature: float | None, allow_interpolation: bool) -> DistillLoss:
+    asked: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+    if allow_interpolation:
+        asked["allow_interpolation"] = True
+    if not isinstance(loss, str):
+        if asked:
+            raise ConfigError(
+                f"kd_loss got {', '.join(asked)} and a {type(loss).__name__}, which has its own; set it there"
+            )
+        return loss
+    if loss not in LOSSES:
+        raise ConfigError(f"loss {loss!r} is unknown; the choices are {', '.join(LOSSES)}")
+    kind = LOSSES[loss]
+    if allow_interpolation and "allow_interpolation" not in kind.__dataclass_fields__:
+        raise ConfigError(f"loss {loss!r} interpolates no temperature; leave allow_interpolation out")
+    made: DistillLoss = kind(**asked)
+    return made

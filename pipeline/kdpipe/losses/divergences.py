@@ -1,0 +1,271 @@
+"""Divergences of student and teacher: KL both ways, soft-target cross-entropy, Jensen-Shannon, total variation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kdpipe.errors import ConfigError
+from kdpipe.losses.buckets import log_probs_at
+from kdpipe.losses.distributions import check_shape, log_probs_of_both, student_softened, teacher_log_probs, widened
+from kdpipe.targets import SampledTargets, SparseTargets, Targets, check_temperature
+
+_LOWEST = -1e30
+"""Stands for the log of 0 where a difference of two of them must be a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardKL:
+    """`T^2 KL(p || q)` (Hinton et al. 2015, section 2).
+
+    T^2 keeps the gradient's size when T changes. With `standardise` both logits are first brought to mean 0 and
+    deviation 1 (Sun et al. 2024: T = 2, weight 9): scale and shift of the student's logits become free, so that its
+    probabilities mean little afterwards; dense targets only. See `forward_kl` for sparse and sampled targets.
+    """
+
+    linear_in_targets: ClassVar[bool] = True
+
+    temperature: float = 4.0
+    allow_interpolation: bool = False
+    standardise: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature that means nothing."""
+        check_temperature(self.temperature)
+
+    def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
+        """One value per row `[B, ...]`."""
+        kl = forward_kl(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
+        return self.temperature**2 * kl
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """KL without T^2."""
+        return values / self.temperature**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseKL:
+    """`T^2 KL(q || p)`, which seeks the teacher's modes (Gu et al. 2024, MiniLLM, equation 1, per position).
+
+    `standardise` as in `ForwardKL`. See `reverse_kl` for masked classes and sparse targets.
+    """
+
+    temperature: float = 1.0
+    allow_interpolation: bool = False
+    standardise: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature that means nothing."""
+        check_temperature(self.temperature)
+
+    def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
+        """One value per row `[B, ...]`."""
+        kl = reverse_kl(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
+        return self.temperature**2 * kl
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """KL without T^2."""
+        return values / self.temperature**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTargetCE:
+    """`-T^2 sum p log q`: forward KL plus `T^2` times the teacher's entropy, with the same gradient.
+
+    Hinton et al. 2015, section 2. Not 0 where student and teacher agree. Sparse targets: over K + 1 buckets; sampled
+    ones at T = 1. `standardise` as in `ForwardKL`.
+    """
+
+    linear_in_targets: ClassVar[bool] = True
+
+    temperature: float = 1.0
+    allow_interpolation: bool = False
+    standardise: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature that means nothing."""
+        check_temperature(self.temperature)
+
+    def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
+        """One value per row `[B, ...]`."""
+        if isinstance(targets, SampledTargets):
+            return _sampled_cross_entropy(logits, targets, self.temperature, self.standardise)
+        log_p, log_q = log_probs_of_both(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
+        possible = torch.where(torch.isneginf(log_p), 0.0, log_q)
+        return -(self.temperature**2) * (log_p.exp() * possible).sum(dim=-1)
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """Cross-entropy without T^2."""
+        return values / self.temperature**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralisedJSD:
+    """`beta KL(p || m) + (1 - beta) KL(q || m)`, m = beta p + (1 - beta) q, without T^2 (Agarwal et al. 2023, GKD).
+
+    Bounded by log 2 at beta = 0.5, and symmetric there. It goes to 0 as beta goes to 0 or 1, and its gradient with it;
+    those ends are refused. With `normalise` it is divided by beta (1 - beta), and goes to KL(p || q) as beta goes to 0
+    and to KL(q || p) as beta goes to 1: its values at these ends (`reverse_kl` leaves out masked classes). Sparse
+    targets: over K + 1 buckets. `standardise` as in `ForwardKL`.
+    """
+
+    beta: float = 0.5
+    temperature: float = 1.0
+    normalise: bool = False
+    allow_interpolation: bool = False
+    standardise: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature or a beta that means nothing."""
+        check_temperature(self.temperature)
+        if not 0 <= self.beta <= 1:
+            raise ConfigError(f"beta is {self.beta}; expected a number from 0 to 1")
+        if self.beta in (0, 1) and not self.normalise:
+            raise ConfigError(
+                f"beta is {self.beta:g}, where the divergence is 0 whatever the student says; set normalise: true, "
+                "which gives forward KL at 0 and reverse KL at 1, or a beta between them"
+            )
+
+    def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
+        """One value per row `[B, ...]`."""
+        if self.beta in (0, 1):
+            kl = reverse_kl if self.beta else forward_kl
+            return kl(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
+        log_p, log_q = log_probs_of_both(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
+        # log(m / p) and log(m / q) from log(p / q) alone: no difference of nearly equal numbers at a small beta.
+        gap = log_p.clamp(min=_LOWEST) - log_q.clamp(min=_LOWEST)
+        log_beta, log_rest = (gap.new_tensor(each) for each in (math.log(self.beta), math.log1p(-self.beta)))
+        of_teacher = -(log_p.exp() * torch.logaddexp(log_beta, log_rest - gap)).sum(dim=-1)
+        of_student = -(log_q.exp() * torch.logaddexp(log_rest, log_beta + gap)).sum(dim=-1)
+        if self.normalise:
+            return of_teacher / (1 - self.beta) + of_student / self.beta
+        return self.beta * of_teacher + (1 - self.beta) * of_student
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """As they are."""
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalVariation:
+    """`1/2 sum |p - q|`, from 0 to 1, without T^2 (Wen et al. 2023, f-Distill).
+
+    The gradient of a class is 0 where p = q. Sparse targets: over K + 1 buckets.
+    """
+
+    temperature: float = 1.0
+    allow_interpolation: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature that means nothing."""
+        check_temperature(self.temperature)
+
+    def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
+        """One value per row `[B, ...]`."""
+        log_p, log_q = log_probs_of_both(logits, targets, self.temperature, self.allow_interpolation)
+        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """As they are."""
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKRenormKL:
+    """`T^2 KL(p || q)` over the kept classes alone, both renormalised there; sparse targets only, at any T.
+
+    What many trainers do with top-k logits. It tells the student nothing of how much mass its other classes should
+    have, so it may keep any; `ForwardKL` has a bucket for that.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature that means nothing."""
+        check_temperature(self.temperature)
+
+    def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
+        """One value per row `[B, ...]`."""
+        if not isinstance(targets, SparseTargets):
+            raise ConfigError(
+                "TopKRenormKL is about the kept classes of sparse targets, and these are others; use ForwardKL, or "
+                "cache with encoding: topk"
+            )
+        check_shape(logits, (*targets.ids.shape[:-1], targets.num_classes))
+        unused = torch.isneginf(targets.head)
+        kept = widened(logits.gather(-1, targets.ids)).masked_fill(unused, -torch.inf)
+        log_q = torch.log_softmax(kept / self.temperature, dim=-1)
+        log_p = torch.log_softmax(targets.head.to(log_q.dtype) / self.temperature, dim=-1)
+        return self.temperature**2 * kl_of(log_p, log_q)
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """KL without T^2."""
+        return values / self.temperature**2
+
+
+def forward_kl(
+    logits: Tensor,
+    targets: Targets,
+    temperature: float = 1.0,
+    allow_interpolation: bool = False,
+    standardise: bool = False,
+) -> Tensor:
+    """KL(teacher || student) at T, without T^2: student logits `[B, ..., C]` -> `[B, ...]`.
+
+    A class that the teacher masks (-inf) adds nothing. Sparse targets: over K + 1 buckets, the kept classes and all
+    others together, a lower bound of the full KL. Sampled targets: an unbiased estimate, so it may be below 0. Raises
+    `ConfigError` for other shapes, for sampled targets at another T than 1, for features.
+    """
+    if isinstance(targets, SampledTargets):
+        cross_entropy = _sampled_cross_entropy(logits, targets, temperature, standardise)
+        return cross_entropy - targets.entropy.to(cross_entropy.dtype)
+    return kl_of(*log_probs_of_both(logits, targets, temperature, allow_interpolation, standardise))
+
+
+def reverse_kl(
+    logits: Tensor,
+    targets: Targets,
+    temperature: float = 1.0,
+    allow_interpolation: bool = False,
+    standardise: bool = False,
+) -> Tensor:
+    """KL(student || teacher) at T, without T^2: student logits `[B, ..., C]` -> `[B, ...]`.
+
+    Where the teacher masks classes (-inf), the student is compared on the others alone, with its probabilities there
+    renormalised; all of its mass on a masked class would cost infinitely much. Sparse targets: over K + 1 buckets.
+    Raises `ConfigError` for other shapes, for sampled targets, for features.
+    """
+    log_p = teacher_log_probs(targets, temperature, allow_interpolation, standardise)
+    masked = torch.isneginf(log_p)
+    softened = student_softened(logits, targets, temperature, standardise)
+    log_q = torch.log_softmax(softened.masked_fill(masked, -torch.inf), dim=-1)
+    difference = torch.where(masked | torch.isneginf(log_q), 0.0, log_q - log_p.to(log_q.dtype))
+    return (log_q.exp() * difference).sum(dim=-1)
+
+
+def kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`sum p (log p - log q)` over the last axis; a class without p adds nothing, whatever its q."""
+    difference = torch.where(torch.isneginf(log_p), 0.0, log_p - log_q)
+    return (log_p.exp() * difference).sum(dim=-1)
+
+
+def _sampled_cross_entropy(logits: Tensor, targets: SampledTargets, temperature: float, standardise: bool) -> Tensor:
+    """`-sum w log q` over the drawn classes `[B, ..., K]`."""
+    if temperature != 1:
+        raise ConfigError(
+            f"temperature is {temperature:g}, but sampled targets are draws at temperature 1 and cannot be softened; "
+            "set temperature: 1, or cache with encoding: topk or dense"
+        )
+    if standardise:
+        raise ConfigError(
+            "standardise: sampled targets are draws, not logits that could be standardised; cache with encoding: dense "
+            "or int8, or leave it out"
+        )
+    check_shape(logits, (*targets.ids.shape[:-1], targets.num_classes))
+    log_q = log_probs_at(logits, targets.ids)
+    weights = targets.weights.to(log_q.dtype)
+    return -torch.where(weights > 0, weights * log_q, 0.0).sum(dim=-1)

@@ -1,0 +1,119 @@
+"""Transforms one after the other, and a function of one's own as a transform.
+
+Shapes: B rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.config import FactoryField, bind, load_module, parse, resolve, takes
+from kdpipe.data.columns import Array, Column, Columns, Ragged
+from kdpipe.errors import ConfigError
+from kdpipe.fingerprint import source_digests
+from kdpipe.views import Transform
+
+_TRANSFORMS, _FUNCTION = "views.transform.transforms", "views.transform.function"
+
+PerRow = Callable[[Mapping[str, Array], np.random.Generator], Mapping[str, Array]]
+"""`(example, rng) -> example`: one row's values by column name."""
+
+
+class Compose:
+    """Transforms in their order; each draws from a stream of its own, which its place in the list names."""
+
+    def __init__(self, transforms: Sequence[Any], root: Path = Path()) -> None:
+        """`transforms`: each a `Transform`, or its factory as params.yaml has it; files are relative to `root`.
+
+        Raises `ConfigError`.
+        """
+        if isinstance(transforms, str | Mapping) or not isinstance(transforms, Sequence) or not transforms:
+            raise ConfigError(f"{_TRANSFORMS}: expected a list of transforms (found {transforms!r})")
+        self._transforms = [_made(each, root, f"{_TRANSFORMS}.{place}") for place, each in enumerate(transforms)]
+
+    @staticmethod
+    def reads(arguments: Mapping[str, Any], root: Path) -> dict[str, str]:
+        """Digests of the code that the transforms reach."""
+        digests: dict[str, str] = {}
+        for value in arguments["transforms"]:
+            factory = parse(FactoryField, value, _TRANSFORMS)
+            target = resolve(factory.path, root, _TRANSFORMS)
+            digests |= source_digests(target, load_module(factory.path, root, _TRANSFORMS).__name__)
+            digests |= target.reads(factory.arguments, root) if hasattr(target, "reads") else {}
+        return digests
+
+    def __call__(self, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
+        """Columns of the same layout, if every transform keeps it."""
+        for place, transform in enumerate(self._transforms):
+            columns = transform(columns, keys, _seed_of(seed, place))
+        return columns
+
+
+class PerExample:
+    """A function `(example, rng)` of one row at a time as a transform: slower than one of whole batches.
+
+    `example` maps a column's name to the row's values, which may be changed in place: an array such as uint8
+    `[H, W, C]`; of text its UTF-8 bytes, uint8 `[n]`. It gives such a mapping back, with arrays of the same dtypes.
+    `rng` is the row's and the view's own; everything random must come from it.
+    """
+
+    def __init__(self, function: str | PerRow, root: Path = Path()) -> None:
+        """`function`: "package.module:name" or "file.py:name", relative to `root`; a class is called first.
+
+        Raises `ConfigError`.
+        """
+        found: Any = resolve(function, root, _FUNCTION) if isinstance(function, str) else function
+        self._function: PerRow = cast("PerRow", found() if inspect.isclass(found) else found)
+        if not takes(self._function, 2):
+            raise ConfigError(f"{_FUNCTION}: {function} does not take (example, rng)")
+
+    @staticmethod
+    def reads(arguments: Mapping[str, Any], root: Path) -> dict[str, str]:
+        """Digests of the code that the function reaches."""
+        path = arguments["function"]
+        return source_digests(resolve(path, root, _FUNCTION), load_module(path, root, _FUNCTION).__name__)
+
+    def __call__(self, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
+        """What the function gives, row by row."""
+        rows = [
+            self._function(
+                {name: _row(column, row).copy() for name, column in columns.items()},
+                np.random.Generator(np.random.Philox(key=[key, seed])),
+            )
+            for row, key in enumerate(keys)
+        ]
+        return {name: _joined(column, [each[name] for each in rows]) for name, column in columns.items()}
+
+
+def _made(value: Any, root: Path, where: str) -> Transform:
+    if isinstance(value, Mapping):
+        factory = parse(FactoryField, value, where)
+        value = bind(factory, root, where, root=root).make()
+    if not callable(value) or not takes(value, 3):
+        raise ConfigError(f"{where}: {value!r} is no Transform: it must take (columns, keys, seed)")
+    transform: Transform = value
+    return transform
+
+
+def _seed_of(seed: int, place: int) -> int:
+    """Another seed for each place, from 0 to 2^64 - 1."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{place}".encode(), digest_size=8).digest(), "little")
+
+
+def _row(column: Column, row: int) -> Array:
+    values: Array = column.row(row) if isinstance(column, Ragged) else column[row]
+    return values
+
+
+def _joined(column: Column, rows: list[Array]) -> Column:
+    if not isinstance(column, Ragged):
+        return np.stack(rows) if rows else column
+    offsets = np.cumsum([0, *map(len, rows)])
+    return Ragged(values=np.concatenate([column.values[:0], *rows]), offsets=offsets)

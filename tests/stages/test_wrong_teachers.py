@@ -1,0 +1,659 @@
+"""Teachers that cannot be used, through the real command line: one message, exit status 1, and what stood stands."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+
+from completions_server import CLASSES, running
+from kdpipe.data.prepared import PreparedData
+from kdpipe.huggingface import quietly
+from kdpipe.models.pretrained import causal_lm
+from kdpipe.skops_files import dumps
+from kdpipe.store import TargetStore
+from kdpipe_stages.cli import run
+from kdpipe_stages.lesson import open_checked_store
+from kdpipe_stages.teachers import build_teacher
+from projects import fails, project_in, tree, write_params
+from stages.test_teacher_kinds import FOREST, GPT2, LINEAR, SKLEARN, given, write, write_table, write_texts
+from toy_text import save_bert, save_tokenizer
+
+GIVEN, INPUTS, LABELS = given("iris")
+FUNCTION = {"teacher": {"factory": "kdpipe.teachers.ensemble:FunctionTeacher", "function": "mine.py:speak"}}
+SPEAK = "import numpy as np\n\n\ndef speak(columns):\n    return columns['features'][:, :3]\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Prepared rows of iris, and a complete store of what a function says; the current folder, as for a user."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SPEAK)
+    write(tmp_path, write_table(tmp_path, "iris"), {"big": FUNCTION})
+    assert run(["prepare-data"]) == 0
+    assert run(["cache-teacher"]) == 0
+    return tmp_path
+
+
+def change(folder, teachers, **targets):
+    """Other teachers; `targets` of big."""
+    params = project_in(folder).params
+    sections = {"data": write_table(folder, "iris")["data"], "task": params.task.to_json()}
+    write(folder, sections, teachers, targets=targets or None)
+
+
+def refuses(folder, capsys, message, *commands):
+    """Every command fails with the same message, and the store is as it was."""
+    before = tree(folder / "data" / "targets")
+    for command in commands:
+        found = fails(capsys, *command.split())
+        assert re.search(message, found, re.DOTALL), f"{command}: {found}"
+    assert tree(folder / "data" / "targets") == before
+
+
+def write_network(path, *factors):
+    """An ONNX file: each class is the sum of the inputs times a factor."""
+    weights = numpy_helper.from_array(np.tile(np.array(factors, np.float32), (4, 1)), "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["logits"])
+    shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 4])
+    said = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", weights.dims[1]])
+    graph = helper.make_graph([node], "net", [shape], [said], [weights])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+ONNX = {"teacher": {"factory": "kdpipe.teachers.onnx:OnnxTeacher", "path": "a.onnx"}, "preprocess": GIVEN}
+READY = {"teacher": {"factory": SKLEARN, "path": "a.skops"}, "preprocess": GIVEN}
+WEIGHTS = {"model": LINEAR, "weights": "a.safetensors", "preprocess": GIVEN}
+
+
+# Classes, numbers, shapes
+
+
+def test_a_network_of_another_number_of_classes(folder, capsys):
+    write_network(folder / "a.onnx", 1, 2, 3, 4, 5)
+    change(folder, {"big": ONNX})
+    message = r"a\.onnx gives logits of shape \[1, 5\] for one row; expected \[1, …, 3\] \(task\.num_classes is 3\)"
+    refuses(folder, capsys, message, "check", "cache-teacher")
+
+
+def test_an_estimator_of_other_classes(folder, capsys):
+    (folder / "a.skops").write_bytes(dumps(LogisticRegression(max_iter=200).fit(INPUTS, LABELS + 1)))
+    change(folder, {"big": READY})
+    message = r"the estimator's classes are \[1, 2, 3\]; expected class numbers from 0 to 2"
+    refuses(folder, capsys, message, "check", "cache-teacher")
+
+
+def test_weights_of_other_classes(folder, capsys):
+    save_file({"head.weight": torch.ones(5, 4), "head.bias": torch.ones(5)}, folder / "a.safetensors")
+    change(folder, {"big": WEIGHTS})
+    message = "does not fit the model Linear: of another shape: head.bias, head.weight"
+    refuses(folder, capsys, message, "check", "cache-teacher")
+
+
+def test_an_estimator_of_other_columns(folder, capsys):
+    (folder / "a.skops").write_bytes(dumps(LogisticRegression(max_iter=200).fit(INPUTS[:, :2], LABELS)))
+    change(folder, {"big": READY})
+    refuses(folder, capsys, r"LogisticRegression failed on inputs of shape \[1, 4\]", "check", "cache-teacher")
+
+
+NAN = r"the teacher's logits are NaN or infinite for \d+ of \d+ samples of a batch, such as \d+-[0-9a-f]{16}"
+
+
+def test_a_network_that_says_nan(folder, capsys):
+    write_network(folder / "a.onnx", 1, np.nan, 2)
+    change(folder, {"big": ONNX})
+    refuses(folder, capsys, NAN, "cache-teacher")
+
+
+ODD = 7.9
+SPOILT = {
+    "NaN": ("values[odd] = np.nan\n    return values", NAN),
+    "infinite": ("values[odd] = np.inf\n    return values", NAN),
+    "of another shape later": (
+        "return values if not odd.any() else values[:, :2]",
+        r"mine\.py:speak gave \[\d+, 2\] for \d+ rows; expected logits of shape \[\d+, …, 3\]",
+    ),
+    "a row too few later": (
+        "return values if not odd.any() else values[1:]",
+        r"mine\.py:speak gave \[\d+, 3\] for \d+ rows",
+    ),
+    "fails later": (
+        "assert not odd.any(), 'no such flower'\n    return values",
+        r"mine\.py:speak failed: AssertionError: no such flower",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_function_that_goes_wrong_in_a_later_batch(folder, capsys, spoilt):
+    """What was committed before stays, and is not computed again once it is mended."""
+    body, message = SPOILT[spoilt]
+    (folder / "mine.py").write_text(
+        "import numpy as np\n\n\ndef speak(columns):\n    values = columns['features'][:, :3].copy()\n"
+        f"    odd = np.isclose(columns['features'][:, 0], {ODD})\n    {body}\n"
+    )
+    change(folder, {"big": FUNCTION}, batch_size=8, shard_rows=8)
+    data = PreparedData(folder / "data" / "prepared")
+    assert 16 < np.flatnonzero(np.isclose(data.inputs.read(np.arange(150))["features"][:, 0], ODD))[0] < 140
+    refuses(folder, capsys, message, "cache-teacher")
+    assert len(list((folder / "data" / ".work").rglob("commits/*.json"))) >= 1
+
+
+# Files
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def test_truncated_files(folder, capsys):
+    save_file({"head.weight": torch.ones(3, 4), "head.bias": torch.ones(3)}, folder / "a.safetensors")
+    write_network(folder / "a.onnx", 1, 2, 3)
+    (folder / "a.skops").write_bytes(dumps(LogisticRegression(max_iter=200).fit(INPUTS, LABELS)))
+    for section, name, message in (
+        (WEIGHTS, "a.safetensors", r"a\.safetensors is no safetensors file"),
+        (ONNX, "a.onnx", r"a\.onnx is no ONNX model that ONNX Runtime can load"),
+        (READY, "a.skops", r"a\.skops is no skops file|a\.skops cannot be loaded"),
+    ):
+        change(folder, {"big": section})
+        assert run(["check"]) == 0
+        truncated(folder / name)
+        refuses(folder, capsys, message, "check", "cache-teacher")
+        (folder / name).unlink()
+        refuses(folder, capsys, "there is no (weights )?file", "check", "cache-teacher")
+
+
+class Attack:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "message"),
+    [
+        (WEIGHTS, "a.safetensors", "is no safetensors file"),
+        ({**WEIGHTS, "weights": "a.pt"}, "a.pt", "no PyTorch file of plain tensors"),
+        (ONNX, "a.onnx", "is no ONNX model"),
+        (READY, "a.skops", "A pickle is not loaded: it may hold any code"),
+    ],
+)
+def test_a_pickle_with_code_in_place_of_a_file(folder, capsys, section, name, message):
+    (folder / name).write_bytes(pickle.dumps(Attack(folder / "attacked")))
+    change(folder, {"big": section})
+    commands = ("check", "train-teacher", "cache-teacher")
+    refuses(folder, capsys, message, *(commands if "weights" in section else commands[::2]))
+    assert not (folder / "attacked").exists()
+    pickle.loads((folder / name).read_bytes())  # noqa: S301
+    assert (folder / "attacked").exists(), "it would have"
+
+
+def test_a_skops_file_with_code(folder, capsys):
+    """A function of os, wrapped in an estimator: skops would import and call it."""
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer
+
+    attack = FunctionTransformer(os.system, kw_args={})
+    pipeline = make_pipeline(attack, LogisticRegression())
+    pipeline.steps[1][1].fit(INPUTS, LABELS)
+    (folder / "a.skops").write_bytes(dumps(pipeline))
+    change(folder, {"big": READY})
+    message = r"holds types that are not known to be safe: .*system.*name them in `trusted:`"
+    refuses(folder, capsys, message, "check", "cache-teacher")
+
+
+# Text and tokens
+
+
+BERT_TEACHER = {
+    "teacher": {"factory": "kdpipe.teachers.pretrained:PretrainedTeacher", "path": "bert"},
+    "preprocess": {"factory": "kdpipe.preprocess:PretrainedTokenizer", "path": "bert", "max_length": 12},
+}
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """Prepared texts, and a checkpoint for them; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(save_bert(tmp_path / "bert"))
+    sections = {
+        "data": write_texts(tmp_path, [f"a fine film {number}" for number in range(20)], label=[0, 1] * 10),
+        "task": {"factory": "kdpipe.tasks.text:TextClassification", "num_classes": 3},
+    }
+    student = {"model": {"factory": "kdpipe.models.lstm:LSTM", "width": 4, "hidden": 4}}
+
+    def build(teacher, **settings):
+        return write(tmp_path, sections | settings, {"big": teacher}, student)
+
+    build(BERT_TEACHER)
+    assert run(["prepare-data"]) == 0
+    assert run(["check"]) == 0
+    assert run(["cache-teacher"]) == 0
+    return build
+
+
+def test_a_checkpoint_that_is_damaged(texts, tmp_path, capsys):
+    """Truncated, of other classes, with a pickle in place of its weights."""
+    save_bert(tmp_path / "bert", num_classes=4)
+    refuses(
+        tmp_path, capsys, r"returned \[1, 4\] for 1 rows; expected logits .*num_classes is 3", "check", "cache-teacher"
+    )
+    truncated(tmp_path / "bert" / "model.safetensors")
+    refuses(tmp_path, capsys, "bert cannot be read as AutoModelForSequenceClassification", "check", "cache-teacher")
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    (tmp_path / "bert" / "pytorch_model.bin").write_bytes(pickle.dumps(Attack(tmp_path / "attacked")))
+    refuses(tmp_path, capsys, r"pytorch_model\.bin, which would have to be unpickled", "check", "cache-teacher")
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_tokenizer_that_is_not_the_checkpoints(texts, tmp_path, capsys):
+    save_tokenizer(tmp_path / "other", words=["not", "a", "fine", "film", "##s"])
+    preprocess = {**BERT_TEACHER["preprocess"], "path": "other"}
+    texts({**BERT_TEACHER, "preprocess": preprocess})
+    message = r"comes with another tokenizer than .*: 'not' is 9 there and 5 here"
+    refuses(tmp_path, capsys, message, "check", "cache-teacher")
+
+
+def test_a_padded_vocabulary_says_what_to_set(tmp_path, monkeypatch, capsys):
+    """A head of more outputs than there are tokens, as 152,064 for 151,936; then with what the message says."""
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("padded", 264), ("small", 200)):
+        with quietly():
+            causal_lm(size, config=GPT2).save_pretrained(tmp_path / name)
+    teacher = {"factory": "kdpipe.teachers.pretrained:PretrainedTeacher", "path": "padded", "auto": "causal_lm"}
+    task = {"factory": "kdpipe.tasks.language:LanguageModelling", "block_tokens": 8}
+    student = {"model": {"factory": "kdpipe.models.pretrained:causal_lm", "config": GPT2}}
+    data = write_texts(tmp_path, [f"a fine film {number}" for number in range(9)])
+
+    def build(task, teacher):
+        targets = {"encoding": "topk", "k": 4}
+        write(tmp_path, {"data": data, "task": task}, {"big": {"teacher": teacher}}, student, targets)
+        assert run(["prepare-data"]) == 0
+
+    build(task, teacher)
+    message = (
+        r"returned \[1, 8, 264\] for 1 rows; expected logits of shape \[1, …, 257\] \(task\.num_classes is 257; where "
+        r"a vocabulary is padded, set it to the model's number of outputs, 264, which teacher and student must share\)"
+    )
+    refuses(tmp_path, capsys, message, "check", "cache-teacher")
+    build({**task, "num_classes": 264}, teacher)
+    for command in ("check", "cache-teacher", "train-student"):
+        assert run([command]) == 0
+    assert TargetStore.open(tmp_path / "data" / "targets" / "big").outputs["logits"].shape == (8, 264)
+    build(task, {**teacher, "path": "small"})
+    refuses(
+        tmp_path, capsys, "the model has embeddings for 200 tokens, its tokenizer makes 257", "check", "cache-teacher"
+    )
+
+
+def test_a_language_model_of_another_tokenizer(tmp_path, monkeypatch, capsys):
+    """Bytes in place of the checkpoint's tokenizer: its tokens mean something else."""
+    monkeypatch.chdir(tmp_path)
+    with quietly():
+        causal_lm(300, config=GPT2).save_pretrained(tmp_path / "gpt2")
+    save_tokenizer(tmp_path / "gpt2")
+    teacher = {"factory": "kdpipe.teachers.pretrained:PretrainedTeacher", "path": "gpt2", "auto": "causal_lm"}
+    task = {"factory": "kdpipe.tasks.language:LanguageModelling", "block_tokens": 8, "num_classes": 300}
+    student = {"model": {"factory": "kdpipe.models.pretrained:causal_lm", "config": GPT2}}
+    sections = {"data": write_texts(tmp_path, ["a fine film"] * 5), "task": task}
+    write(tmp_path, sections, {"big": {"teacher": teacher}}, student)
+    assert run(["prepare-data"]) == 0
+    message = r"another tokenizer than .*: 'byte 0' is unknown there and 0 here. .*task\.tokenizer"
+    refuses(tmp_path, capsys, message, "check", "cache-teacher")
+
+
+# Factories
+
+
+OWN = """
+import torch
+
+from kdpipe.targets import OutputSpec
+
+
+class Mine:
+    outputs = (OutputSpec(name="logits", shape=(3,)),)
+    fingerprint = {"mine": 1}
+    num_asked = 0
+
+    def predict(self, columns):
+        self.num_asked += 1
+        return ANSWER
+
+
+class Half:
+    outputs = ()
+
+    def predict(self, columns):
+        return {}
+
+
+class Fails(Mine):
+    def __init__(self):
+        raise ValueError("no weights today")
+
+
+class Odd(Mine):
+    @property
+    def outputs(self):
+        raise RuntimeError("it depends")
+
+
+class Learns(Mine):
+    def fit(self, blocks):
+        raise ZeroDivisionError("too few rows")
+
+    def save(self, folder):
+        pass
+
+    def load(self, folder):
+        pass
+
+
+def a_number():
+    return 3
+"""
+ANSWER = "{'logits': torch.from_numpy(columns['features'][:, :3])}"
+
+
+def own(name, **section):
+    return {"teacher": {"factory": f"own.py:{name}"}, **section}
+
+
+def write_own(folder, answer=ANSWER):
+    (folder / "own.py").write_text(OWN.replace("ANSWER", answer))
+
+
+@pytest.mark.parametrize(
+    ("teachers", "message", "commands"),
+    [
+        ({"big": own("Half")}, r"big\.teacher: own\.py:Half gave Half, which is no Teacher .*no fingerprint", None),
+        ({"big": own("a_number")}, "gave int, .* no Teacher .*no outputs and no fingerprint and no predict", None),
+        ({"big": own("Fails")}, r"teachers\.big\.teacher: own\.py:Fails fails: ValueError: no weights today", None),
+        ({"big": own("Odd")}, r"teachers\.big fails: RuntimeError: it depends", None),
+        ({"big": own("Nobody")}, r"teachers\.big\.teacher: own\.py has no 'Nobody'; it has .*Mine", None),
+        (
+            {"big": own("Mine", fit_on="train")},
+            r"teachers\.big\.fit_on: own\.py:Mine has nothing to learn; leave fit_on out",
+            ("check", "train-teacher"),
+        ),
+        (
+            {"big": own("Learns", fit_on="train")},
+            r"teachers\.big: fit fails: ZeroDivisionError: too few rows",
+            ("train-teacher",),
+        ),
+        (
+            {"big": own("Learns", fit_on="trian")},
+            r"teachers\.big\.fit_on: there is no split 'trian'",
+            ("check", "train-teacher"),
+        ),
+        ({"big": {**FOREST, "fit_on": None}}, "has not seen any rows: give the teacher `fit_on: SPLIT`", None),
+        (
+            {"big": {**READY, "fit_on": "train"}},
+            "the estimator of `path` is ready; leave fit_on out",
+            ("train-teacher",),
+        ),
+        ({"big": {**FUNCTION, "runtime": {"sped": 1}}}, r"teachers\.big\.teacher\.sped: .* does not take it", None),
+        ({"big": FOREST}, r"there is no trained model in .*big\. Run `kdpipe train-teacher big`", ("cache-teacher",)),
+    ],
+)
+def test_a_factory_that_makes_no_teacher(folder, capsys, teachers, message, commands):
+    write_own(folder)
+    (folder / "a.skops").write_bytes(dumps(LogisticRegression(max_iter=200).fit(INPUTS, LABELS)))
+    change(folder, teachers)
+    refuses(folder, capsys, message, *(commands or ("check", "cache-teacher")))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {**FUNCTION, "runtime": {"function": "mine.py:speak"}},
+            r"teachers\.big\.runtime\.function: it is given in teachers\.big\.teacher, too",
+        ),
+        ({**WEIGHTS, "runtime": {}}, r"teachers\.big\.runtime: it does not go with weights"),
+        ({**FUNCTION, "logits": "scores"}, r"teachers\.big\.logits: it does not go with teacher"),
+    ],
+)
+def test_keys_that_do_not_go_together(folder, capsys, section, message):
+    value = yaml.safe_load((folder / "params.yaml").read_text())
+    write_params(folder, value | {"teachers": {"big": section}})
+    refuses(folder, capsys, message, "check", "cache-teacher")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("None", r"teachers\.big: predict gave NoneType; expected a dict of tensors"),
+        ("{'logits': [1, 2, 3]}", r"teachers\.big: predict gave dict; expected a dict of tensors"),
+        ("1 / 0", r"teachers\.big: predict fails: ZeroDivisionError"),
+        ("{'scores': torch.zeros(1, 3)}", "the teacher gave no output 'logits'; it gave scores"),
+        ("{'logits': torch.zeros(7, 3)}", r"the teacher's logits have shape \[7, 3\]; expected \[64, 3\]"),
+        (ANSWER + " | {'covered': torch.zeros(2)}", None),
+    ],
+)
+def test_a_teacher_that_answers_something_else(folder, capsys, answer, message):
+    write_own(folder, answer)
+    change(folder, {"big": own("Mine")})
+    if message is None:  # it does not abstain: what it covers is not asked
+        assert run(["cache-teacher"]) == 0
+        return
+    refuses(folder, capsys, message, "cache-teacher")
+
+
+KEPT = {
+    "well": "ids, head",
+    "in another order": "ids.flip(-1), head.flip(-1)",
+    "of a class twice": "ids * 0, head",
+    "of a class that is none": "ids + 1, head",
+    "of NaN": "ids, head * torch.nan",
+    "of too much": "ids, head + 1",
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_most_probable_classes_that_are_not_well_put(folder, capsys, kept):
+    write_own(folder, f"best(*kept(columns), lambda ids, head: ({KEPT[kept]}))")
+    (folder / "own.py").write_text(
+        (folder / "own.py").read_text()
+        + "\n\nclass Best(Mine):\n    num_kept = 2\n\n\n"
+        + "def kept(columns):\n    log_probs = torch.from_numpy(columns['features'][:, :3]).log_softmax(dim=1)\n"
+        + "    ids = torch.tensor([[1, 2]]).expand(len(log_probs), 2)\n"
+        + "    return ids, log_probs[:, 1:].double(), log_probs[:, 0].double()\n\n\n"
+        + "def best(ids, head, tail, change):\n    ids, head = change(ids, head)\n"
+        + "    return {'class_ids': ids, 'log_probs': head, 'tail_log_mass': tail}\n"
+    )
+    change(folder, {"big": own("Best")}, encoding="topk", k=2)
+    if kept == "well":
+        assert run(["cache-teacher"]) == 0
+        return
+    ids = kept in ("in another order", "of a class twice", "of a class that is none")
+    what = "class ids are not ascending numbers of classes" if ids else "log-probs and tail have another mass than 1"
+    refuses(folder, capsys, f"the teacher's {what} for .* such as", "cache-teacher")
+
+
+def test_outputs_that_a_teacher_does_not_give(folder, capsys):
+    change(folder, {"big": FUNCTION}, outputs=["logits", "hidden"])
+    message = r"targets\.big\.outputs: .*FunctionTeacher gives no 'hidden'; it gives \['logits'\]"
+    refuses(folder, capsys, message, "check", "cache-teacher")
+    write_network(folder / "a.onnx", 1, 2, 3)
+    change(folder, {"big": ONNX}, outputs=["logits", "hidden"])
+    refuses(folder, capsys, r"a\.onnx has no output 'hidden'; it has logits", "check", "cache-teacher")
+
+
+def test_outputs_that_are_not_asked_for_are_not_stored(folder):
+    """Rules upon a teacher whose features are stored: theirs are not."""
+    mlp = {"factory": "kdpipe.models.mlp:MLP", "hidden": [4]}
+    rules = [{"name": "small", "when": {"column": "petal length", "below": 2.5}, "label": 0}]
+    factory = "kdpipe.teachers.rules:ConstrainedTeacher"
+    teachers = {
+        "net": {"model": mlp, "train": {"epochs": 1}},
+        "big": {"teacher": {"factory": factory, "teacher": "net", "rules": rules}},
+    }
+    change(folder, teachers)
+    value = yaml.safe_load((folder / "params.yaml").read_text())
+    value["targets"]["net"] = {"outputs": ["logits", "layers.0"]}
+    write_params(folder, value)
+    assert run(["train-teacher", "net"]) == 0
+    project = project_in(folder)
+    inputs = PreparedData(project.prepared).inputs
+    assert [each.name for each in build_teacher(project, "net", inputs)[0].outputs] == ["logits", "layers.0"]
+    assert [each.name for each in build_teacher(project, "big", inputs)[0].outputs] == ["logits"]
+    assert run(["cache-teacher", "big"]) == 0
+
+
+# Teachers made of others
+
+
+def ensemble(*members):
+    return {"teacher": {"factory": "kdpipe.teachers.ensemble:Ensemble", "members": list(members)}}
+
+
+NET = {"model": LINEAR, "train": {"epochs": 1}}
+
+
+@pytest.mark.parametrize(
+    ("teachers", "message", "commands"),
+    [
+        ({"big": ensemble("big")}, r"teachers\.big: it is made of itself: big of big", None),
+        ({"big": ensemble("other"), "other": ensemble("big")}, "big: it is made of itself: big of other of big", None),
+        ({"big": ensemble("net", "nobody"), "net": NET}, "there is no teacher 'nobody'", ("check",)),
+        (
+            {"big": ensemble("said"), "said": {"table": "said.parquet"}},
+            "there is no model to show",
+            ("cache-teacher big",),
+        ),
+        ({"big": ensemble()}, "members is empty", None),
+        (
+            {"big": ensemble("net", "forest"), "net": NET, "forest": FOREST},
+            r"there is no trained model in .*net\. Run `kdpipe train-teacher net`",
+            ("cache-teacher big",),
+        ),
+    ],
+)
+def test_a_teacher_made_of_others_that_cannot_be(folder, capsys, teachers, message, commands):
+    change(folder, teachers)
+    refuses(folder, capsys, message, *(commands or ("check", "cache-teacher big")))
+
+
+def test_an_ensemble_is_checked_before_its_members_are_trained(folder, capsys):
+    change(folder, {"big": ensemble("net", "forest"), "net": NET, "forest": FOREST})
+    assert run(["check"]) == 0
+    assert run(["train-teacher"]) == 0
+    assert run(["cache-teacher", "big"]) == 0
+    shutil.rmtree(folder / "data" / "models" / "teachers" / "forest")
+    refuses(folder, capsys, "Run `kdpipe train-teacher forest`", "cache-teacher big")
+
+
+def test_rules_are_checked_before_any_work(folder, capsys):
+    (folder / "rules.yaml").write_text("- {name: small, when: {column: petal lenght, below: 2.5}, label: 0}\n")
+    rules = {"factory": "kdpipe.teachers.rules:RulesTeacher", "rules": "rules.yaml"}
+    change(folder, {"big": {"teacher": rules}})
+    refuses(folder, capsys, "rule 1 .*there is no column 'petal lenght'", "check", "cache-teacher")
+    fitted = {"big": {"teacher": {**rules, "combine": "label_model"}}}
+    (folder / "rules.yaml").write_text(
+        "".join(f"- {{name: r{n}, when: {{column: petal length, above: {n}}}, label: {n % 3}}}\n" for n in range(1, 4))
+    )
+    change(folder, fitted)
+    refuses(
+        folder, capsys, "a label model must see rows first: give the teacher `fit_on: SPLIT`", "check", "cache-teacher"
+    )
+
+
+# Servers
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch, tmp_path_factory):
+    """Prepared documents, and a teacher behind a real server; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with running(tmp_path_factory.mktemp("server")) as server:
+        sections = {
+            "data": write_texts(tmp_path, [f"{number} fine films" for number in range(24)]),
+            "task": {"factory": "kdpipe.tasks.language:LanguageModelling", "block_tokens": 8},
+        }
+        targets = {"encoding": "topk", "k": 4, "shard_rows": 8, "batch_size": 4}
+
+        def build(**settings):
+            factory = "kdpipe.teachers.server:ServedLanguageModel"
+            teacher = {"factory": factory, "model": "toy"}
+            runtime = {"server": server.settings(retries=1, at_once=1)}
+            student = {"model": {"factory": "kdpipe.models.pretrained:causal_lm", "config": GPT2}}
+            big = {"teacher": teacher, "runtime": runtime}
+            write(tmp_path, sections, {"big": big}, student, targets | settings)
+
+        build()
+        assert run(["prepare-data"]) == 0
+        yield server, build
+
+
+def test_a_server_that_dies_in_the_middle_and_comes_back(served, tmp_path, capsys):
+    server, build = served
+    asked = len(PreparedData(tmp_path / "data" / "prepared").inputs)
+    assert asked > 40
+    server.behave(dies_after=30)
+    refuses(tmp_path, capsys, r"does not answer .* What was committed stays: start the server", "cache-teacher")
+    server.behave()
+    server.start()
+    server.folder.joinpath("requests.log").unlink()
+    before = {each.name for each in (tmp_path / "data" / ".work").rglob("commits/*.json")}
+    assert 2 <= len(before) <= 3
+    build()
+    assert project_in(tmp_path).params.teachers["big"].runtime["server"]["url"] == server.url, "at another port"
+    assert run(["cache-teacher"]) == 0
+    assert len(server.requests) == 1 + asked - 8 * len(before), "the probe, and the rows of other shards"
+    store = TargetStore.open(tmp_path / "data" / "targets" / "big")
+    project = project_in(tmp_path)
+    inputs = PreparedData(project.prepared).inputs
+    rows = inputs.read(np.arange(len(inputs)))
+    targets = store.targets(inputs.sample_ids.tolist())
+    best = np.take_along_axis(targets.ids.numpy(), targets.head.numpy().argmax(-1)[..., np.newaxis], -1)[..., 0]
+    server.start()
+    build()
+    assert open_checked_store(project_in(tmp_path), "big").path == store.path, "the student does not mind either"
+    assert np.array_equal(best[rows["counted"]], (3 * rows["tokens"][:, :-1] + 1)[rows["counted"]] % 257)
+
+
+def test_a_server_that_cannot_be_asked(served, tmp_path, capsys):
+    server, build = served
+    build(encoding="dense", k=None)
+    refuses(tmp_path, capsys, "set encoding: topk and k", "check", "cache-teacher")
+    build(k=150)
+    server.behave(at_most=20)
+    refuses(tmp_path, capsys, r"gives 2[01] tokens where 150 were asked; lower k", "check", "cache-teacher")
+    server.behave()
+    build(temperatures=[1, 2])
+    message = r"temperature 1 only; store them with encoding: topk and temperatures: \[1\]"
+    refuses(tmp_path, capsys, message, "cache-teacher")
+    server.stop()
+    build()
+    refuses(tmp_path, capsys, "does not answer", "check", "cache-teacher")
+
+
+def test_classes_of_a_server_that_do_not_fit(folder, capsys, tmp_path_factory):
+    with running(tmp_path_factory.mktemp("server")) as server:
+        factory = "kdpipe.teachers.server:ServedClassifier"
+        teacher = {"factory": factory, "model": "toy", "prompt": "{petal}", "answers": CLASSES}
+        runtime = {"server": server.settings()}
+        change(folder, {"big": {"teacher": teacher, "runtime": runtime}})
+        refuses(
+            folder, capsys, r"answers are \[' bad', ' good'\]; expected 3 different texts", "check", "cache-teacher"
+        )
+        change(folder, {"big": {"teacher": {**teacher, "answers": [*CLASSES, " fair"]}, "runtime": runtime}})
+        refuses(
+            folder, capsys, r"prompt: 'petal' in '\{petal\}'; the columns are sepal length", "check", "cache-teacher"
+        )

@@ -1,0 +1,187 @@
+"""The recipes of examples/, small: on some rows of their data sets where these are there, and on rows made up."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+import yaml
+
+from kdpipe.config import load_module, resolve
+from kdpipe.store import TargetStore
+from kdpipe_stages import cache_teacher, check, evaluate, prepare_data, train_student, train_teacher
+from projects import REPOSITORY, project_in, write_params
+
+EXAMPLES = REPOSITORY / "examples"
+DATASETS = Path(os.environ.get("KDPIPE_DATASETS", REPOSITORY.parent / "shared" / "datasets"))
+NUM_ROWS = 600
+
+
+def example(name, folder, rows, **student):
+    """A copy of a recipe about the rows of a table, with other settings of its student."""
+    copied = shutil.copytree(EXAMPLES / name, folder / name, ignore=shutil.ignore_patterns("data", ".dvc*"))
+    pyarrow.csv.write_csv(rows, folder / "rows.csv")
+    params = yaml.safe_load((copied / "params.yaml").read_text())
+    params["data"]["path"] = "../rows.csv"
+    params["student"] |= student
+    write_params(copied, params)
+    return copied
+
+
+def run(project):
+    """Every stage, as the commands run them."""
+    check.run(project)
+    prepare_data.run(project)
+    for teacher in project.params.teachers:
+        train_teacher.run(project, teacher)
+        cache_teacher.run(project, teacher)
+    train_student.run(project)
+    return evaluate.run(project)
+
+
+def rows_of(path):
+    """A data set's table; skips where it is absent."""
+    if not (DATASETS / path).is_file():
+        pytest.skip(f"no {DATASETS / path} (env KDPIPE_DATASETS)")
+    with gzip.open(DATASETS / path) as file:
+        return pyarrow.csv.read_csv(file)
+
+
+@pytest.mark.parametrize("folder", sorted(EXAMPLES.glob("*/dvc.yaml")), ids=lambda path: path.parent.name)
+def test_what_dvc_files_name_is_there(folder):
+    dvc = yaml.safe_load(folder.read_text())
+    params = yaml.safe_load((folder.parent / "params.yaml").read_text())
+    for each in dvc["stages"].values():
+        stage = each.get("do", each)
+        for key in stage["params"]:
+            section = params
+            for part in key.partition(".")[:1] if "$" in key else key.split("."):
+                section = section[part]
+        for path in stage["deps"]:
+            assert path.startswith(("data/", "$")) or (folder.parent / path).is_file()
+
+
+def passengers():
+    """As the Titanic's: who is female or a child is mostly saved; a fifth of the ages and some ports are missing."""
+    random = np.random.default_rng(0)
+    sex, age = random.choice(["female", "male"], NUM_ROWS), random.uniform(1, 80, NUM_ROWS).round()
+    saved = random.random(NUM_ROWS) < np.where((sex == "female") | (age < 13), 0.85, 0.15)
+    return pa.table(
+        {
+            "PassengerId": range(NUM_ROWS),
+            "Survived": saved.astype(int),
+            "Pclass": random.integers(1, 4, NUM_ROWS),
+            "Sex": sex,
+            "Age": pa.array(age, mask=random.random(NUM_ROWS) < 0.2),
+            "SibSp": random.integers(0, 4, NUM_ROWS),
+            "Parch": random.integers(0, 3, NUM_ROWS),
+            "Fare": random.exponential(30, NUM_ROWS),
+            "Embarked": random.choice(["S", "C", ""], NUM_ROWS),
+        }
+    )
+
+
+@pytest.fixture(params=["titanic", "made up"])
+def titanic(request):
+    return rows_of("titanic/titanic.csv.gz") if request.param == "titanic" else passengers()
+
+
+def test_rules(tmp_path, titanic):
+    train = {"epochs": 10, "learning_rate": 0.05, "threads": 1}
+    folder = example("rules", tmp_path, titanic, seeds=1, train=train)
+    project = project_in(folder)
+    metrics = run(project)
+    assert metrics["teacher"]["accuracy"] > 0.7
+    assert metrics["student"]["accuracy"] > 0.7
+    ids = project.prepared_data().inputs.sample_ids.tolist()
+    assert 0.9 < TargetStore.open(project.store("rules")).targets(ids).covered.float().mean() < 1
+
+
+def test_a_student_begins_with_the_rules(tmp_path, titanic):
+    barely = {"epochs": 1, "learning_rate": 1e-9, "threads": 1}
+    folder = example("rules", tmp_path, titanic, seeds=1, init_from="data/initial/rules.safetensors", train=barely)
+    project = project_in(folder)
+    prepare_data.run(project)
+    divergence = resolve("initial_weights.py:write_weights", folder, "test")(project).divergence
+    assert max(divergence.values()) < 0.5
+    train_teacher.run(project, "rules")
+    cache_teacher.run(project, "rules")
+    train_student.run(project)
+    metrics = evaluate.run(project)
+    for arm in ("student", "baseline"):
+        assert metrics[arm]["agreement"] > 0.8
+        assert metrics[arm]["kl_to_teacher"] < 0.2
+
+
+def test_rules_are_compared(tmp_path, monkeypatch, capsys):
+    folder = example("rules", tmp_path, passengers(), train={"epochs": 1, "threads": 1})
+    script = load_module("compare.py:compare", folder, "test")
+    monkeypatch.setattr(script, "LABELS", (20,))
+    comparison = script.compare(2)
+    assert list(comparison["students"]) == [f"20 labels, from {each}" for each in script.BEGINNINGS]
+    assert all(len(accuracies) == 2 for row in comparison["students"].values() for accuracies in row.values())
+    script.show(comparison)
+    shown = capsys.readouterr().out
+    assert "coverage: 9" in shown
+    assert shown.count("labels, from ") == 2
+    draws = [project_in(folder / "data" / "comparison" / f"draw-{number}").prepared_data() for number in (0, 1)]
+    tests = [set(data.inputs.sample_ids[data.rows_of(["test"])].tolist()) for data in draws]
+    assert tests[0] != tests[1]
+
+
+def persons():
+    """As Adult's: few earn much, some categories are marked as unknown, and one row is there twice."""
+    random = np.random.default_rng(0)
+    married, years = random.random(NUM_ROWS) < 0.5, random.integers(1, 17, NUM_ROWS)
+    much = random.random(NUM_ROWS) < np.where(married & (years > 9), 0.8, 0.03)
+    values = {
+        "age": random.integers(17, 90, NUM_ROWS),
+        "workclass": random.choice(["Private", "State-gov", "?"], NUM_ROWS),
+        "fnlwgt": random.integers(10_000, 500_000, NUM_ROWS),
+        "education": [f"{number}th" for number in years],
+        "education_num": years,
+        "marital_status": np.where(married, "Married-civ-spouse", "Never-married"),
+        "occupation": random.choice(["Sales", "Tech-support", "?"], NUM_ROWS),
+        "relationship": random.choice(["Husband", "Wife", "Unmarried"], NUM_ROWS),
+        "race": random.choice(["White", "Black", "Other"], NUM_ROWS),
+        "sex": random.choice(["Male", "Female"], NUM_ROWS),
+        "capital_gain": random.choice([0, 0, 0, 2174], NUM_ROWS),
+        "capital_loss": random.choice([0, 0, 0, 1902], NUM_ROWS),
+        "hours_per_week": random.integers(10, 80, NUM_ROWS),
+        "native_country": random.choice(["United-States", "Mexico", "?"], NUM_ROWS),
+        "income": np.where(much, ">50K", "<=50K"),
+        "split": np.where(np.arange(NUM_ROWS) % 3 == 0, "test", "train"),
+    }
+    rows = pa.table(values)
+    return pa.concat_tables([rows, rows.slice(0, 1)])
+
+
+@pytest.fixture(params=["adult", "made up"])
+def adult(request):
+    """Some rows of both splits, the marks among them, one row twice."""
+    if request.param == "made up":
+        return persons()
+    rows = rows_of("adult/adult.csv.gz")
+    return rows.take(np.append(np.arange(0, len(rows), 40), 0))
+
+
+def test_any_framework(tmp_path, adult):
+    train = {"epochs": 10, "batch_size": 64, "learning_rate": 0.01, "threads": 1}
+    folder = example("any_framework", tmp_path, adult, seeds=2, labelled_fraction=0.1, train=train)
+    project = project_in(folder)
+    metrics = run(project)
+    assert metrics["teacher"]["auc"] > 0.8
+    assert metrics["student"]["auc"] > 0.75
+    assert metrics["student"]["balanced_accuracy"] < metrics["student"]["accuracy"]
+    assert metrics["gain"]["over_baseline"]["low"] < metrics["gain"]["over_baseline"]["high"]
+    inputs = project.prepared_data().inputs
+    assert len(inputs) == len(adult)
+    known = project.task().column_values(inputs.read(np.arange(len(inputs))))["occupation"]
+    missing = np.array([value is None for value in known])
+    assert missing.tolist() == [value.as_py() == "?" for value in adult["occupation"]]
