@@ -233,7 +233,8 @@ def _check_transform(store: TargetStore, project: Project, command: str) -> None
     if changed:
         raise StaleStoreError(
             f"{store.path} holds views of another views.transform: {changed[0]} was "
-            f"{then.get(changed[0], 'not used')}, it is {now.get(changed[0], 'not used')}. Restore it, or run `{command}`."
+            f"{then.get(changed[0], 'not used')}, it is {now.get(changed[0], 'not used')}. Restore it, or run "
+            f"`{command}`."
         )
 
 

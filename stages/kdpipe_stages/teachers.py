@@ -180,7 +180,7 @@ def _by_factory(
     spec = ModelSpec(where=where, model=section.teacher, preprocess=section.preprocess)
     identity = {**spec.to_json(), "sources": spec.sources(project), "learnt": learnt}
     about = {"name": name, **getattr(teacher, "description", {})}
-    return _Asked(where, teacher, project.targets(name).outputs, {**identity, **own}), about
+    return _Asked(where, teacher, project.targets(name).outputs, {**identity, "own": own}), about
 
 
 def _parts(project: Project, inputs: PreparedInputs, above: Sequence[str]) -> Callable[[str], Teacher]:

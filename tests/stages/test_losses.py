@@ -79,7 +79,7 @@ def test_a_loss_that_needs_labels_needs_one_at_least(folder, name):
 @pytest.mark.parametrize("name", [name for name, kind in LOSSES.items() if needs_whole_batch(kind())])
 def test_a_loss_on_whole_batches_refuses_parts_of_them(folder, name, monkeypatch):
     write_params(folder, settings(named(name), {"batch_size": 64, "micro_batch_size": 32}))
-    message = rf"student\.losses\.0: {LOSSES[name].__name__} relates .* micro_batch_size: 32 cuts batches of 64 up"
+    message = rf"student\.losses\.0: {LOSSES[name].__name__} relates .*micro_batch_size: 32 cuts batches of 64 up"
     with pytest.raises(ConfigError, match=message):
         check.run(project_in(folder))
     with pytest.raises(ConfigError, match=message):

@@ -225,6 +225,9 @@ def test_an_onnx_file(tmp_path):
     metrics = distil(project)
     check_agreement(project, metrics, least=0.7)
     assert metrics["teacher"]["accuracy"] > 0.95
+    otherwise = {"big": {"teacher": {**teacher, "probabilities": False}, "preprocess": preprocess}}
+    project = write(tmp_path, write_table(tmp_path, "wine"), otherwise)
+    assert cache_teacher.run(project, "big").rows_computed == 178, "the same file, taken otherwise, is another teacher"
 
 
 SKLEARN = "kdpipe.teachers.sklearn:SklearnTeacher"

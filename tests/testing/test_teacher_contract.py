@@ -25,7 +25,9 @@ from torch import nn
 from completions_server import CLASSES, VOCABULARY, Process, running
 from kdpipe.config import Factory, parse, resolve
 from kdpipe.errors import TeacherError
+from kdpipe.huggingface import quietly
 from kdpipe.models.mlp import MLP
+from kdpipe.models.pretrained import causal_lm, image_classifier
 from kdpipe.models.transformer import Transformer
 from kdpipe.preprocess import ImageTensor, PretrainedTokenizer, Standardize, Tokenizer
 from kdpipe.preprocess.tokens import TokenIds
@@ -191,6 +193,33 @@ class TestCheckpoint(TeacherContract):
         return self.of(folder, 1)
 
 
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "patch_size": 3,
+}
+
+
+class TestCheckpointOfImages(TestImagesOfSeveralSizes):
+    def of(self, folder, seed):
+        torch.manual_seed(seed)
+        model = image_classifier(3, config=VIT, input_shape=(3, 6, 6))
+        with quietly():
+            model.save_pretrained(folder / "vit")
+        preprocess = fitted(ImageTensor(size=(6, 6)), self.columns())
+        probe = first(self.columns())
+        return PretrainedTeacher(3, preprocess, probe, path=folder / "vit", auto="image_classification")
+
+    def teacher(self, folder):
+        return self.of(folder, 0)
+
+    def another(self, folder):
+        return self.of(folder, 1)
+
+
 class OfTokens(TeacherContract):
     """Of blocks of 6 tokens, of which some do not count."""
 
@@ -227,6 +256,22 @@ class TestLanguageModelWithFeatures(OfTokens):
 
     def another(self, folder):
         return self.of(1)
+
+
+class TestCheckpointOfTokens(OfTokens):
+    def of(self, folder, seed):
+        torch.manual_seed(seed)
+        model = causal_lm(VOCABULARY, config={"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2})
+        with quietly():
+            model.save_pretrained(folder / "gpt2")
+        preprocess, probe = TokenIds(VOCABULARY, 6), first(self.columns())
+        return PretrainedTeacher(VOCABULARY, preprocess, probe, path=folder / "gpt2", auto="causal_lm")
+
+    def teacher(self, folder):
+        return self.of(folder, 0)
+
+    def another(self, folder):
+        return self.of(folder, 1)
 
 
 class TestOnnx(OfNumbers):

@@ -46,11 +46,12 @@ class _HeadAndRest(torch.autograd.Function):
         wide, ids = torch.promote_types(logits.dtype, torch.float32), ids.contiguous()
         rest = torch.empty(logits.shape[:-1], dtype=wide, device=logits.device)
         for z, those, into in _blocks(logits, ids, rest):
-            block = z.to(wide)
-            block = block.scatter(-1, those, -torch.inf) if without_ids else block
+            block = z.to(wide, copy=True)
+            if without_ids:
+                block.scatter_(-1, those, -torch.inf)
             largest = block.amax(dim=-1, keepdim=True)
             largest = torch.where(torch.isneginf(largest), 0.0, largest)
-            mass = (block - largest).div_(temperature).exp_().sum(dim=-1, keepdim=True)
+            mass = block.sub_(largest).div_(temperature).exp_().sum(dim=-1, keepdim=True)
             into.copy_((mass.log() + largest / temperature).squeeze(-1))
         ctx.temperature, ctx.without_ids = temperature, without_ids
         ctx.save_for_backward(logits, ids, rest)
@@ -61,15 +62,19 @@ class _HeadAndRest(torch.autograd.Function):
     def backward(ctx: Any, of_head: Tensor, of_rest: Tensor) -> tuple[Tensor, None, None, None]:
         logits, ids, rest = ctx.saved_tensors
         nothing = torch.isneginf(rest)
-        of_head, of_rest = of_head.contiguous(), of_rest.masked_fill(nothing, 0.0).contiguous()
+        of_head, of_rest = (
+            each.contiguous() / ctx.temperature for each in (of_head, of_rest.masked_fill(nothing, 0.0))
+        )
         rest = rest.masked_fill(nothing, 0.0)
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for z, those, g_head, g_rest, log_mass, into in _blocks(logits, ids, of_head, of_rest, rest, gradient):
-            block = z.to(rest.dtype)
-            block = block.scatter(-1, those, -torch.inf) if ctx.without_ids else block
-            share = (block / ctx.temperature).sub_(log_mass.unsqueeze(-1)).exp_()
+            block = into.copy_(z) if into.dtype == rest.dtype else z.to(rest.dtype)
+            if ctx.without_ids:
+                block.scatter_(-1, those, -torch.inf)
+            share = block.div_(ctx.temperature).sub_(log_mass.unsqueeze(-1)).exp_()
             share.mul_(g_rest.unsqueeze(-1)).scatter_add_(-1, those, g_head)
-            into.copy_(share.div_(ctx.temperature))
+            if share is not into:
+                into.copy_(share)
         return gradient, None, None, None
 
 
