@@ -214,7 +214,7 @@ def test_micro_batches_of_distillation_change_nothing_in_float64(rows):
 
 
 def test_a_loss_that_needs_labels_counts_labelled_rows_only(data):
-    """DKD on rows of which most have no label, in micro-batches of which some have none, is DKD on the labelled rows."""
+    """DKD where most rows have no label, and some micro-batches none at all, is DKD on the labelled rows."""
     rows = lesson(data, num_labelled=5)
     term = DistillTerm(term=LossTerm(teacher="teacher", output="logits", loss=DKD(beta=2.0), weight=0.1))
     whole, history, _ = trained(rows, PLAN, [term], batch_size=36)

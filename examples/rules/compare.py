@@ -60,7 +60,7 @@ class Draw:
 
     def accuracies(self, labels: int | None, beginning: str) -> dict[str, float]:
         """By arm, and by teacher (on the rows that rules vote about), on the test split."""
-        found = {}
+        found: dict[str, float] = {}
         for arm, teacher, baselines in (("vote", VOTE, ["labels_only"]), ("label model", LABEL_MODEL, [])):
             changes = BEGINNINGS[beginning]
             train = self._params["student"]["train"] | changes.get("train", {})

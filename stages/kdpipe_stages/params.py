@@ -97,9 +97,9 @@ OutputName = Annotated[str, BeforeValidator(lambda value: str(value) if type(val
 class TeacherSection:
     """teachers.<name>: a module that is trained here (`train`) or is ready (`weights`), or what one said (`table`).
 
-    Or any other `teacher`, which learns from the rows of `fit_on` where it has something to learn; `runtime` holds those
-    keyword arguments of its factory that change nothing of what it says (a server's address). `logits` says which part
-    of what the module gives they are.
+    Or any other `teacher`, which learns from the rows of `fit_on` where it has something to learn; `runtime` holds
+    those keyword arguments of its factory that change nothing of what it says (a server's address). `logits` says which
+    part of what the module gives they are.
     """
 
     model: FactoryField | None = None

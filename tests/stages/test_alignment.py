@@ -142,18 +142,6 @@ class Raw:
         return {"numbers": torch.from_numpy(np.nan_to_num(columns["features"])), "letters": letters}
 
 
-class Reader(torch.nn.Module):
-    '''A student that knows what the teacher says.'''
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, inputs):
-        numbers = (inputs * 2 + 1).round().long()
-        return self.scale * torch.from_numpy(sure(((3 * numbers[:, 0] + 5 * numbers[:, 1]) % C).numpy()))
-
-
 class Same:
     '''A loss that insists on it.'''
 
@@ -166,6 +154,24 @@ class Same:
 
     def unscaled(self, values):
         return values
+"""
+
+
+READER = """
+import torch
+
+
+class Reader(torch.nn.Module):
+    '''A student that knows what the teacher says.'''
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        numbers = (inputs * 2 + 1).round().long()
+        told = (3 * numbers[:, 0] + 5 * numbers[:, 1]) % 7
+        return self.scale * torch.nn.functional.one_hot(told, 7)
 """
 
 
@@ -449,6 +455,7 @@ def make(folder, kind, source, teacher="function", rows=range(NUM_ROWS), **secti
     """A project of these rows, prepared; the teacher's store has 16 rows per shard."""
     folder.mkdir(exist_ok=True)
     (folder / "said.py").write_text(SAID)
+    (folder / "reader.py").write_text(READER)
     (folder / "none.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     whole = {
         "data": source(kind, folder, rows),
@@ -456,7 +463,7 @@ def make(folder, kind, source, teacher="function", rows=range(NUM_ROWS), **secti
         "teachers": {"big": kind.teachers[teacher]},
         "targets": {"big": {"batch_size": 5, "shard_rows": 16, **kind.batches}},
         "student": {
-            "model": {"factory": "said.py:Reader"},
+            "model": {"factory": "reader.py:Reader"},
             "preprocess": kind.student,
             "losses": [{"factory": "kdpipe.losses:ForwardKL", "teacher": "big", "temperature": 1}],
             "label_weight": 0,
@@ -603,7 +610,7 @@ def test_the_training_stage_hands_each_row_its_own_targets(tmp_path, held):
     params["student"] |= {"train": train, "losses": [{"factory": "said.py:Same", "teacher": "big"}]}
     write_params(tmp_path, params)
     train_student.run(project_in(tmp_path))
-    (tmp_path / "said.py").write_text(SAID.replace("(inputs * 2 + 1)", "(inputs * 2 + 2)"))
+    (tmp_path / "reader.py").write_text(READER.replace("(inputs * 2 + 1)", "(inputs * 2 + 2)"))
     with pytest.raises(AssertionError, match="met what was said about another one"):
         train_student.run(project_in(tmp_path))
 
