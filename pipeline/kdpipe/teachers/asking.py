@@ -56,8 +56,9 @@ class OfCountedTokens:
     def __init__(self, teacher: Teacher, token_labels: Callable[[Columns], NDArray[np.int64]]) -> None:
         self._teacher, self._token_labels = teacher, token_labels
         self.outputs, self.fingerprint = teacher.outputs, teacher.fingerprint
-        if hasattr(teacher, "lengths"):
-            self.lengths = teacher.lengths
+        for optional in ("lengths", "num_kept"):
+            if hasattr(teacher, optional):
+                setattr(self, optional, getattr(teacher, optional))
 
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         """What the teacher says, and `covered` `[B, T]`."""
