@@ -272,7 +272,7 @@ def tokenize_alone(path: Path) -> Callable[[Path], None] | None:
 
 def rates(folder: Path, num_rows: int, rounds: int) -> None:
     """Print CPU time per row of preparing and of what the readers alone need, interleaved."""
-    print(f"{num_rows:,} rows each, {rounds} rounds interleaved, one process; CPU time of all its threads\n")
+    print(f"{rounds} rounds interleaved, one process; CPU time of all its threads\n")
     print("| rows | what | CPU us/row | rows/s per core | x pyarrow alone |\n| --- | --- | --- | --- | --- |")
     kinds = {
         "tables of 20 numbers": (table(20), num_rows),
@@ -300,7 +300,7 @@ def rates(folder: Path, num_rows: int, rounds: int) -> None:
         for each, values in costs.items():
             ratios = [value / base for value, base in zip(values, costs["pyarrow alone"], strict=True)]
             per_s = [1e6 / value for value in values]
-            print(f"| {name} | {each} | {shown(values)} | {shown(per_s)} | {shown(ratios)} |", flush=True)
+            print(f"| {count:,} {name} | {each} | {shown(values)} | {shown(per_s)} | {shown(ratios)} |", flush=True)
 
 
 def _prepared_anew(path: Path, rows: Rows, folder: Path) -> None:

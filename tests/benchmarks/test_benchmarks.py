@@ -39,7 +39,7 @@ def test_preparing(capsys, tmp_path):
     preparing.main(tiny_rows=300, num_rows=1000, rounds=1, kinds=["tables of 2 numbers"], folder=tmp_path)
     printed = capsys.readouterr().out
     assert "| tables of 2 numbers | 0 | 300 | " in printed
-    assert "| JPEG images of 64 pixels | pyarrow and PIL alone |" in printed
+    assert "| 200 JPEG images of 64 pixels | pyarrow and PIL alone |" in printed
     assert list(tmp_path.iterdir()) == []
 
 
