@@ -394,6 +394,7 @@ def test_read_only_folder(cached, capsys):
 
 def _cache_slowly(folder, seconds):
     os.environ["TEACHER_SECONDS"] = str(seconds)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
     os.chdir(folder)
     sys.exit(run(["cache-teacher"]))
 
