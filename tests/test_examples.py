@@ -10,25 +10,36 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from kdpipe.config import load_module, resolve
 from kdpipe.store import TargetStore
 from kdpipe_stages import cache_teacher, check, evaluate, prepare_data, train_student, train_teacher
+from kdpipe_stages.building import WEIGHTS
 from projects import REPOSITORY, project_in, write_params
+from toy_text import save_bert, save_tokenizer
 
 EXAMPLES = REPOSITORY / "examples"
 DATASETS = Path(os.environ.get("KDPIPE_DATASETS", REPOSITORY.parent / "shared" / "datasets"))
 NUM_ROWS = 600
 
 
-def example(name, folder, rows, **student):
-    """A copy of a recipe about the rows of a table, with other settings of its student."""
-    copied = shutil.copytree(EXAMPLES / name, folder / name, ignore=shutil.ignore_patterns("data", ".dvc*"))
-    pyarrow.csv.write_csv(rows, folder / "rows.csv")
+def example(recipe, folder, rows, teacher=None, **student):
+    """A copy of a recipe about the rows of a table, or a text, with other settings of its teacher and its student."""
+    copied = shutil.copytree(EXAMPLES / recipe, folder / recipe, ignore=shutil.ignore_patterns("data", ".dvc*"))
     params = yaml.safe_load((copied / "params.yaml").read_text())
-    params["data"]["path"] = "../rows.csv"
+    if isinstance(rows, str):
+        (folder / "rows.txt").write_text(rows)
+        params["data"]["path"] = "../rows.txt"
+    else:
+        pyarrow.csv.write_csv(rows, folder / "rows.csv")
+        params["data"]["path"] = "../rows.csv"
+    for name in params["teachers"]:
+        params["teachers"][name] |= teacher or {}
     params["student"] |= student
     write_params(copied, params)
     return copied
@@ -45,11 +56,16 @@ def run(project):
     return evaluate.run(project)
 
 
-def rows_of(path):
-    """A data set's table; skips where it is absent."""
+def data_set(path):
+    """Where a data set lies; skips where it is absent."""
     if not (DATASETS / path).is_file():
         pytest.skip(f"no {DATASETS / path} (env KDPIPE_DATASETS)")
-    with gzip.open(DATASETS / path) as file:
+    return DATASETS / path
+
+
+def rows_of(path):
+    """A data set's table."""
+    with gzip.open(data_set(path)) as file:
         return pyarrow.csv.read_csv(file)
 
 
@@ -188,3 +204,91 @@ def test_any_framework(tmp_path, capsys, adult):
     known = project.task().column_values(inputs.read(np.arange(len(inputs))))["occupation"]
     missing = np.array([value is None for value in known])
     assert missing.tolist() == [value.as_py() == "?" for value in adult["occupation"]]
+
+
+def reviews():
+    """As SST-2's: phrases of a few words, one of which says what they think."""
+    random, number = np.random.default_rng(0), np.arange(NUM_ROWS)
+    things = random.choice(["film", "plot", "cast", "score", "the", "a", "of", "with"], (NUM_ROWS, 6))
+    label, which = random.integers(0, 2, NUM_ROWS), random.integers(0, 3, NUM_ROWS)
+    verdict = np.array([["dull", "clumsy", "flat"], ["moving", "fresh", "funny"]])[label, which]
+    return pa.table(
+        {
+            "id": number,
+            "text": [" ".join([*words, each]) + " " for words, each in zip(things, verdict, strict=True)],
+            "label": label,
+            "split": np.choose(number % 6, ["test", "validation", "train", "train", "train", "train"]),
+        }
+    )
+
+
+@pytest.fixture(params=["sst2", "made up"])
+def sst2(request):
+    """Some rows of each split, and the least accuracy that a teacher gets from them in no time."""
+    if request.param == "made up":
+        return reviews(), 0.95
+    rows = pq.read_table(data_set("sst2/sst2.parquet"))
+    some = [np.flatnonzero(np.array(rows["split"]) == split)[:300] for split in ("train", "validation", "test")]
+    return rows.take(np.concatenate(some)), 0.4
+
+
+def quick(epochs):
+    """A training on few rows."""
+    return {"epochs": epochs, "batch_size": 16, "learning_rate": 0.002, "threads": 1}
+
+
+def test_text_transformer(tmp_path, sst2):
+    rows, least = sst2
+    folder = example(
+        "text_transformer", tmp_path, rows, {"train": quick(3)}, seeds=1, labelled_fraction=0.1, train=quick(6)
+    )
+    metrics = run(project_in(folder))
+    assert metrics["teacher"]["accuracy"] > least
+    assert metrics["student"]["kl_to_teacher"] < 0.5 * metrics["baseline"]["kl_to_teacher"]
+    assert metrics["student"]["parameters"] < metrics["teacher"]["parameters"]
+
+
+def test_a_checkpoint_in_place_of_the_config(tmp_path):
+    words = sorted({word for text in reviews()["text"].to_pylist() for word in text.split()})
+    save_tokenizer(save_bert(tmp_path / "checkpoint", num_classes=2, vocab_size=5 + len(words)), words)
+    begun = {
+        "model": {"factory": "kdpipe.models.pretrained:sequence_classifier", "path": "../checkpoint"},
+        "preprocess": {"factory": "kdpipe.preprocess:PretrainedTokenizer", "path": "../checkpoint", "max_length": 64},
+        "train": quick(1) | {"learning_rate": 1e-9},
+    }
+    project = project_in(example("text_transformer", tmp_path, reviews(), begun))
+    prepare_data.run(project)
+    train_teacher.run(project, "bert")
+    trained = load_file(project.teacher_model("bert") / WEIGHTS)
+    for name, weights in load_file(tmp_path / "checkpoint" / "model.safetensors").items():
+        torch.testing.assert_close(trained[name], weights, rtol=0, atol=1e-6)
+
+
+def play():
+    """As a play of Shakespeare's: who speaks, and lines of few words."""
+    random = np.random.default_rng(0)
+    words = random.choice(["the", "king", "is", "dead", "my", "lord", "and", "so", "are", "we"], (250, 7))
+    return "\n".join(f"{'LEAR' if number % 2 else 'FOOL'}:\n{' '.join(line)}.\n" for number, line in enumerate(words))
+
+
+@pytest.fixture(params=["tinyshakespeare", "made up"])
+def shakespeare(request):
+    """Some of the text."""
+    if request.param == "made up":
+        return play()
+    with gzip.open(data_set("tinyshakespeare/input.txt.gz"), "rt") as file:
+        return file.read(9000)
+
+
+def test_language_model(tmp_path, shakespeare):
+    folder = example("language_model", tmp_path, shakespeare, {"train": quick(3)}, seeds=1, train=quick(6))
+    project = project_in(folder)
+    metrics = run(project)
+    for arm in ("student", "baseline"):
+        assert metrics[arm]["nll"] < 0.8 * np.log(257)
+        assert metrics[arm]["perplexity"] == pytest.approx(np.exp(metrics[arm]["nll"]))
+    inputs = project.prepared_data().inputs
+    targets = TargetStore.open(project.store("gpt")).targets(inputs.sample_ids.tolist())
+    assert targets.ids.shape == (len(inputs), 128, 16)
+    counted = inputs.read(np.arange(len(inputs)))["counted"]
+    np.testing.assert_array_equal(targets.covered.numpy(), counted)
