@@ -17,6 +17,12 @@ settings.register_profile("kdpipe", deadline=None, max_examples=50, print_blob=T
 settings.load_profile("kdpipe")
 
 
+@pytest.fixture(autouse=True)
+def import_path(monkeypatch):
+    """Projects add their folders to `sys.path`; thousands of tests' folders would make every import slow."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own, of 256 KiB."""

@@ -195,7 +195,6 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "own.py").write_text("class Own:\n    made = 1\n")
     (tmp_path / "cfg_needs.py").write_text("import cfg_package_that_is_not_installed\n")
-    monkeypatch.setattr(sys, "path", [*sys.path])
     importlib.invalidate_caches()
     before = set(sys.modules)
     yield tmp_path

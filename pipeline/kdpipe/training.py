@@ -213,7 +213,10 @@ class _Loop:
         self._accelerator = Accelerator(mixed_precision="no")
         self._terms, self._plan, self._head = terms, plan, head
         self._bare = model
-        self._model, self._optimizer = self._accelerator.prepare(model, _optimizer(model, plan))
+        self._model = self._accelerator.prepare(model)
+        # Not prepared: Accelerate's wrapper looks for an uninstalled package at every step, and its scaler and
+        # accumulation are done here.
+        self._optimizer = _optimizer(self._bare, plan)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=plan.precision == "float16")
         self._model.train()
         self._interval = max(1, plan.steps // LOGS_PER_FIT)

@@ -121,7 +121,6 @@ def write(folder, name, content):
 def _modules_of_their_own(monkeypatch):
     """Every test imports its own project's modules, as another process would."""
     before = set(sys.modules)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     yield
     for name in set(sys.modules) - before:
         if name.partition("@")[0] in {"teacher", "shade", "pixels", "jitter", "reached_lazily", "installed_package"}:

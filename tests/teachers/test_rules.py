@@ -338,7 +338,6 @@ def fails(columns):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "shared_words", raising=False)
     (tmp_path / "shared_words.py").write_text("LUCKY = 'free'\n")
     (tmp_path / "my_rules.py").write_text(FUNCTIONS)

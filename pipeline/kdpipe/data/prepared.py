@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ DIGEST_BYTES = 16
 ANEW = "Remove data/prepared and run `kdpipe prepare-data`, or fetch it again."
 MISSING_LABEL = -1
 _BLOCK_ROWS = 2**16
+_RESIDENT_BYTES = 2**28
+"""Mapped pages that stay with a process, at most about so many; reading on takes the others from the system's cache."""
+_FAULT_BYTES = 2**16
+"""What Linux maps around a page that is touched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +76,26 @@ class PreparedInputs:
         self.layouts = tuple(ColumnLayout.from_json(each) for each in manifest["columns"])
         self._segments = [folder / each["name"] for each in manifest["segments"]]
         self._starts = np.cumsum([0, *(each["rows"] for each in manifest["segments"])])
+        self._mapped: list[mmap.mmap] = []
+        self._resident = 0
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     @cached_property
     def _columns(self) -> list[dict[str, Column]]:
-        return [{each.name: _open_column(segment, each) for each in self.layouts} for segment in self._segments]
+        return [{each.name: self._open(segment, each) for each in self.layouts} for segment in self._segments]
 
     @cached_property
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
-        columns = [_read_rows(segment, "sample_id").to_numpy(zero_copy_only=False) for segment in self._segments]
-        return np.concatenate(columns).astype(np.str_)
+        columns = [_read_rows(segment, "sample_id") for segment in self._segments]
+        longest = max((pc.max(pc.utf8_length(each)).as_py() or 1 for each in columns), default=1)
+        ids, start = np.empty(len(self), f"<U{longest}"), 0
+        for chunk in (chunk for column in columns for chunk in column.chunks):  # not all as Python objects at once
+            ids[start : start + len(chunk)] = chunk.to_numpy(zero_copy_only=False)
+            start += len(chunk)
+        return ids
 
     @cached_property
     def digests(self) -> NDArray[np.uint8]:
@@ -98,6 +110,11 @@ class PreparedInputs:
 
     def read(self, rows: NDArray[np.int64]) -> Columns:
         """The columns of the given rows, in the given order; any rows, repeated ones too."""
+        columns = self._read(rows)
+        self._release(len(rows), sum(_num_bytes(column) for column in columns.values()))
+        return columns
+
+    def _read(self, rows: NDArray[np.int64]) -> Columns:
         segment_of = np.searchsorted(self._starts, rows, side="right") - 1
         present = np.unique(segment_of)
         if len(present) <= 1:
@@ -114,6 +131,33 @@ class PreparedInputs:
             for index in present
         ]
         return {each.name: take(concatenate([part[each.name] for part in parts]), position) for each in self.layouts}
+
+    def _release(self, num_rows: int, num_bytes: int) -> None:
+        """Let go of mapped pages once many may be resident: otherwise a long pass counts the whole data as its own."""
+        self._resident += num_bytes + num_rows * len(self.layouts) * _FAULT_BYTES
+        if self._resident > _RESIDENT_BYTES:
+            self._resident = 0
+            for mapped in self._mapped if sum(map(len, self._mapped)) > _RESIDENT_BYTES else ():
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _open(self, segment: Path, layout: ColumnLayout) -> Column:
+        if layout.kind == "fixed":
+            return self._map(segment / f"{layout.name}.npy")
+        values = self._map(segment / f"{layout.name}.values.npy")
+        path = segment / f"{layout.name}.offsets.npy"
+        with _reading(path):
+            return Ragged(values=values, offsets=np.load(path))
+
+    def _map(self, path: Path) -> Array:
+        with _reading(path):
+            array = np.load(path, mmap_mode="r")
+        self._mapped.append(array._mmap)  # NumPy names it nowhere else
+        mapped: Array = array.view(np.ndarray)
+        return mapped
+
+
+def _num_bytes(column: Column) -> int:
+    return (column.values if isinstance(column, Ragged) else column).nbytes
 
 
 def _load_manifest(folder: Path) -> dict[str, Any]:
@@ -138,19 +182,6 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is absent or damaged ({error}). {ANEW}") from None
-
-
-def _open_column(segment: Path, layout: ColumnLayout) -> Column:
-    if layout.kind == "fixed":
-        return _map(segment / f"{layout.name}.npy")
-    values = _map(segment / f"{layout.name}.values.npy")
-    return Ragged(values=values, offsets=np.array(_map(segment / f"{layout.name}.offsets.npy")))
-
-
-def _map(path: Path) -> Array:
-    with _reading(path):
-        mapped: Array = np.load(path, mmap_mode="r")
-    return mapped.view(np.ndarray)
 
 
 class PreparedData:
