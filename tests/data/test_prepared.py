@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdpipe.data import prepared
 from kdpipe.data.columns import Ragged
 from kdpipe.data.prepared import ColumnLayout, PreparedData, PreparedInputs, digest_split
 from kdpipe.data.preparing import RowSchema, SourceColumns, SplitPlan, column_of, prepare
+from kdpipe.data.segments import SegmentWriter
 from kdpipe.errors import DataError
 
 SEGMENT_ROWS = (4, 1, 7, 3)
@@ -93,6 +97,35 @@ def test_what_was_read_can_be_changed_without_changing_the_files(folder):
         columns["pixels"][:] = 0
         columns["weight"][:] = -1
     assert_rows(inputs.read(rows), rows.tolist())
+
+
+def resident_bytes(path):
+    """Bytes of a mapped file that count as this process's memory."""
+    maps = Path("/proc/self/smaps")
+    if not maps.is_file():
+        pytest.skip("needs Linux's /proc")
+    found = re.findall(rf"{re.escape(str(path.resolve()))}\n(?:\w+: .*\n)*?Rss: +(\d+) kB", maps.read_text())
+    return sum(map(int, found)) * 1024
+
+
+@pytest.mark.parametrize("limit", [2**20, 2**40])
+def test_a_long_pass_lets_go_of_what_it_has_read(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(prepared, "_RESIDENT_BYTES", limit)
+    writer = SegmentWriter(tmp_path, (ColumnLayout(name="x", kind="fixed", dtype="<f4", shape=(256,)),))
+    values = np.arange(2**14 * 256, dtype=np.float32).reshape(-1, 256)  # 16 MiB
+    ids = [f"{i}" for i in range(len(values))]
+    writer.append({"x": values}, ids, [bytes(16)] * len(values))
+    name = writer.close()
+    segments = [{"name": name, "rows": len(values)}]
+    columns = [each.to_json() for each in writer.layouts]
+    manifest = {"format_version": prepared.FORMAT_VERSION, "columns": columns, "segments": segments}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    inputs = PreparedInputs(tmp_path)
+    for start in range(0, len(values), 512):
+        rows = np.arange(start, start + 512)
+        np.testing.assert_array_equal(inputs.read(rows)["x"], values[rows])
+    kept = resident_bytes(tmp_path / name / "x.npy")
+    assert kept < 2**21 if limit == 2**20 else kept > 2**23
 
 
 def test_ids_digests_labels_and_splits_are_in_row_order(folder):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kdpipe.errors import DataError
 
 Array: TypeAlias = NDArray[Any]
+_TEXTS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,25 @@ def texts_of(column: Ragged) -> list[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"rows of text are not UTF-8: {error}") from None
     return texts
+
+
+def text_array(columns: Sequence[pa.ChunkedArray]) -> NDArray[np.str_]:
+    """Arrow columns of text, one after the other, as one array `[N]`; few rows at a time are Python objects."""
+    longest = max((pc.max(pc.utf8_length(column)).as_py() or 1 for column in columns), default=1)
+    texts, start = np.empty(sum(map(len, columns)), f"<U{longest}"), 0
+    for column in columns:
+        for first in range(0, len(column), _TEXTS_AT_ONCE):
+            part = column.slice(first, _TEXTS_AT_ONCE)
+            texts[start : start + len(part)] = part.to_numpy(zero_copy_only=False)
+            start += len(part)
+    return texts
+
+
+def text_column(texts: NDArray[np.str_]) -> pa.StringArray:
+    """Inverse of `text_array`."""
+    starts = range(0, len(texts), _TEXTS_AT_ONCE)
+    parts = [pa.array(texts[start : start + _TEXTS_AT_ONCE].tolist(), pa.string()) for start in starts]
+    return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
 
 
 def fixed_bytes(values: NDArray[np.uint8]) -> pa.FixedSizeBinaryArray:

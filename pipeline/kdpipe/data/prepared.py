@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdpipe.data.columns import Array, Column, Columns, Ragged, bytes_of, concatenate, take
+from kdpipe.data.columns import Array, Column, Columns, Ragged, bytes_of, concatenate, take, text_array
 from kdpipe.data.growing import Growing
 from kdpipe.errors import DataError
 
@@ -89,13 +89,7 @@ class PreparedInputs:
     @cached_property
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
-        columns = [_read_rows(segment, "sample_id") for segment in self._segments]
-        longest = max((pc.max(pc.utf8_length(each)).as_py() or 1 for each in columns), default=1)
-        ids, start = np.empty(len(self), f"<U{longest}"), 0
-        for chunk in (chunk for column in columns for chunk in column.chunks):  # not all as Python objects at once
-            ids[start : start + len(chunk)] = chunk.to_numpy(zero_copy_only=False)
-            start += len(chunk)
-        return ids
+        return text_array([_read_rows(segment, "sample_id") for segment in self._segments])
 
     @cached_property
     def digests(self) -> NDArray[np.uint8]:

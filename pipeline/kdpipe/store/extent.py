@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdpipe import durable
-from kdpipe.data.columns import fixed_bytes
+from kdpipe.data.columns import fixed_bytes, text_column
 from kdpipe.errors import CorruptStoreError
 from kdpipe.fingerprint import canonical_json, digest, digest_file
 from kdpipe.store.manifest import Manifest
@@ -68,9 +68,10 @@ def write_extent(
     folder: Path, manifest: Manifest, sample_ids: NDArray[np.str_], digests: NDArray[np.uint8], num_views: int
 ) -> None:
     """Write rows.parquet, extent.json and the Zarr metadata, where they differ from what is there."""
-    ids = pa.array(sample_ids.tolist(), pa.string())
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"sample_id": ids, "digest": fixed_bytes(digests)}), sink, compression="zstd")
+    pq.write_table(
+        pa.table({"sample_id": text_column(sample_ids), "digest": fixed_bytes(digests)}), sink, compression="zstd"
+    )
     content = sink.getvalue().to_pybytes()
     extent = Extent(num_rows=len(sample_ids), num_views=num_views, rows_sha256=hashlib.sha256(content).hexdigest())
     files = {ROWS: content, "extent.json": extent.to_text().encode()}

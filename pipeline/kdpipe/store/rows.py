@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdpipe.data.columns import bytes_of
+from kdpipe.data.columns import bytes_of, text_array
 from kdpipe.errors import ConfigError
 
 
@@ -62,13 +62,17 @@ class StoredRows:
     @cached_property
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
-        ids: NDArray[np.str_] = self._table["sample_id"].to_numpy(zero_copy_only=False).astype(np.str_)
-        return ids
+        return text_array([self._table["sample_id"]])
 
     @cached_property
     def digests(self) -> NDArray[np.uint8]:
         """Content digests `[N, 16]`."""
         return bytes_of(self._table["digest"])
+
+    def inputs_digest(self, start: int, stop: int) -> str:
+        """`inputs_digest` of rows `[start, stop)`."""
+        rows = self._table.slice(start, stop - start)
+        return inputs_digest(rows["sample_id"].to_pylist(), bytes_of(rows["digest"]))
 
     def find(self, sample_ids: Sequence[str]) -> NDArray[np.int64]:
         """As `SampleIndex.find`."""
@@ -79,7 +83,7 @@ class StoredRows:
         return SampleIndex(self.sample_ids)
 
 
-def inputs_digest(sample_ids: NDArray[np.str_], digests: NDArray[np.uint8]) -> str:
+def inputs_digest(sample_ids: Sequence[str], digests: NDArray[np.uint8]) -> str:
     """SHA-256 (hex) of some rows' ids and content digests: what a commit record was computed from."""
-    ids = "\0".join(sample_ids.tolist()).encode()
+    ids = "\0".join(sample_ids).encode()
     return hashlib.sha256(ids + digests.tobytes()).hexdigest()

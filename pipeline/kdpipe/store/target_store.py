@@ -321,7 +321,7 @@ class TargetStore:
 
     def inputs_digest(self, start: int, stop: int) -> str:
         """Digest of the ids and contents of rows `[start, stop)`."""
-        return inputs_digest(self.sample_ids[start:stop], self.digests[start:stop])
+        return self.rows.inputs_digest(start, stop)
 
     def _computed(self, view: int) -> NDArray[np.bool_]:
         """Which rows `[N]` the teacher saw in a view."""
@@ -401,11 +401,15 @@ def _forget_other_rows(records: CommitLog, sample_ids: NDArray[np.str_], digests
 
     A shard that only grew keeps its record until it is written again; its other row range makes it invalid.
     """
+
+    def inputs_of(record: CommitRecord) -> str:
+        rows = slice(record.start, record.stop)
+        return inputs_digest(sample_ids[rows].tolist(), digests[rows])
+
     same = {
         record.key
         for record in records.values()
-        if record.stop <= len(sample_ids)
-        and record.inputs == inputs_digest(sample_ids[record.start : record.stop], digests[record.start : record.stop])
+        if record.stop <= len(sample_ids) and record.inputs == inputs_of(record)
     }
     if len(same) < len(records):
         records.keep(same)
