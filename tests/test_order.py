@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.order import BatchOrder, Shuffle
+from kdpipe.errors import ConfigError
+from kdpipe.order import BatchOrder, Shuffle, balanced
 
 
 def shuffled(rows, seed, epoch, shuffle=None):
@@ -94,3 +95,69 @@ def test_ranks_share_every_batch(num_rows, batch_size, world_size):
 def test_no_rows_no_steps():
     order = BatchOrder(rows=np.empty(0, np.int64), batch_size=4, seed=0)
     assert (order.steps_per_epoch, list(order.groups(0, 7))) == (0, [])
+
+
+CLASSES = np.array([0] * 60 + [1] * 7 + [2] * 2 + [-1] * 11)
+UNEVEN = 5 + 3 * np.arange(len(CLASSES))
+
+
+def class_of(rows):
+    return CLASSES[(np.asarray(rows) - 5) // 3]
+
+
+@given(seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 10_000))
+def test_a_balanced_epoch_has_as_many_rows_of_each_class(seed, epoch):
+    rows = balanced(UNEVEN, CLASSES, seed, epoch)
+    assert len(rows) == len(UNEVEN)
+    assert np.array_equal(np.sort(rows), rows)
+    assert np.bincount(class_of(rows) + 1).tolist() == [11, 23, 23, 23]
+    assert np.array_equal(rows[class_of(rows) == -1], UNEVEN[CLASSES == -1])
+
+
+def test_no_row_of_a_class_is_shown_twice_before_each_was_shown_once():
+    for number in range(3):
+        shown = np.zeros(len(CLASSES), int)
+        for epoch in range(40):
+            rows = balanced(UNEVEN, CLASSES, 0, epoch)
+            np.add.at(shown, (rows[class_of(rows) == number] - 5) // 3, 1)
+            counts = shown[number == CLASSES]
+            assert counts.max() - counts.min() <= 1
+            assert counts.sum() == (epoch + 1) * 23
+
+
+def test_balanced_epochs_differ_but_depend_on_seed_and_epoch_only():
+    orders = {key: balanced(UNEVEN, CLASSES, *key) for key in itertools.product(range(3), range(3))}
+    for key, order in orders.items():
+        assert np.array_equal(order, balanced(UNEVEN, CLASSES, *key))
+    for one, other in itertools.combinations(orders.values(), 2):
+        assert not np.array_equal(one, other)
+
+
+def test_classes_that_do_not_divide_the_rows_differ_by_one():
+    rows = balanced(np.arange(10), np.array([0] * 8 + [4, 7]), 1, 2)
+    counts = [int((rows < 8).sum()), int((rows == 8).sum()), int((rows == 9).sum())]
+    assert sorted(counts) == [3, 3, 4]
+
+
+def test_balanced_batches_are_the_same_from_any_step_and_for_any_ranks():
+    alone = BatchOrder(rows=UNEVEN, batch_size=16, seed=3, balance=CLASSES)
+    whole = steps(alone, 0, 23)
+    assert len(whole) == 23
+    for first in (1, 4, 5, 17):
+        assert steps(alone, first, 23) == whole[first:]
+    shares = [
+        steps(BatchOrder(rows=UNEVEN, batch_size=16, seed=3, balance=CLASSES, rank=rank, world_size=2), 0, 23)
+        for rank in range(2)
+    ]
+    for batch, one, other in zip(whole, *shares, strict=True):
+        assert sorted(batch) == sorted(one + other)
+
+
+def test_without_labels_there_is_nothing_to_balance():
+    assert np.array_equal(balanced(UNEVEN, np.full(len(UNEVEN), -1), 0, 0), UNEVEN)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    with pytest.raises(ConfigError, match=r"seed is .*; expected a whole number from 0 to 2\^64 - 1"):
+        BatchOrder(rows=np.arange(3), batch_size=1, seed=seed)

@@ -57,12 +57,41 @@ class Shuffle:
 
     def pools(self, rows: Rows, seed: int, epoch: int) -> Iterator[Rows]:
         """A permutation of `rows`, pool by pool."""
-        generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        generator = _generator(seed, epoch)
         size = self.block_rows
         blocks = generator.permutation(-(-len(rows) // size))
         for start in range(0, len(blocks), self.pool_blocks):
             pool = [rows[block * size : (block + 1) * size] for block in blocks[start : start + self.pool_blocks]]
             yield generator.permutation(np.concatenate(pool))
+
+
+def balanced(rows: Rows, classes: NDArray[np.int64], seed: int, epoch: int) -> Rows:
+    """One epoch's `rows [N]`, as many of each class as of any other, by one or less; rows of class -1 stay as they are.
+
+    A class goes through all its rows, in a new order each time, before it shows one again: a rare one several times in
+    an epoch, a frequent one over several epochs. Ascending, so that files are read in pieces.
+    """
+    present = np.unique(classes[classes >= 0])
+    shares = np.full(len(present), int((classes >= 0).sum()) // max(1, len(present)))
+    shares[: int((classes >= 0).sum()) - shares.sum()] += 1
+    chosen = [rows[classes < 0]]
+    for number, share in zip(present.tolist(), shares.tolist(), strict=True):
+        members = rows[classes == number]
+        turns = range(epoch * share // len(members), -(-(epoch + 1) * share // len(members)))
+        shown = np.concatenate([_class_order(members, seed, number, turn) for turn in turns])
+        first = epoch * share - turns.start * len(members)
+        chosen.append(shown[first : first + share])
+    return np.sort(np.concatenate(chosen))
+
+
+def _class_order(members: Rows, seed: int, number: int, turn: int) -> Rows:
+    """The rows of a class in the order of its `turn`-th pass; by other numbers than those that shuffle an epoch."""
+    return _generator(seed, turn, number + 1).permutation(members)
+
+
+def _generator(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:
+    key = np.array([seed, epoch], np.uint64)  # a list of large numbers would be rounded
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +116,8 @@ class BatchOrder:
     """The batches of every epoch over `rows [N]`; the last one of an epoch may be smaller.
 
     Step s has the same rows on any number of ranks: each takes its share of every batch, so that each row is met
-    exactly once per epoch, without padding.
+    exactly once per epoch, without padding. With `balance`, each row's class `[N]` (-1: none), an epoch has as many
+    rows of each class instead: see `balanced`.
     """
 
     rows: Rows
@@ -96,11 +126,14 @@ class BatchOrder:
     shuffle: Shuffle = Shuffle()
     rank: int = 0
     world_size: int = 1
+    balance: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse batches of nothing and ranks that do not exist."""
+        """Refuse batches of nothing, seeds that no generator takes and ranks that do not exist."""
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}; expected 1 or more")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed is {self.seed}; expected a whole number from 0 to 2^64 - 1")
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank {self.rank} of {self.world_size} processes does not exist (RANK, WORLD_SIZE)")
 
@@ -137,7 +170,8 @@ class BatchOrder:
     def _batches(self, epoch: int) -> Iterator[tuple[list[Rows], Rows]]:
         rest = np.empty(0, np.int64)
         missing = len(self.rows)
-        for pool in self.shuffle.pools(self.rows, self.seed, epoch):
+        rows = self.rows if self.balance is None else balanced(self.rows, self.balance, self.seed, epoch)
+        for pool in self.shuffle.pools(rows, self.seed, epoch):
             missing -= len(pool)
             ready = np.concatenate([rest, pool])
             stop = len(ready) if missing == 0 else len(ready) // self.batch_size * self.batch_size
