@@ -7,11 +7,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-NAMES = ["read_store", "write_store", "end_to_end", "open_and_memory", "encodings", "preparing", "views"]
+NAMES = ["read_store", "write_store", "end_to_end", "open_and_memory", "encodings", "preparing", "views", "loss_cost"]
+LONG = ["peers", "gains.digits", "gains.fashion_mnist", "gains.cifar10_views"]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=f"{', '.join(NAMES)}, peers")
+    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=", ".join([*NAMES, *LONG]))
     parser.add_argument("--folder", type=Path, help="where the data are written; removed afterwards")
     arguments = parser.parse_args()
     for name in arguments.names:

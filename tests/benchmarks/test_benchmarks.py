@@ -5,9 +5,24 @@ from __future__ import annotations
 import gzip
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import encodings, end_to_end, measuring, open_and_memory, peers, preparing, read_store, views
+from benchmarks import (
+    encodings,
+    end_to_end,
+    gains,
+    loss_cost,
+    measuring,
+    open_and_memory,
+    peers,
+    preparing,
+    read_store,
+    views,
+)
+from benchmarks.gains import cifar10_views, digits, fashion_mnist
+from kdpipe.losses import LOSSES
 
 
 def test_read_store(capsys):
@@ -76,3 +91,55 @@ def test_interval_holds_the_mean():
     mean, low, high = measuring.interval_95([1.0, 2.0, 3.0])
     assert low < mean == 2.0 < high
     assert high - mean == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+
+
+def test_loss_cost(capsys):
+    loss_cost.main(rounds=2, shapes={"images": (4, 6), "tokens": (2, 3, 8)})
+    printed = capsys.readouterr().out
+    assert all(f"| {name}, dense |" in printed for name in LOSSES if name != "topk_renorm_kl")
+    assert printed.count("| forward_kl, sampled |") == printed.count("| cross-entropy |") == 2
+
+
+def lines_of(printed):
+    return [line.split(" | ")[0].removeprefix("| ") for line in printed.splitlines() if line.startswith("| ")]
+
+
+def test_gains_on_digits(capsys, monkeypatch):
+    few = {name: digits.LOSSES[name] for name in ("ForwardKL", "LogitMSE, centred")}
+    monkeypatch.setattr(digits, "LOSSES", few)
+    digits.main(num_seeds=2, epochs=1)
+    found = lines_of(capsys.readouterr().out)
+    assert found[2:] == ["ForwardKL", gains.LABELS_ONLY, gains.SMOOTHED, "teacher", "LogitMSE, centred"]
+
+
+def pictures(path, side, channels):
+    """Images whose brightness tells the class, as a Parquet file like the data sets'."""
+    random = np.random.default_rng(0)
+    labels = np.arange(240) % 10
+    pixels = 25 * labels[:, np.newaxis] + random.integers(0, 9, (len(labels), side * side * channels))
+    images = pa.FixedSizeListArray.from_arrays(pa.array(pixels.astype(np.uint8).reshape(-1)), pixels.shape[1])
+    split = np.where(random.random(len(labels)) < 0.3, "test", "train")
+    pq.write_table(pa.table({"id": np.arange(len(labels)), "label": labels, "split": split, "image": images}), path)
+    return path
+
+
+def test_gains_on_fashion_mnist(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(fashion_mnist, "SHARES", (0.5,))
+    rows = pictures(tmp_path / "rows.parquet", 28, 1)
+    fashion_mnist.main(num_seeds=2, epochs=1, teacher_epochs=1, path=rows)
+    printed = capsys.readouterr().out
+    assert "labels for 50% of the rows" in printed
+    assert lines_of(printed)[2:] == ["cached targets", gains.LABELS_ONLY, gains.SMOOTHED, "teacher"]
+
+
+def test_gains_of_views(capsys, tmp_path):
+    rows = pictures(tmp_path / "rows.parquet", 32, 3)
+    cifar10_views.main(num_seeds=2, epochs=1, teacher_epochs=1, num_rows=100, path=rows)
+    found = lines_of(capsys.readouterr().out)
+    assert [name for name in found if "view" in name] == [
+        "16 cached views",
+        "4 cached views",
+        "1 cached views",
+        cifar10_views.CLEAN,
+        "no views, targets of the clean row",
+    ]

@@ -99,9 +99,9 @@ def some_rows(path: Path, num_rows: int, written: Path) -> Path:
 
 def main(
     num_seeds: int = 5,
-    epochs: int = 24,
-    teacher_epochs: int = 20,
-    num_rows: int = 12_000,
+    epochs: int = 16,
+    teacher_epochs: int = 16,
+    num_rows: int = 8000,
     path: Path = DATASETS / "cifar10_jpeg" / "cifar10_jpeg.parquet",
     folder: Path | None = None,
 ) -> None:
