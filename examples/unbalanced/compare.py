@@ -1,0 +1,121 @@
+"""What makes up for rare classes: every way with cached targets and without, with labels for all rows and for 1 %.
+
+`python compare.py` prints the tables of README.md; every accuracy is in comparison.json. It works in data/comparison,
+and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from kdpipe.errors import ConfigError
+from kdpipe.evaluation import paired_gain
+from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
+from kdpipe_stages.project import Project
+
+HERE = Path(__file__).parent
+SHARES = (1.0, 0.01)
+TEACHERS: Mapping[str, Mapping[str, Any]] = {"plain teacher": {}, "adjusted teacher": {"logit_adjustment": 1.0}}
+PLAIN = "plain"
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    PLAIN: {},
+    "class weights": {"class_weights": "balanced"},
+    "logit adjustment": {"logit_adjustment": 1.0},
+    "balanced sampling": {"sampling": "balanced"},
+    "balanced KD": {},
+}
+BALANCED_KD = {"factory": "kdpipe.losses:BalancedKL", "teacher": "resnet", "temperature": 2, "weight": 0.9}
+OURS = ("logit_adjustment", "class_weights", "sampling")
+
+
+class Comparison:
+    """The project of params.yaml in a folder of its own, again and again with other settings."""
+
+    def __init__(self) -> None:
+        self._folder = HERE / "data" / "comparison"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "long_tail.py").write_text((HERE / "long_tail.py").read_text())
+        self._params = yaml.safe_load((HERE / "params.yaml").read_text())
+        self._params["data"]["path"] = str((HERE / self._params["data"]["path"]).resolve())
+
+    def accuracies(self, teacher: str, share: float, way: str) -> dict[str, list[float]]:
+        """By arm, one per seed; and the teacher's. Raises `ConfigError` where a way does not serve such labels."""
+        project = self._project(teacher, share, way)
+        prepare_data.run(project)
+        train_teacher.run(project, "resnet")
+        cache_teacher.run(project, "resnet")
+        train_student.run(project)
+        metrics = evaluate.run(project)
+        per_seed = json.loads((self._folder / "per_seed.json").read_text())
+        found = {arm: [each["accuracy"] for each in per_seed[arm]] for arm in ("student", "baseline")}
+        return found | {"teacher": [metrics["teacher"]["accuracy"]]}
+
+    def _project(self, teacher: str, share: float, way: str) -> Project:
+        params, student = self._params, self._params["student"]
+        resnet = params["teachers"]["resnet"]
+        of_teacher = _without(resnet["train"]) | TEACHERS[teacher]
+        changes = {
+            "labelled_fraction": share,
+            "train": _without(student["train"]) | WAYS[way],
+            "losses": [BALANCED_KD] if way == "balanced KD" else student["losses"],
+        }
+        teachers = {"resnet": resnet | {"train": of_teacher}}
+        path = self._folder / "params.yaml"
+        path.write_text(yaml.safe_dump(params | {"teachers": teachers, "student": student | changes}))
+        return Project(path)
+
+
+def _without(train: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in train.items() if key not in OURS}
+
+
+def compare() -> dict[str, Any]:
+    """Accuracies by teacher, share of labels, way and arm; or why a way was refused."""
+    comparison, found = Comparison(), {}
+    for teacher in TEACHERS:
+        for share in SHARES:
+            for way in WAYS:
+                print(f"{teacher}, labels for {share:.0%}: {way}", file=sys.stderr)
+                try:
+                    here: Any = comparison.accuracies(teacher, share, way)
+                except ConfigError as error:
+                    here = str(error)
+                found[f"{teacher} | {share:.0%} | {way}"] = here
+    return found
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """The tables of README.md: % of the test rows, mean ± standard deviation over seeds; points, 95 % interval."""
+    print("| teacher | labels | way | labels only | from cached targets | gain over labels only | gain over plain KD |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, here in found.items():
+        teacher, share, way = name.split(" | ")
+        if isinstance(here, str):
+            print(f"| {teacher} | {share} | {way} | refused: {here} | | | |")
+            continue
+        plain = found[f"{teacher} | {share} | {PLAIN}"]["student"]
+        cells = [_percent(here["baseline"]), _percent(here["student"]), _gain(here["student"], here["baseline"])]
+        cells.append("" if way == PLAIN else _gain(here["student"], plain))
+        print(f"| {teacher}, {100 * here['teacher'][0]:.2f} % | {share} | {way} | {' | '.join(cells)} |")
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}"
+
+
+def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    gain = paired_gain(ours, theirs)
+    return f"{100 * gain.mean:+.2f} [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}] {gain.verdict}"
+
+
+if __name__ == "__main__":
+    comparison = compare()
+    (HERE / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n")
+    show(comparison)
