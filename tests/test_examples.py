@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_what_dvc_files_name_is_there(folder):
     params = yaml.safe_load((folder.parent / "params.yaml").read_text())
     for each in dvc["stages"].values():
         stage = each.get("do", each)
-        for key in stage["params"]:
+        for key in stage.get("params", []):
             section = params
             for part in key.partition(".")[:1] if "$" in key else key.split("."):
                 section = section[part]
@@ -248,6 +249,19 @@ def test_text_transformer(tmp_path, sst2):
     assert metrics["student"]["parameters"] < metrics["teacher"]["parameters"]
 
 
+def test_text_students_are_compared(tmp_path, capsys):
+    folder = example("text_transformer", tmp_path, reviews(), {"train": quick(1)}, seeds=1, train=quick(1))
+    run(project_in(folder))
+    shutil.rmtree(folder / "data" / "models" / "teachers")
+    script = load_module("compare.py:compare", folder, "test")
+    comparison = script.compare(draws=2, seeds=2)
+    assert list(comparison) == ["LSTM, 1%", "Transformer, 1%", "LSTM, 100%", "Transformer, 100%"]
+    assert [len(accuracies) for row in comparison.values() for accuracies in row.values()] == [2] * 8
+    assert min(comparison["LSTM, 100%"]["student"]) > 0.5
+    script.show(comparison)
+    assert capsys.readouterr().out.count(" | ") == 5 * 4
+
+
 def test_a_checkpoint_in_place_of_the_config(tmp_path):
     words = sorted({word for text in reviews()["text"].to_pylist() for word in text.split()})
     save_tokenizer(save_bert(tmp_path / "checkpoint", num_classes=2, vocab_size=5 + len(words)), words)
@@ -292,3 +306,157 @@ def test_language_model(tmp_path, shakespeare):
     assert targets.ids.shape == (len(inputs), 128, 16)
     counted = inputs.read(np.arange(len(inputs)))["counted"]
     np.testing.assert_array_equal(targets.covered.numpy(), counted)
+
+
+def test_ways_to_store_a_language_model_are_compared(tmp_path, capsys):
+    folder = example("language_model", tmp_path, play(), {"train": quick(2)}, seeds=2, train=quick(2))
+    run(project_in(folder))
+    script = load_module("compare.py:compare", folder, "test")
+    comparison = script.compare(seeds=2)
+    losses, sizes = comparison["losses"], comparison["bytes per token"]
+    assert list(losses) == ["top 16", "labels only", "head 12, 8 draws", "50 draws", "dense", "live teacher"]
+    np.testing.assert_allclose(losses["dense"]["test"], losses["live teacher"]["test"], atol=1e-3)
+    assert sizes["top 16"] < sizes["dense"]
+    assert losses["labels only"]["test"] != losses["top 16"]["test"]
+    script.show(comparison)
+    assert capsys.readouterr().out.count("live teacher |") == 1
+
+
+def clothes(path=None):
+    """Some rows of a table of images, or made-up ones whose brightness tells the class."""
+    if path is not None:
+        table = pq.read_table(path)
+        return table.take(np.arange(0, len(table), 23))
+    random = np.random.default_rng(0)
+    labels = np.arange(2 * NUM_ROWS) % 10
+    pixels = 25 * labels[:, np.newaxis] + random.integers(0, 12, (len(labels), 784))
+    images = pa.FixedSizeListArray.from_arrays(pa.array(pixels.astype(np.uint8).reshape(-1)), 784)
+    split = np.where(random.random(len(labels)) < 0.25, "test", "train")
+    return pa.table({"id": np.arange(len(labels)), "label": labels, "split": split, "image": images})
+
+
+@pytest.fixture(params=["fashion_mnist", "made up"])
+def images(request):
+    made_up = request.param == "made up"
+    return clothes(None if made_up else data_set("fashion_mnist/fashion_mnist.parquet"))
+
+
+def test_unbalanced(tmp_path, monkeypatch, capsys, images):
+    folder = shutil.copytree(EXAMPLES / "unbalanced", tmp_path / "unbalanced", ignore=shutil.ignore_patterns("data"))
+    pq.write_table(images, tmp_path / "rows.parquet")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["data"]["path"] = "../rows.parquet"
+    params["data"]["source"] |= {"ratio": 10, "largest": 80}
+    params["teachers"]["resnet"]["model"] |= {"width": 4}
+    params["teachers"]["resnet"]["train"] |= {"epochs": 1}
+    params["student"] |= {"seeds": 2}
+    params["student"]["train"] |= {"epochs": 1}
+    write_params(folder, params)
+    script = load_module("compare.py:compare", folder, "test")
+    monkeypatch.setattr(script, "TEACHERS", {"plain teacher": {}})
+    found = script.compare()
+    assert list(found) == [
+        f"{teacher} | {share:.0%} | {way}"
+        for teacher in script.TEACHERS
+        for share in script.SHARES
+        for way in script.WAYS
+    ]
+    counts = json.loads((folder / "data" / "comparison" / "data" / "prepared" / "labels" / "classes.json").read_text())
+    assert counts["train"]["0"] > 4 * counts["train"]["9"]
+    whole = [here for name, here in found.items() if "100%" in name]
+    assert all(len(here[arm]) == 2 for here in whole for arm in ("student", "baseline"))
+    assert "no labelled row" in found["plain teacher | 1% | class weights"]
+    script.show(found)
+    assert capsys.readouterr().out.count("refused: ") == 3
+
+
+def test_tabular(tmp_path, adult):
+    train = {"epochs": 10, "batch_size": 64, "learning_rate": 0.02, "threads": 1}
+    teacher = {"train": quick(10) | {"split": "train"}}
+    folder = example("tabular", tmp_path, adult, teacher, seeds=2, labelled_fraction=0.1, train=train)
+    project = project_in(folder)
+    metrics = run(project)
+    assert metrics["teacher"]["auc"] > 0.75
+    assert metrics["student"]["auc"] > 0.75
+    data = project.prepared_data()
+    taught, transfer = (set(data.rows_of([split]).tolist()) for split in ("train", "transfer"))
+    assert not taught & transfer
+    script = load_module("coefficients.py:write", folder, "test")
+    script.write(project)
+    table = pyarrow.csv.read_csv(folder / script.FILE)
+    sizes = np.abs(table["coefficient"].to_numpy())
+    assert (np.diff(sizes) <= 0).all()
+    assert table["std"].to_numpy().max() > 0
+    encoder = project.preprocess(project.params.student.preprocess, project.task(), "student.preprocess")
+    described = json.loads((project.student_models / "student" / "seed-0" / "model.json").read_text())
+    encoder.load_state(described["preprocess_state"])
+    rows = data.rows_of(["test"])
+    by_name = script.coefficients(project, 0)
+    assert set(by_name) == set(table["feature"].to_pylist())
+    values = np.array([by_name[name] for name in encoder.feature_names()])
+    log_odds = encoder(data.inputs.read(rows)).numpy() @ values + by_name["intercept"]
+    per_seed = json.loads((folder / "per_seed.json").read_text())
+    assert np.mean((log_odds > 0) == data.labels[rows]) == pytest.approx(per_seed["student"][0]["accuracy"], abs=1e-5)
+
+
+def test_tabular_of_another_data_set(tmp_path):
+    project = project_in(example("tabular", tmp_path, persons()))
+    metrics = run(project)
+    assert len(project.prepared_data().inputs) == NUM_ROWS + 1
+    assert metrics["student"]["accuracy"] > 0.5
+
+
+def test_tabular_students_are_compared(tmp_path, monkeypatch, capsys):
+    folder = example("tabular", tmp_path, persons(), {"train": quick(2)}, train=quick(2))
+    script = load_module("compare.py:compare", folder, "test")
+    monkeypatch.setattr(script, "TRAIN", {0.5: {"weight_decay": 0.1}, 1.0: {}})
+    found = script.compare(2)
+    assert list(found) == ["50%", "100%"]
+    assert {len(of) for metrics in found.values() for arms in metrics.values() for of in arms.values()} == {2}
+    script.show(found)
+    assert capsys.readouterr().out.count(" | gain |") == 1
+    draws = [project_in(folder / "data" / "comparison" / f"draw-{number}").prepared_data() for number in (0, 1)]
+    seen = [set(data.inputs.sample_ids[data.rows_of(["transfer"])].tolist()) for data in draws]
+    assert seen[0] != seen[1]
+
+
+def pairs_about(rows, folder, **network):
+    """The recipe of saved pairs about other rows: where they lie is changed, and what else is given of the network."""
+    pyarrow.csv.write_csv(rows, folder / "rows.csv")
+    copied = shutil.copytree(
+        EXAMPLES / "saved_pairs", folder / "saved_pairs", ignore=shutil.ignore_patterns("data", ".dvc*")
+    )
+    settings = yaml.safe_load((copied / "network.yaml").read_text()) | {"rows": "../rows.csv"} | network
+    (copied / "network.yaml").write_text(yaml.safe_dump(settings))
+    return copied
+
+
+def test_saved_pairs(tmp_path, adult):
+    folder = pairs_about(adult, tmp_path)
+    script = load_module("save_pairs.py:save", folder, "test")
+    settings = script.settings_in(folder)
+    script.save(settings, folder / script.FILE)
+    assert script.num_parameters(settings) == (6 + 1) * 128 + (128 + 1) * 128 + 128 + 1
+    pairs = pq.read_table(folder / script.FILE).to_pandas()
+    assert set(pairs["split"][pairs["label"].notna()]) == {"validation", "test"}
+    assert set(pairs["split"]) == {"validation", "test", "real", "alike", "ranges"}
+    project = project_in(folder)
+    metrics = run(project)
+    assert set(metrics) == {"gain", "student", "teacher"}
+    assert metrics["student"]["agreement"] > 0.75
+    assert metrics["student"]["kl_to_teacher"] < 0.15
+    assert metrics["student"]["entropy"] > 0
+    assert metrics["teacher"]["entropy"] > 0
+    assert metrics["student"]["parameters"] == (4 + 1) * 16 + (16 + 1) * 2
+
+
+def test_pairs_on_synthetic_inputs_are_compared(tmp_path, capsys):
+    folder = pairs_about(persons(), tmp_path, num_synthetic=400, hidden=[16])
+    script = load_module("compare.py:compare", folder, "test")
+    found = script.compare(2)
+    assert list(found) == ["network", "real", "alike", "ranges", "real, all columns"]
+    assert {len(of) for metrics in found.values() for of in metrics.values()} == {2}
+    assert found["alike"] != found["real"]
+    assert found["network"]["kl_to_teacher"] == [0, 0]
+    script.show(found)
+    assert capsys.readouterr().out.count("real, all columns |") == 2

@@ -22,13 +22,18 @@ from kdpipe.losses import (
     DKD,
     LOSSES,
     NKD,
+    RKD,
     ULD,
+    AttentionTransfer,
+    CosineFeature,
     DistillLoss,
     ForwardKL,
     GeneralisedJSD,
+    HintMSE,
     LabelLoss,
     LogitMSE,
     ReverseKL,
+    SimilarityPreserving,
     SoftTargetCE,
     TopKRenormKL,
     TotalVariation,
@@ -36,16 +41,14 @@ from kdpipe.losses import (
     cross_entropy,
     kd_loss,
     logit_adjusted,
+    make_projector,
     valid_rows,
     values_of,
 )
-from kdpipe.targets import DenseTargets, OutputSpec, SparseTargets, Targets
+from kdpipe.targets import DenseTargets, FeatureTargets, OutputSpec, SparseTargets, Targets
 from toy_targets import dense_of
 
 GOLDEN = Path(os.environ.get("KDPIPE_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
-
-NOT_YET = {"attention_transfer", "cosine_feature", "fitnet_mse", "rkd", "rkd_angle", "rkd_distance", "sp"}
-"""Losses with golden values that kdpipe does not have yet; whoever writes one takes it off this list."""
 
 NOT_IN_FLOAT32 = {"high-T limit"}
 """T^2 times a cancelled difference: all but two digits are gone."""
@@ -62,7 +65,7 @@ def skipped() -> list:
     return [pytest.param(None, marks=pytest.mark.skip(reason=f"no golden values in {GOLDEN} (env KDPIPE_GOLDEN)"))]
 
 
-def loss_cases(other_than: set[str] = NOT_YET) -> list:
+def loss_cases(other_than: set[str]) -> list:
     content = read("losses.json")
     if content is None:
         return skipped()
@@ -146,6 +149,15 @@ def loss_of(case: dict[str, Any]) -> DistillLoss:
     return KINDS[name](temperature=float(params.get("T", 1)), **options)
 
 
+FEATURE_LOSSES = {
+    "attention_transfer": AttentionTransfer,
+    "cosine_feature": CosineFeature,
+    "fitnet_mse": HintMSE,
+    "rkd": RKD,
+    "rkd_angle": partial(RKD, distance_weight=0, angle_weight=1),
+    "rkd_distance": partial(RKD, distance_weight=1, angle_weight=0),
+    "sp": SimilarityPreserving,
+}
 LABEL_LOSSES = {"ce", "class_weighted_ce", "label_smoothed_ce", "logit_adjusted_ce"}
 
 
@@ -166,7 +178,9 @@ def tolerances(case: dict[str, Any], dtype: torch.dtype) -> tuple[float, float]:
     return (1e-10, 1e-10) if given["rtol"] <= 1e-9 else (given["rtol"], given["atol"])
 
 
-def assert_as_expected(case: dict[str, Any], values: Tensor, used: Tensor, mean: Tensor, student: Tensor) -> None:
+def assert_as_expected(
+    case: dict[str, Any], values: Tensor, used: Tensor, mean: Tensor, student: Tensor, of: str = "logits"
+) -> None:
     """The values of the used rows, the mean of all, and its gradient."""
     expected = case["expected"]
     rtol, atol = tolerances(case, values.dtype)
@@ -177,7 +191,7 @@ def assert_as_expected(case: dict[str, Any], values: Tensor, used: Tensor, mean:
         wanted = [torch.nan if each is None else each for each in np.ravel(np.array(expected["per_row"], dtype=object))]
         assert found == pytest.approx(wanted, rel=rtol, abs=atol, nan_ok=True)
     (gradient,) = torch.autograd.grad(mean, student, retain_graph=True)
-    wanted = tensor(expected["grad_student_logits"])
+    wanted = tensor(expected[f"grad_student_{of}"])
     assert (gradient - wanted).abs().max() <= atol + rtol * wanted.abs().max()
     assert (gradient[~used] == 0).all()
 
@@ -187,7 +201,7 @@ def mean_over(used: Tensor, values: Tensor) -> Tensor:
 
 
 @DTYPES
-@pytest.mark.parametrize("case", loss_cases(NOT_YET | LABEL_LOSSES))
+@pytest.mark.parametrize("case", loss_cases(LABEL_LOSSES | set(FEATURE_LOSSES)))
 def test_loss_and_gradient(case, dtype):
     if dtype == torch.float32 and NOT_IN_FLOAT32 & set(case["tags"]):
         pytest.skip("float32 cannot hold this one")
@@ -219,6 +233,31 @@ PARTS = {
     "dist": {"inter": {"beta": 1, "gamma": 0}, "intra": {"beta": 0, "gamma": 1}},
 }
 """Named parts of a value, T^2 included and weights left out, and the weights that give them."""
+
+
+@DTYPES
+@pytest.mark.parametrize("case", loss_cases(everything_but(set(FEATURE_LOSSES))))
+def test_loss_on_features_and_gradient(case, dtype):
+    inputs, params = case["inputs"], dict(case["params"])
+    projector = params.pop("projector", "identity")
+    assert params.pop("huber_delta", 1) == 1
+    assert params.pop("eps", 1e-12) == 1e-12
+    student = tensor(inputs["student_features"], dtype).requires_grad_()
+    targets = FeatureTargets(values=tensor(inputs["teacher_features"], dtype))
+    loss = FEATURE_LOSSES[case["loss"]](**params)
+    features = student if projector == "identity" else projected(student, tensor(projector, dtype))
+    values = loss(features, targets)
+    assert_as_expected(case, values, torch.ones(len(values), dtype=torch.bool), values.mean(), student, "features")
+    torch.testing.assert_close(kd_loss(features, targets, loss=loss), values.mean())
+
+
+def projected(student: Tensor, matrix: Tensor) -> Tensor:
+    """By kdpipe's linear projector with the weights of a case `[D_s, D_t]`."""
+    projector = make_projector("linear", student.shape[1:], tuple(matrix.shape[1:]), seed=0).to(matrix.dtype)
+    with torch.no_grad():
+        projector.weight.copy_(matrix.T)
+        projector.bias.zero_()
+    return projector(student)
 
 
 @DTYPES

@@ -18,7 +18,7 @@ from torch import nn
 
 from kdpipe import training
 from kdpipe.errors import TrainingError
-from kdpipe.losses import DKD, LossTerm
+from kdpipe.losses import DKD, LossTerm, Schedule
 from kdpipe.models.mlp import MLP
 from kdpipe.training import DistillTerm, TrainPlan, fit
 from toy_rows import NUM_CLASSES, NUM_FEATURES, distill_term, label_term, lesson, prepared, stream_of
@@ -98,6 +98,42 @@ def test_cosine_ends_at_zero():
 def test_the_schedule_is_what_trains(rows):
     _, history, _ = trained(rows, PLAN)
     assert [each["learning_rate"] for each in history] == [PLAN.learning_rate_at(step) for step in range(20)]
+
+
+def scheduled_terms():
+    """A distillation loss that comes, labels that go."""
+    term = distill_term(0.9).term
+    come, go = Schedule(kind="warmup", fraction=0.5), Schedule(kind="cosine", to=0.0)
+    return [DistillTerm(term=replace(term, schedule=come)), replace(label_term(0.4), schedule=go)]
+
+
+def test_weights_of_terms_follow_their_schedules(rows):
+    _, history, _ = trained(rows, PLAN, scheduled_terms())
+    come, go = ([each[f"{name} weight"] for each in history] for name in ("teacher.ForwardKL T=2", "label"))
+    assert come == pytest.approx([0.9 * min(1, (step + 1) / 10) for step in range(20)])
+    assert go == pytest.approx([0.2 * (1 + math.cos(math.pi * step / 19)) for step in range(20)])
+    for each in history:
+        parts = each["teacher.ForwardKL T=2 weighted"], each["label weighted"]
+        assert parts == pytest.approx(
+            (each["teacher.ForwardKL T=2 weight"] * each["teacher.ForwardKL T=2"], each["label weight"] * each["label"])
+        )
+        assert each["loss"] == pytest.approx(sum(parts))
+
+
+def test_a_schedule_is_what_trains(rows):
+    """Weights are what the gradients are multiplied with: SGD's first two steps, against terms of those weights."""
+    plan = replace(PLAN, steps=4, momentum=0.0, weight_decay=0.0)
+    linear = Schedule(kind="linear", to=0.0)
+    term = replace(distill_term(0.9).term, schedule=linear)
+    found, _, _ = trained(rows, plan, [DistillTerm(term=term)])
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters())
+    for step, batch in enumerate(stream_of(rows, 12).from_step(0, 4)):
+        optimizer.param_groups[0]["lr"] = plan.learning_rate_at(step)
+        optimizer.zero_grad()
+        (0.9 * (1 - step / 3) * distill_term().values(model(batch.inputs), batch).mean()).backward()
+        optimizer.step()
+    torch.testing.assert_close(found, weights_of(model), rtol=0, atol=1e-12)
 
 
 # The loop against a loop written out
@@ -379,6 +415,25 @@ def test_resumed_is_bitwise_uninterrupted(data, plan, stop_at, tmp_path, monkeyp
     assert list(fitted.history) == history
 
 
+def test_resumed_by_schedule_is_bitwise_uninterrupted(data, tmp_path):
+    rows, plan = lesson(data, dtype=np.float32), replace(PLAN, checkpoint_every_s=0.0)
+    expected, history, _ = trained(rows, PLAN, scheduled_terms(), dtype=torch.float32)
+    with pytest.raises(Interrupted):
+        fit(
+            small_model(torch.float32),
+            stream_of(rows, 12),
+            scheduled_terms(),
+            plan,
+            tmp_path / "checkpoint",
+            interrupted_at(7),
+        )
+    found, found_history, _ = trained(
+        rows, plan, scheduled_terms(), dtype=torch.float32, checkpoint=tmp_path / "checkpoint"
+    )
+    assert torch.equal(found, expected)
+    assert found_history == history
+
+
 def test_a_checkpoint_is_written_when_it_is_due(data, tmp_path):
     rows = lesson(data)
     for every_s, written in ((3600.0, False), (0.0, True)):
@@ -430,6 +485,11 @@ def two_rank_plans() -> dict[str, TrainPlan]:
     return {"sgd": PLAN, "adamw": replace(adamw, micro_batch_size=2, clip_norm=1.0)}
 
 
+def pulls_of(history) -> dict[str, float]:
+    """How strongly each term pulls, by step and name; of a batch without labels, too."""
+    return {f"{each['step']} {name}": each[name] for each in history for name in each if name.endswith(" gradient")}
+
+
 def torchrun(*arguments: object) -> None:
     """Run a script in two processes on CPUs; SIGTERM, where it is late, lets the launcher end them."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -458,6 +518,8 @@ def test_two_ranks_train_the_model_of_one(data, tmp_path):
             weights, log = found[name]
             torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
             assert [each["loss"] for each in log] == pytest.approx([each["loss"] for each in history], rel=1e-4)
+            assert pulls_of(log) == pytest.approx(pulls_of(history), rel=1e-3)
+            assert len(pulls_of(log)) >= 4
     assert torch.equal(ranks[0]["sgd"][0], ranks[1]["sgd"][0])
     assert not set(ranks[0]["drawn"]) & set(ranks[1]["drawn"])
 

@@ -212,7 +212,7 @@ def _check_logits(logits: Tensor, labels: Tensor) -> None:
 
 def _width(targets: Targets) -> int:
     """Numbers per position."""
-    return int((targets.ids if isinstance(targets, SparseTargets | SampledTargets) else targets.values).shape[-1])
+    return (targets.ids if isinstance(targets, SparseTargets | SampledTargets) else targets).shape[-1]
 
 
 def _array(values: Tensor) -> NDArray[Any]:

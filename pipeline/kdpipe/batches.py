@@ -22,7 +22,7 @@ from kdpipe.inputs import Inputs, changed, tensors_of
 from kdpipe.order import BatchOrder, Group, Shuffle
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import Targets
-from kdpipe.views import ViewSpec
+from kdpipe.views import Shown, ViewSpec
 
 RAM_BUDGET_BYTES = 512 * 2**20
 
@@ -47,13 +47,16 @@ class TargetReader(Protocol):
 class Batch:
     """Some rows: their numbers, model inputs `[B, …]`, labels and targets by teacher and output.
 
-    Labels are `[B]`, or `[B, T]` of tokens; -1: there is none.
+    Labels are `[B]`, or `[B, T]` of tokens; -1: there is none. Where a view mixes rows, `other_labels [B]` are those of
+    the partners, and `share [B]` is what of each row is its own.
     """
 
     rows: NDArray[np.int64]
     inputs: Inputs
     labels: Tensor
     targets: Mapping[str, TargetsByOutput] = field(default_factory=dict)
+    other_labels: Tensor | None = None
+    share: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,7 +67,16 @@ class Batch:
             teacher: {name: each[rows] for name, each in outputs.items()} for teacher, outputs in self.targets.items()
         }
         inputs = changed(self.inputs, lambda each: each[rows])
-        return Batch(rows=self.rows[rows], inputs=inputs, labels=self.labels[rows], targets=targets)
+        other_labels = None if self.other_labels is None else self.other_labels[rows]
+        share = None if self.share is None else self.share[rows]
+        return Batch(
+            rows=self.rows[rows],
+            inputs=inputs,
+            labels=self.labels[rows],
+            targets=targets,
+            other_labels=other_labels,
+            share=share,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -73,7 +85,12 @@ class Batch:
             for teacher, outputs in self.targets.items()
         }
         inputs = changed(self.inputs, lambda each: each.to(device, non_blocking=True))
-        return Batch(rows=self.rows, inputs=inputs, labels=self.labels.to(device, non_blocking=True), targets=targets)
+        labels = self.labels.to(device, non_blocking=True)
+        other_labels = None if self.other_labels is None else self.other_labels.to(device, non_blocking=True)
+        share = None if self.share is None else self.share.to(device, non_blocking=True)
+        return Batch(
+            rows=self.rows, inputs=inputs, labels=labels, targets=targets, other_labels=other_labels, share=share
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +98,7 @@ class Rows:
     """What a model learns from: which rows, as what input, with which labels and targets.
 
     `labels [len(inputs)]` by row number, -1 where the model must not know it. Where `token_labels` is given, it makes
-    the labels `[B, T]` of rows that the model may know.
+    the labels `[B, T]` of rows that the model may know; `views` that mix rows do not go with it (`ConfigError`).
     """
 
     inputs: PreparedInputs
@@ -92,17 +109,27 @@ class Rows:
     views: ViewSpec = field(default_factory=ViewSpec)
     token_labels: Callable[[Columns], NDArray[np.int64]] | None = None
 
+    def __post_init__(self) -> None:
+        if self.views.count and self.views.mixes and self.token_labels is not None:
+            raise ConfigError("views.transform mixes rows, and labels of tokens cannot be mixed; leave it out")
+
     def batch(self, rows: NDArray[np.int64], view: int = 0) -> Batch:
         """The given rows as a batch."""
-        columns = self.inputs.read(rows)
-        if view:
-            columns = self.views.of(columns, self.inputs.sample_ids[rows].tolist(), view)
+        shown = self._shown(rows, view)
+        partners, share = shown.partners, shown.share
         return Batch(
             rows=rows,
-            inputs=self.preprocess(columns),
-            labels=torch.from_numpy(self.labels_of(rows, columns)),
+            inputs=self.preprocess(shown.columns),
+            labels=torch.from_numpy(self.labels_of(rows, shown.columns)),
             targets={teacher: reader.read(rows, view) for teacher, reader in self.targets.items()},
+            other_labels=None if partners is None else torch.from_numpy(self.labels[partners]),
+            share=None if share is None else torch.from_numpy(share).float(),
         )
+
+    def _shown(self, rows: NDArray[np.int64], view: int) -> Shown:
+        if view == 0:  # nothing is drawn, so ids are not read
+            return Shown(columns=self.inputs.read(rows))
+        return self.views.read(self.inputs.read, self.inputs.sample_ids, rows, view)
 
     def labels_of(self, rows: NDArray[np.int64], columns: Columns) -> NDArray[np.int64]:
         """Labels of the given rows `[B]`, or of their tokens `[B, T]`; `columns` is what the rows hold."""

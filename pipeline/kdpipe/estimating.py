@@ -21,7 +21,7 @@ from kdpipe.losses import ForwardKL, bucket_log_probs
 from kdpipe.store.layout import ArrayLayout, choose_shard_rows
 from kdpipe.store.manifest import STATISTICS
 from kdpipe.store.shard_file import encode_shard
-from kdpipe.targets import OutputSpec, SampledTargets, SparseTargets, Targets
+from kdpipe.targets import MixedTargets, OutputSpec, SampledTargets, SparseTargets, Targets
 
 GRADIENT_ERROR = 0.05
 """The largest gradient error of an encoding that is recommended."""
@@ -224,6 +224,7 @@ def _top1(targets: Targets) -> Tensor:
         case SampledTargets():
             place = targets.weights.argmax(dim=-1, keepdim=True)
         case _:
+            assert not isinstance(targets, MixedTargets)  # which no store holds
             return targets.values.argmax(dim=-1)
     return targets.ids.gather(-1, place).squeeze(-1)
 

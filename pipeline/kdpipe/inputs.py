@@ -1,11 +1,13 @@
-"""What a preprocess makes and a model takes, and the logits in what the model gives back.
+"""What a preprocess makes and a model takes; the logits and other outputs in what the model gives back.
 
 Shapes: B batch, T tokens, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +19,7 @@ Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 """One tensor `[B, …]`, or several by the names of `forward`'s arguments."""
 LOGITS = "logits"
 ATTENTION_MASK = "attention_mask"
+_NAMES_SHOWN = 20
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -113,3 +116,78 @@ class Head:
                 " Name the one that holds the logits: `logits: NAME` (or its position) beside `model:`"
             )
         return logits if self._num_classes is None else class_logits(logits, self._num_classes)
+
+
+class Outputs:
+    """What a model gives, by name: parts of what forward returns (`1`, `hidden_states.2`), and outputs of submodules.
+
+    A submodule is named by its dotted path, and is listened to only if it is asked for; of one that is called several
+    times the last call counts.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str], head: Head) -> None:
+        """`names` are those that are asked for besides the logits, which `head` takes out."""
+        self._model, self._head, self.has_features = model, head, bool(names)
+        self._submodules = {name: each for name, each in model.named_modules() if name}
+        paths = {path for name in names for path in _paths(name)}
+        self._listened = {path: each for path, each in self._submodules.items() if path in paths}
+        self._heard: dict[str, Any] = {}
+
+    def __call__(self, inputs: Inputs) -> Any:
+        """What forward returns, as it comes."""
+        self._heard = {}
+        hooks = [each.register_forward_hook(partial(self._hear, path)) for path, each in self._listened.items()]
+        try:
+            # Features may have a value per token, so that all batches must be as long.
+            return call(self._model, inputs if self.has_features else trimmed(inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def named(self, returned: Any) -> dict[str, Any]:
+        """Every part by name, `logits` and the outputs of submodules among them. Raises `ConfigError`."""
+        logits = self._head(returned)
+        heard = {part: each for name, value in self._heard.items() for part, each in parts_of(value, name).items()}
+        self._heard = {}
+        return heard | by_name(returned) | {LOGITS: logits}
+
+    def tensor(self, name: str, said: Mapping[str, Any], where: str) -> Tensor:
+        """One output. Raises `ConfigError` with what exists."""
+        value = said.get(name)
+        if not isinstance(value, Tensor):
+            what = "does not exist" if name not in said else f"is {kind(value)} and no tensor"
+            raise ConfigError(f"{where} {what}: {self._choices(name, said)}")
+        return value
+
+    def shape(self, name: str, said: Mapping[str, Any], where: str) -> tuple[int, ...]:
+        """Shape per row of an output, from what was said about one row. Raises `ConfigError` with what exists."""
+        value = self.tensor(name, said, where)
+        if value.ndim == 0 or len(value) != 1:
+            raise ConfigError(
+                f"{where} is {kind(value)} for one row; expected a tensor of shape [1, …]. Take another one, or give "
+                "the part that you mean a key of its own in the dict that forward returns."
+            )
+        return tuple(value.shape[1:])
+
+    def _hear(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        # A copy, as the next module may work in place (ReLU(inplace=True), say).
+        self._heard[name] = output.clone() if isinstance(output, Tensor) else output
+
+    def _choices(self, name: str, said: Mapping[str, Any]) -> str:
+        existing = [*dict.fromkeys([*said, *self._submodules])]
+        nearest = difflib.get_close_matches(name, existing, n=_NAMES_SHOWN, cutoff=0)
+        shown = existing if len(existing) <= _NAMES_SHOWN else [*nearest, f"… ({len(existing)} in all)"]
+        return f"forward gives {', '.join(said)}; all names, with those of submodules: {', '.join(shown)}"
+
+
+def _paths(name: str) -> list[str]:
+    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
+    steps = name.split(".")
+    return [".".join(steps[:length]) for length in range(1, len(steps) + 1)]
+
+
+def kind(value: Any) -> str:
+    """What a value is, for a message: a tensor's shape (and dtype, unless floating), or its type."""
+    if not isinstance(value, Tensor):
+        return "nothing" if value is None else type(value).__name__
+    return f"{list(value.shape)}" + ("" if value.is_floating_point() else f" {str(value.dtype).removeprefix('torch.')}")

@@ -7,6 +7,8 @@ Shapes: B rows; `...` stands for further axes (tokens, draws).
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,6 +36,11 @@ def uniform(keys: NDArray[np.uint64], shape: tuple[int, ...], seed: int) -> NDAr
     high, low = np.stack([w0, w2], axis=-1), np.stack([w1, w3], axis=-1)
     mantissa = (high << np.uint64(21)) | (low >> np.uint64(11))
     return (mantissa.reshape(len(keys), tokens, 2 * blocks)[..., :draws] * 2.0**-53).reshape(len(keys), *shape)
+
+
+def derived_seed(seed: int, name: int | str) -> int:
+    """Another seed for each name, from 0 to 2^64 - 1: streams of one seed that have nothing to do with each other."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "little")
 
 
 def philox(keys: NDArray[np.uint64], counter: tuple[NDArray[np.uint64] | np.uint64, ...]) -> list[NDArray[np.uint64]]:

@@ -45,6 +45,11 @@ class DenseTargets:
     covered: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """`[B, ..., C]`."""
+        return tuple(self.values.shape)
+
+    @property
     def num_classes(self) -> int:
         """C."""
         return self.values.shape[-1]
@@ -233,6 +238,11 @@ class FeatureTargets:
     values: Tensor
     covered: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[B, ..., D]`."""
+        return tuple(self.values.shape)
+
     def to(self, device: torch.device) -> FeatureTargets:
         """The same targets on another device."""
         return _moved(self, device)
@@ -241,10 +251,49 @@ class FeatureTargets:
         return _changed(self, lambda tensor: tensor[rows])
 
 
-Targets = DenseTargets | SparseTargets | SampledTargets | FeatureTargets
+@dataclass(frozen=True, kw_only=True)
+class MixedTargets:
+    """Several teachers' probabilities in one: `sum_k w_k softmax(z_k / T)`, with `log w` as `log_weights [B, ..., K]`.
+
+    Exact at every temperature. `covered [B, ...]` is False where no teacher speaks. Made by `kdpipe.losses.mixed`.
+    """
+
+    parts: tuple[DenseTargets, ...]
+    log_weights: Tensor
+    covered: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[B, ..., C]`."""
+        return self.parts[0].shape
+
+    def softened(self, temperature: float, allow_interpolation: bool = False) -> Tensor:
+        """Log-probabilities of the mixture at T `[B, ..., C]`: it has no logits that are the same at every T."""
+        return self.log_probs(temperature)
+
+    def log_probs(self, temperature: float = 1.0, allow_interpolation: bool = False) -> Tensor:
+        """`log sum_k w_k p_k` at T, `[B, ..., C]`, computed in float32 or wider.
+
+        Raises `ConfigError` for a temperature that is no number above 0.
+        """
+        weighted = [
+            log_weight.unsqueeze(-1) + part.log_probs(temperature)
+            for log_weight, part in zip(self.log_weights.unbind(dim=-1), self.parts, strict=True)
+        ]
+        return torch.logsumexp(torch.stack(weighted), dim=0)
+
+    def to(self, device: torch.device) -> MixedTargets:
+        """The same targets on another device."""
+        return replace(_moved(self, device), parts=tuple(each.to(device) for each in self.parts))
+
+    def __getitem__(self, rows: slice | Tensor) -> MixedTargets:
+        return replace(_changed(self, lambda tensor: tensor[rows]), parts=tuple(each[rows] for each in self.parts))
+
+
+Targets = DenseTargets | SparseTargets | SampledTargets | FeatureTargets | MixedTargets
 """All that a loss sees."""
 
-_Kind = TypeVar("_Kind", DenseTargets, SparseTargets, SampledTargets, FeatureTargets)
+_Kind = TypeVar("_Kind", DenseTargets, SparseTargets, SampledTargets, FeatureTargets, MixedTargets)
 
 
 def _moved(targets: _Kind, device: torch.device) -> _Kind:

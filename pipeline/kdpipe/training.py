@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,20 +24,26 @@ from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.distributed import cpu_threads, join_peers
 from kdpipe.errors import TrainingError
 from kdpipe.fingerprint import digest
-from kdpipe.inputs import Head, call, trimmed
-from kdpipe.losses import LabelLoss, LossTerm, valid_rows, values_of
-from kdpipe.targets import Targets
+from kdpipe.gradients import TermGradients, pulls
+from kdpipe.inputs import LOGITS, Head, Inputs, Outputs
+from kdpipe.losses import CONSTANT, LabelLoss, LossTerm, Schedule, values_of
+from kdpipe.targets import FeatureTargets
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGS_PER_FIT = 100
+GRADIENTS_PER_FIT = 10
 LOGITS_ALONE = Head()
 """For a model that gives its logits, or names them so."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:
-    """How to optimise. `micro_batch_size` rows at a time go through the model (null: the whole batch at once)."""
+    """How to optimise. `micro_batch_size` rows at a time go through the model (null: the whole batch at once).
+
+    `log_gradients`: of several terms, how strongly each pulls is measured `GRADIENTS_PER_FIT` times, see
+    `TermGradients`.
+    """
 
     steps: int
     seed: int
@@ -52,6 +58,7 @@ class TrainPlan:
     micro_batch_size: int | None = None
     threads: int | None = None
     checkpoint_every_s: float = 20.0
+    log_gradients: bool = True
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then constant or a cosine to 0 (Loshchilov and Hutter 2017)."""
@@ -71,15 +78,25 @@ class TrainingTerm(Protocol):
     def name(self) -> str:
         """How logs call it."""
 
+    def weight_at(self, step: int, steps: int) -> float:
+        """What its mean is multiplied with, in step 0 to `steps - 1`."""
+
     @property
-    def weight(self) -> float:
-        """What its mean is multiplied with."""
+    def student_output(self) -> str:
+        """What it hears of the student: a named output (see `kdpipe.inputs.Outputs`); empty: the logits."""
+
+    @property
+    def projector(self) -> nn.Module | None:
+        """What that output goes through first; it is trained beside the student."""
 
     def valid(self, batch: Batch) -> Tensor:
         """Which rows count, bool `[B]`; or which tokens, `[B, T]`."""
 
-    def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        """One value per row `[B]` or token `[B, T]`; those that do not count may hold anything finite."""
+    def values(self, heard: Tensor, batch: Batch) -> Tensor:
+        """One value per row `[B]` or token `[B, T]`; those that do not count may hold anything finite.
+
+        `heard` is the student's output, in float32 or wider.
+        """
 
     def unscaled(self, values: Tensor) -> Tensor:
         """The values without the term's own factor, for the log."""
@@ -89,18 +106,30 @@ class TrainingTerm(Protocol):
 class LabelTerm:
     """The task's loss on labels, on labelled rows only."""
 
+    student_output: ClassVar[str] = ""
+    projector: ClassVar[None] = None
+
     loss: LabelLoss
     weight: float
     smoothing: float = 0.0
+    schedule: Schedule = CONSTANT
     name: str = "label"
 
-    def valid(self, batch: Batch) -> Tensor:
-        """Rows that have a label."""
-        return batch.labels != MISSING_LABEL
+    def weight_at(self, step: int, steps: int) -> float:
+        """The weight by the schedule."""
+        return self.schedule.weight_at(self.weight, step, steps)
 
-    def values(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The task's label loss, shaped as the labels."""
-        return self.loss(logits, batch.labels, self.smoothing)
+    def valid(self, batch: Batch) -> Tensor:
+        """Rows that have a label; where rows are mixed, both of them."""
+        valid = batch.labels != MISSING_LABEL
+        return valid if batch.other_labels is None else valid & (batch.other_labels != MISSING_LABEL)
+
+    def values(self, heard: Tensor, batch: Batch) -> Tensor:
+        """The task's label loss, shaped as the labels; where rows are mixed, of both labels in the rows' shares."""
+        values = self.loss(heard, batch.labels, self.smoothing)
+        if batch.other_labels is None or batch.share is None:
+            return values
+        return batch.share * values + (1 - batch.share) * self.loss(heard, batch.other_labels, self.smoothing)
 
     def unscaled(self, values: Tensor) -> Tensor:
         """As they are."""
@@ -109,38 +138,49 @@ class LabelTerm:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillTerm:
-    """A distillation loss on one teacher's cached targets, on every row that it speaks about.
+    """A distillation loss on the cached targets of a teacher, or of several, on every row that they speak about.
 
-    A loss that needs labels is left out of rows without one.
+    A loss that needs labels is left out of rows without one. `projector` is the module of a term that names one.
     """
 
     term: LossTerm
+    projector: nn.Module | None = None
 
     @property
     def name(self) -> str:
-        """Teacher, loss and temperature."""
-        return f"{self.term.teacher}.{type(self.term.loss).__name__} T={self.term.loss.temperature:g}"
+        """Teachers, loss and temperature; of features, what is compared with what."""
+        term, loss = self.term, f"{'+'.join(self.term.teachers)}.{type(self.term.loss).__name__}"
+        if term.output == LOGITS and not term.student_output:
+            return f"{loss} T={term.loss.temperature:g}"
+        return f"{loss} {term.student_output or LOGITS} to {term.output}"
+
+    def weight_at(self, step: int, steps: int) -> float:
+        """The term's weight by its schedule."""
+        return self.term.schedule.weight_at(self.term.weight, step, steps)
 
     @property
-    def weight(self) -> float:
-        """The term's weight."""
-        return self.term.weight
+    def student_output(self) -> str:
+        """The term's."""
+        return self.term.student_output
 
     def valid(self, batch: Batch) -> Tensor:
-        """Rows that the teacher speaks about, and that have a label where the loss needs one."""
-        valid = valid_rows(self.term.loss, self._targets(batch), batch.labels)
-        return torch.ones_like(batch.labels, dtype=torch.bool) if valid is None else valid
+        """Rows that a teacher speaks about, and that have a label where the loss needs one."""
+        valid = self.term.valid(batch.targets, batch.labels)
+        if valid is not None:
+            return valid
+        # Of features there is a value per token only where the teacher says which tokens count.
+        targets = batch.targets[self.term.teachers[0]][self.term.output]
+        of = batch.labels[:, 0] if isinstance(targets, FeatureTargets) and batch.labels.ndim > 1 else batch.labels
+        return torch.ones_like(of, dtype=torch.bool)
 
-    def values(self, logits: Tensor, batch: Batch) -> Tensor:
+    def values(self, heard: Tensor, batch: Batch) -> Tensor:
         """The loss, one value per row or token."""
-        return values_of(self.term.loss, logits, self._targets(batch), batch.labels)
+        targets = self.term.targets(batch.targets, batch.labels)
+        return values_of(self.term.loss, heard, targets, batch.labels)
 
     def unscaled(self, values: Tensor) -> Tensor:
         """Without T^2."""
         return self.term.loss.unscaled(values)
-
-    def _targets(self, batch: Batch) -> Targets:
-        return batch.targets[self.term.teacher][self.term.output]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +195,13 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A finished training: the log (one entry per interval) and the seconds of this process's steps."""
+    """A finished training: the log (one entry per interval) and the seconds of this process's steps.
+
+    An entry holds, of its interval: the mean `loss`; of each term NAME the mean value as `NAME`, without the term's own
+    factor as `NAME unscaled`, times its `NAME weight` as `NAME weighted`. Of some entries' last step, see `pulls`: the
+    norm of the weighted term's gradient by the parameters, and its ratio to that of the term on labels (else to the
+    first term's).
+    """
 
     history: Sequence[Mapping[str, float]]
     seconds: float
@@ -211,12 +257,14 @@ class _Loop:
         join_peers()
         # Accelerate fixes one mixed precision per process, and a process may train with several: autocast is done here.
         self._accelerator = Accelerator(mixed_precision="no")
-        self._terms, self._plan, self._head = terms, plan, head
+        self._terms, self._plan = terms, plan
+        self._names = _distinct([term.name for term in terms])
         self._bare = model
-        self._model = self._accelerator.prepare(model)
+        self._heard = _Heard(model, terms, head)
+        self._model = self._accelerator.prepare(self._heard)
         # Not prepared: Accelerate's wrapper looks for an uninstalled package at every step, and its scaler and
         # accumulation are done here.
-        self._optimizer = _optimizer(self._bare, plan)
+        self._optimizer = _optimizer(self._heard, plan)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=plan.precision == "float16")
         self._model.train()
         self._interval = max(1, plan.steps // LOGS_PER_FIT)
@@ -231,14 +279,17 @@ class _Loop:
         learning_rate = plan.learning_rate_at(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        weights = [term.weight_at(self.step, plan.steps) for term in self._terms]
+        gradients = TermGradients(self._bare, len(self._terms)) if self._measures_gradients() else None
         parts = []
         micro_batches = list(_micro_batches(batch, plan.micro_batch_size))
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(self._model):
-                parts.append(self._backward(micro, counts))
-        totals = dict(zip(self._names, self._sum_over_ranks(torch.stack(parts).sum(dim=0)).tolist(), strict=True))
+                parts.append(self._backward(micro, counts, weights, gradients))
+        totals = self._totals(self._sum_over_ranks(torch.stack(parts).sum(dim=0)).tolist(), weights)
         self._check_finite(totals)
+        measured = {} if gradients is None else self._pulls(gradients)
         if plan.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             accelerator.clip_grad_norm_(self._model.parameters(), plan.clip_norm)
@@ -246,47 +297,68 @@ class _Loop:
         self._scaler.update()
         self._optimizer.zero_grad()
         self.step += 1
-        self._log(totals, learning_rate)
+        self._log(totals, {"learning_rate": learning_rate, **measured})
 
-    def _backward(self, batch: Batch, counts: Tensor) -> Tensor:
-        """Add a micro-batch's gradients; returns its part of the loss and of each term, in the order of `_names`."""
+    def _backward(
+        self, batch: Batch, counts: Tensor, weights: Sequence[float], gradients: TermGradients | None
+    ) -> Tensor:
+        """Add a micro-batch's gradients; returns its part of the loss and of each term, as it is and unscaled."""
         autocast = _AUTOCAST[self._plan.precision]
         with torch.autocast(self._device.type, autocast, enabled=autocast is not None):
-            logits = self._head(call(self._model, trimmed(batch.inputs)))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = logits.new_zeros((), dtype=torch.float32)
-        parts = []
-        for term, count in zip(self._terms, counts, strict=True):
-            values = torch.where(term.valid(batch), term.values(logits, batch), 0.0)
+            heard = self._model(batch.inputs)
+        loss = heard[0].new_zeros((), dtype=torch.float32)
+        parts, summands = [], []
+        for term, output, count, weight in zip(self._terms, heard, counts, weights, strict=True):
+            values = torch.where(term.valid(batch), term.values(output, batch), 0.0)
             mean = values.sum() / count
-            loss = loss + term.weight * mean
+            summands.append(weight * mean)
+            loss = loss + summands[-1]
             parts += [mean, term.unscaled(values).sum() / count]
+        if gradients is not None:
+            gradients.add([self._scaler.scale(each) for each in summands])
         # DDP averages gradients over ranks; the counts are already those of all ranks.
         self._scaler.scale(loss * self._accelerator.num_processes).backward()
         return torch.stack([part.detach().float() for part in (loss, *parts)])
 
-    @property
-    def _names(self) -> list[str]:
-        return ["loss", *(name for term in self._terms for name in (term.name, f"{term.name} unscaled"))]
+    def _totals(self, parts: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
+        """What a step gives to the log, by name."""
+        totals = {"loss": parts[0]}
+        for name, weight, value, unscaled in zip(self._names, weights, parts[1::2], parts[2::2], strict=True):
+            totals |= {name: value, f"{name} unscaled": unscaled}
+            totals |= {f"{name} weight": weight, f"{name} weighted": weight * value}
+        return totals
+
+    def _measures_gradients(self) -> bool:
+        """Whether this step ends an interval of the log, and one of those that have gradients; the first has."""
+        if len(self._terms) == 1 or not self._plan.log_gradients:
+            return False
+        intervals, steps_left = divmod(self.step + 1, self._interval)
+        return steps_left == 0 and (intervals - 1) % max(1, LOGS_PER_FIT // GRADIENTS_PER_FIT) == 0
+
+    def _pulls(self, gradients: TermGradients) -> dict[str, float]:
+        norms = gradients.norms(self._sum_over_ranks, self._scaler.get_scale())
+        on_labels = (index for index, term in enumerate(self._terms) if isinstance(term, LabelTerm))
+        return pulls(dict(zip(self._names, norms, strict=True)), self._names[next(on_labels, 0)])
 
     def _check_finite(self, totals: Mapping[str, float]) -> None:
         """The same on every rank, as the totals are."""
         if math.isfinite(totals["loss"]):
             return
-        parts = ", ".join(f"{term.name} {totals[term.name]:g}" for term in self._terms)
+        parts = ", ".join(f"{name} {totals[name]:g}" for name in self._names)
         raise TrainingError(
             f"the loss is {totals['loss']} at step {self.step} ({parts}). Lower train.learning_rate, set "
             "train.clip_norm, or use train.precision: float32."
         )
 
-    def _log(self, totals: Mapping[str, float], learning_rate: float) -> None:
+    def _log(self, totals: Mapping[str, float], of_step: Mapping[str, float]) -> None:
+        """Note a step's totals, and at the end of an interval their means with what is of this `of_step` alone."""
         for name, value in totals.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self.loss = totals["loss"]
         if self.step % self._interval == 0 or self.step == self._plan.steps:
             length = self.step - int(self.history[-1]["step"] if self.history else 0)
             means = {name: value / length for name, value in self._sums.items()}
-            self.history.append({"step": self.step, "learning_rate": learning_rate, **means})
+            self.history.append({"step": self.step, **of_step, **means})
             self._sums = {}
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -301,7 +373,8 @@ class _Loop:
             return
         state = {
             "step": self.step,
-            "model": self._accelerator.unwrap_model(self._model).state_dict(),
+            "model": self._bare.state_dict(),
+            "projectors": self._heard.projectors.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "history": self.history,
@@ -315,7 +388,8 @@ class _Loop:
         if state is None:
             return
         self.step, self.history, self._sums = state["step"], state["history"], state["sums"]
-        self._accelerator.unwrap_model(self._model).load_state_dict(state["model"])
+        self._bare.load_state_dict(state["model"])
+        self._heard.projectors.load_state_dict(state.get("projectors", {}))
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
 
@@ -330,6 +404,31 @@ class _Loop:
         return device
 
 
+class _Heard(nn.Module):
+    """A model and what each term hears of it: its logits or another output, through the term's projector."""
+
+    def __init__(self, model: nn.Module, terms: Sequence[TrainingTerm], head: Head) -> None:
+        super().__init__()
+        self.model = model
+        self.projectors = nn.ModuleList([term.projector or nn.Identity() for term in terms])
+        self._names = [term.student_output or LOGITS for term in terms]
+        self._outputs = Outputs(model, {*self._names} - {LOGITS}, head)
+
+    def forward(self, inputs: Inputs) -> list[Tensor]:
+        """One tensor per term, in float32 or wider. Raises `ConfigError` for an output that does not exist."""
+        said = self._outputs.named(self._outputs(inputs))
+        # Once each: several terms hear the same logits, which may be large.
+        wide = {
+            name: _wide(self._outputs.tensor(name, said, f"the output {name!r} of the student"))
+            for name in dict.fromkeys(self._names)
+        }
+        return [_wide(projector(wide[name])) for name, projector in zip(self._names, self.projectors, strict=True)]
+
+
+def _wide(output: Tensor) -> Tensor:
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
 def _optimizer(model: nn.Module, plan: TrainPlan) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if plan.optimizer == "sgd":
@@ -341,6 +440,12 @@ def _optimizer(model: nn.Module, plan: TrainPlan) -> torch.optim.Optimizer:
             nesterov=plan.momentum > 0,
         )
     return torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, a repeated one with its number: `a`, `a #2`."""
+    numbers = [names[:index].count(name) + 1 for index, name in enumerate(names)]
+    return [name if number == 1 else f"{name} #{number}" for name, number in zip(names, numbers, strict=True)]
 
 
 def _micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:

@@ -130,6 +130,15 @@ def label_loss(task: Task, section: TrainSection, labels: NDArray[np.int64], whe
     return loss
 
 
+def balance_of(task: Task, section: TrainSection, labels: NDArray[np.int64], where: str) -> NDArray[np.int64] | None:
+    """What `BatchOrder.balance` is for a `train` section: the known labels `[N]` of the rows, -1: there is none."""
+    if section.sampling is None:
+        return None
+    if isinstance(task, TokenTask):
+        raise ConfigError(f"{where}.sampling: it is about rows of a class, but here every token has one; leave it out")
+    return labels
+
+
 def check_class_weights(task: Task, section: TrainSection, where: str) -> None:
     """Raise `ConfigError` unless weights that are given are one per class."""
     weights = section.class_weights
@@ -182,7 +191,7 @@ def encodings_of(section: TargetsSection, outputs: Iterable[OutputSpec]) -> dict
 
 def plan_json(section: TrainSection) -> dict[str, Any]:
     """A `train` section without what changes no number, and without what it does not ask of its labels."""
-    left_out = {key for key in ("class_weights", "logit_adjustment") if getattr(section, key) is None}
+    left_out = {key for key in ("class_weights", "logit_adjustment", "sampling") if getattr(section, key) is None}
     return {key: value for key, value in asdict(section).items() if key not in left_out.union(FREE_OF_TRAINING)}
 
 

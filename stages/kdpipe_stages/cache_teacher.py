@@ -15,6 +15,7 @@ from kdpipe.caching import WHOLE, CacheProgress, Captured, Share, capture
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import cpu_threads
 from kdpipe.errors import UsageError
+from kdpipe.store.classifier import TeacherClassifier
 from kdpipe.store.layout import choose_shard_rows
 from kdpipe.store.manifest import Manifest
 from kdpipe.teachers.base import Teacher, abstains
@@ -24,7 +25,7 @@ from kdpipe_stages.params import store_sections, views_identity
 from kdpipe_stages.project import Project
 from kdpipe_stages.tables import TableTeacher
 from kdpipe_stages.teachers import build_teacher
-from kdpipe_stages.workplace import Workplace
+from kdpipe_stages.workplace import RemoteWorkplace, Workplace, check_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,8 @@ def run(
     """Compute what is missing of one teacher's store and publish it; does nothing when it is complete.
 
     `repair` reads every byte first, and computes again the shards that differ from what was committed. With a `share`,
-    workers in other processes compute the other shards; whoever finds the store complete publishes it.
+    workers in other processes compute the other shards; whoever finds the store complete publishes it. With
+    `targets.<name>.url` the store is worked at and published there.
     """
     if repair and share != WHOLE:
         raise UsageError("--repair reads the whole store: run it alone, without --shards")
@@ -67,14 +69,22 @@ def run(
     with ExitStack() as held:
         with by_name.door():  # who would get in another's way is told so before the teacher is loaded
             held.enter_context(by_name.part(share.index, share.count))
+        targets = project.targets(name)
+        check_url(project, name)
         inputs = PreparedInputs(project.prepared / "inputs")
         teacher, description = _teacher(project, name, inputs)
-        workplace = Workplace(project, name, manifest_of(project, name, teacher, description, len(inputs)))
+        manifest = manifest_of(project, name, teacher, description, len(inputs))
+        workplace: Workplace | RemoteWorkplace = (
+            Workplace(project, name, manifest)
+            if targets.url is None
+            else RemoteWorkplace(project, name, manifest, share, targets.url)
+        )
         with workplace.door():
             held.enter_context(workplace.workers.part(share.index, share.count))
             store = workplace.begin(inputs, repair)
+            classifier = description.get("classifier")
+            store.keep_classifier(classifier if isinstance(classifier, TeacherClassifier) else None)
         missing = {(view, shard.index) for view, shard in store.missing() if share.has(shard)}
-        targets = project.targets(name)
         with cpu_threads(targets.threads):
             if isinstance(teacher, TableTeacher):
                 captured = teacher.capture(store, inputs, on_progress, share)
@@ -86,13 +96,13 @@ def run(
                     targets.batch_size,
                     on_progress,
                     share,
-                    project.views(),
+                    project.views_of(inputs),
                     targets.batch_tokens,
                 )
         if captured.num_rows:
             _write_timings(project, name, share, captured)
         with workplace.door():
-            if share != WHOLE:
+            if share != WHOLE or targets.url is not None:
                 store = workplace.open(inputs)  # with what others committed meanwhile
             owed = len(store.missing()) if share != WHOLE else 0
             published = not owed and workplace.finish(store, missing, repair)
@@ -153,7 +163,9 @@ def manifest_of(
         shard_rows=targets.shard_rows or choose_shard_rows(specs, num_rows),
         coverage=isinstance(teacher, TableTeacher) or abstains(teacher),
         sections=store_sections(project.params, name),
-        teacher=description,
+        teacher={
+            key: each.to_json() if isinstance(each, TeacherClassifier) else each for key, each in description.items()
+        },
         recorded={
             "torch": torch.__version__,
             "python": platform.python_version(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,8 @@ from kdpipe.data.prepared import PreparedData
 from kdpipe.data.preparing import column_of
 from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, DataError, KdpipeError
-from kdpipe.inputs import call, described, num_rows
+from kdpipe.inputs import LOGITS, Head, Inputs, call, described, num_rows
+from kdpipe.losses import reuses_classifier
 from kdpipe.preprocess import Preprocess
 from kdpipe.store.manifest import Manifest
 from kdpipe.targets import OutputSpec
@@ -22,12 +24,30 @@ from kdpipe.tasks.base import Task, TokenTask, rows_of
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher
 from kdpipe_stages.building import ModelSpec, check_class_weights, check_vocabulary, encodings_of, model_offers
-from kdpipe_stages.lesson import check_batches, check_term, known_labels, loss_term
-from kdpipe_stages.params import source_columns
+from kdpipe_stages.lesson import (
+    Stored,
+    check_batches,
+    check_logits_learn,
+    check_mixing,
+    check_term,
+    known_labels,
+    loss_term,
+    no_classifier,
+)
+from kdpipe_stages.params import LossSection, source_columns
 from kdpipe_stages.prepare_data import source_of
 from kdpipe_stages.project import Project
+from kdpipe_stages.pupil import shapes_heard
 from kdpipe_stages.tables import TableTeacher
-from kdpipe_stages.teachers import bind_teacher, checked_teacher, of_what_counts, parts_made_by, section_with_model
+from kdpipe_stages.teachers import (
+    bind_teacher,
+    checked_teacher,
+    classifier_of,
+    of_what_counts,
+    parts_made_by,
+    section_with_model,
+)
+from kdpipe_stages.workplace import check_url
 
 SAMPLE_ROWS = 64
 
@@ -36,7 +56,7 @@ def run(project: Project) -> Sequence[str]:
     """What was checked, a line each. Raises `ConfigError` with every problem that was found."""
     problems: list[str] = []
     checked: list[str] = []
-    task, sample = None, None
+    task, sample, met = None, None, _Met()
     try:
         task = project.task()
         checked.append(f"task: {project.params.task.path}, {task.num_classes} classes")
@@ -50,8 +70,10 @@ def run(project: Project) -> Sequence[str]:
     }
     if task is not None:
         checks["losses"] = partial(_check_losses, task=task)
-        checks["teachers"] = partial(_check_teachers, task=task, sample=sample)
-        checks["student"] = partial(_check_student, task=task, sample=sample)
+        checks["teachers"] = partial(_check_teachers, task=task, sample=sample, met=met)
+        checks["student"] = partial(_check_student, task=task, sample=sample, met=met)
+        if any(_is_about_features(each) for each in project.params.student.losses):
+            checks["features"] = partial(_check_features, task=task, met=met)
     for name, check in checks.items():
         try:
             checked.append(f"{name}: {check(project)}")
@@ -60,6 +82,14 @@ def run(project: Project) -> Sequence[str]:
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return checked
+
+
+@dataclass
+class _Met:
+    """What teachers say, by name and output, and a student with one row for it: as far as they could be made."""
+
+    said: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    student: tuple[torch.nn.Module, Inputs] | None = None
 
 
 def _data(project: Project) -> str:
@@ -91,14 +121,15 @@ def _first_rows(project: Project, task: Task) -> Columns | None:
     return task.to_inputs(batch, lambda row: f"row {row}")
 
 
-def _check_teachers(project: Project, task: Task, sample: Columns | None) -> str:
+def _check_teachers(project: Project, task: Task, sample: Columns | None, met: _Met) -> str:
     for name, section in project.params.teachers.items():
+        check_url(project, name)
         if section.table is not None:
-            _check_layout(project, name, TableTeacher(project, name), task)
+            met.said[name] = _check_layout(project, name, TableTeacher(project, name), task)
             continue
         teacher = _teacher(project, name, task, sample)
         if teacher is not None:
-            _check_layout(project, name, of_what_counts(teacher, task), task)
+            met.said[name] = _check_layout(project, name, of_what_counts(teacher, task), task)
     return ", ".join(project.params.teachers)
 
 
@@ -142,6 +173,7 @@ def _module(project: Project, name: str, task: Task, sample: Columns | None) -> 
     model, preprocess = checked
     if section.weights is not None:
         load_weights(model, project.root / section.weights)
+    classifier_of(project, name, model)
     probe = _first(sample)
     assert probe is not None
     try:
@@ -156,11 +188,16 @@ def _first(sample: Columns | None) -> Columns | None:
     return None if sample is None else {name: take(column, np.arange(1)) for name, column in sample.items()}
 
 
-def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, task: Task) -> None:
-    """That shards of what a teacher says divide into chunks."""
+def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, task: Task) -> dict[str, Stored]:
+    """That shards of what a teacher says divide into chunks. Returns how it is going to be stored, by output."""
     section, encodings = project.targets(name), _encodings(project, name, teacher.outputs)
+    coverage = isinstance(teacher, TableTeacher) or abstains(teacher)
+    covered = teacher.outputs[0].shape[:-1] if coverage else None
+    stored = {
+        each.name: Stored(encoding=encodings[each.name], output=each, covered=covered) for each in teacher.outputs
+    }
     if section.shard_rows is None:
-        return
+        return stored
     manifest = Manifest(
         ingredients={},
         outputs=teacher.outputs,
@@ -169,12 +206,13 @@ def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, 
         num_classes=task.num_classes,
         class_names=None,
         shard_rows=section.shard_rows,
-        coverage=isinstance(teacher, TableTeacher) or abstains(teacher),
+        coverage=coverage,
     )
     try:
         manifest.layouts()
     except ConfigError as error:
         raise ConfigError(f"targets.{name}: {error}") from None
+    return stored
 
 
 def _encodings(project: Project, name: str, outputs: Sequence[OutputSpec]) -> dict[str, TargetEncoding]:
@@ -184,10 +222,13 @@ def _encodings(project: Project, name: str, outputs: Sequence[OutputSpec]) -> di
         raise ConfigError(f"targets.{name}: {error}") from None
 
 
-def _check_student(project: Project, task: Task, sample: Columns | None) -> str:
+def _check_student(project: Project, task: Task, sample: Columns | None, met: _Met) -> str:
     section = project.params.student
     spec = ModelSpec(where="student", model=section.model, preprocess=section.preprocess, logits=section.logits)
-    _check_model(project, task, spec, sample, True)
+    checked, row = _check_model(project, task, spec, sample, True), _first(sample)
+    if checked is not None and row is not None:
+        model, preprocess = checked
+        met.student = model, preprocess(row)
     check_class_weights(task, section.train, "student.train")
     if section.init_from is not None:  # whether its shapes fit may depend on what the preprocess learns of all rows
         read_weights(project.root / section.init_from)
@@ -230,15 +271,45 @@ def _check_model(
 
 
 def _check_losses(project: Project, task: Task) -> str:
-    """That every loss can be computed from what is going to be stored; of features only a store knows the shape."""
+    """That every loss on logits alone can be computed from what is going to be stored."""
     terms = [loss_term(project, index, each) for index, each in enumerate(project.params.student.losses)]
     logits = OutputSpec(name="logits", shape=(task.num_classes,))
+    check_logits_learn(terms, project.params.student)
     for index, term in enumerate(terms):
         check_batches(f"student.losses.{index}", term, project.params.student.train)
-        if term.output == logits.name:
-            encoding = _encodings(project, term.teacher, [logits])[logits.name]
-            check_term(f"student.losses.{index}", term, encoding, logits, logits)
-    return ", ".join(f"{type(each.loss).__name__} of {each.teacher}" for each in terms)
+        for name in term.teachers if reuses_classifier(term.loss) else ():
+            if project.targets(name).classifier is None:
+                raise ConfigError(no_classifier(index, term, name))
+        check_mixing(f"student.losses.{index}", term, project.views())
+        if not _is_about_features(project.params.student.losses[index]):
+            stored = {
+                name: Stored(encoding=_encodings(project, name, [logits])[logits.name], output=logits)
+                for name in term.teachers
+            }
+            check_term(f"student.losses.{index}", term, stored, logits.shape)
+    return ", ".join(f"{type(each.loss).__name__} of {' and '.join(each.teachers)}" for each in terms)
+
+
+def _is_about_features(loss: LossSection) -> bool:
+    return bool(loss.output != LOGITS or loss.student_output)
+
+
+def _check_features(project: Project, task: Task, met: _Met) -> str:
+    """That losses on features get what they can compare, where teachers and student could be made."""
+    section = project.params.student
+    terms = [loss_term(project, index, each) for index, each in enumerate(section.losses)]
+    if met.student is None or not all(name in met.said for term in terms for name in term.teachers):
+        return "not known before there are models"
+    heard = shapes_heard(terms, met.student[0], Head(section.logits, task.num_classes), met.student[1])
+    compared = []
+    for index, term in enumerate(terms):
+        if not _is_about_features(section.losses[index]):
+            continue
+        logits = met.said[term.teachers[0]][LOGITS].output.shape
+        stored = {name: met.said[name][term.output] for name in term.teachers}
+        check_term(f"student.losses.{index}", term, stored, heard[term.student_output] if heard else logits)
+        compared.append(f"{type(term.loss).__name__} of {term.output} by {term.student_output or LOGITS}")
+    return ", ".join(compared)
 
 
 def _check_views(project: Project, sample: Columns | None) -> str:

@@ -68,7 +68,9 @@ def cache_teacher(project: Project, name: str, repair: bool = False, shards: str
     intact = "every shard is as committed" if repair else "complete already"
     nothing = f"{intact}, {'published' if done.published else 'nothing to do'}"
     what = computed if done.rows_computed else nothing
-    say(f"cache-teacher  {name}: {what}; store of {done.num_rows:,} rows, {done.num_bytes:,} bytes")
+    url = project.targets(name).url
+    where = "" if url is None else f", at {url}"
+    say(f"cache-teacher  {name}: {what}; store of {done.num_rows:,} rows, {done.num_bytes:,} bytes{where}")
     if done.rows_computed and done.columns_not_read:
         say(f"cache-teacher  {name}: columns of its table that are not read: {', '.join(done.columns_not_read)}")
     if done.rows_not_covered:

@@ -17,7 +17,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from kdpipe.teachers.torch import device
 from kdpipe.views import ViewSpec, row_keys
 from kdpipe_stages.cache_teacher import manifest_of
 from kdpipe_stages.project import Project
+from kdpipe_stages.replay import check_kept_views, check_partners
 from kdpipe_stages.teachers import build_teacher
 
 SAMPLE_ROWS = 2048
@@ -68,8 +69,11 @@ def run(
     inputs = PreparedInputs(project.prepared / "inputs")
     teacher, description = build_teacher(project, name, inputs)
     _check_same(store, manifest_of(project, name, teacher, description, len(inputs)).ingredients, name)
+    views = project.views_of(inputs)
+    check_partners(store, inputs, views, name)
+    check_kept_views(store, inputs, views, name)
     batches = _sampled_batches(store, num_rows)
-    again = _Again(store=store, teacher=teacher, inputs=inputs, views=project.views())
+    again = _Again(store=store, teacher=teacher, inputs=inputs, views=views)
     found = {each: _Found(name=each) for each in store.outputs}
     rounding = ROUNDING[project.targets(name).precision if _is_elsewhere(store) else "float32"]
     done, total, identical = 0, sum(len(each.rows) for each in batches), 0
@@ -200,7 +204,8 @@ class _Again:
     def _say(self, batch: _Batch, places: NDArray[np.int64]) -> dict[str, Tensor]:
         """What the teacher says about prepared rows, zero where it abstains."""
         ids = self.inputs.sample_ids[places]
-        said = self.teacher.predict(self.views.of(read_intact(self.inputs, places), ids.tolist(), batch.view))
+        read = partial(read_intact, self.inputs)
+        said = self.teacher.predict(self.views.read(read, self.inputs.sample_ids, places, batch.view).columns)
         if CLASS_IDS in said:
             raise ConfigError(
                 "--deep compares logits of all classes, and this teacher gives its most probable ones only"

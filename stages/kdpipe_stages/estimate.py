@@ -44,7 +44,7 @@ from kdpipe.targets import OutputSpec
 from kdpipe.teachers.base import CLASS_IDS, Teacher, abstains
 from kdpipe.views import row_keys
 from kdpipe_stages.building import encodings_of
-from kdpipe_stages.lesson import check_term, loss_term
+from kdpipe_stages.lesson import Stored, check_term, loss_term
 from kdpipe_stages.params import PARAMETERS, TargetsSection
 from kdpipe_stages.project import Project
 from kdpipe_stages.teachers import build_teacher
@@ -285,7 +285,7 @@ def _terms(project: Project, name: str) -> dict[str, LossTerm]:
     return {
         f"student.losses.{index}": loss_term(project, index, each)
         for index, each in enumerate(project.params.student.losses)
-        if each.teacher == name and each.output == "logits"
+        if name in each.teachers and each.output == "logits"
     }
 
 
@@ -314,7 +314,8 @@ def _offers(
 def _refused(terms: dict[str, LossTerm], encoding: TargetEncoding, output: OutputSpec) -> str:
     try:
         for where, term in terms.items():
-            check_term(where, term, encoding, output, output)
+            stored = Stored(encoding=encoding, output=output)
+            check_term(where, term, dict.fromkeys(term.teachers, stored), output.shape)
     except ConfigError as error:
         return str(error)
     return ""

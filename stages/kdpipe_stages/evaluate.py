@@ -36,6 +36,7 @@ from kdpipe.tasks.base import metrics_of, token_labels
 from kdpipe_stages.building import WEIGHTS, describe_model
 from kdpipe_stages.lesson import ARMS, STUDENT, Lesson
 from kdpipe_stages.project import Project
+from kdpipe_stages.pupil import pupil_of
 
 PerSeed = dict[str, list[dict[str, float]]]
 
@@ -112,10 +113,11 @@ class _Exam:
         preprocess = self._preprocess()
         preprocess.load_state(description["preprocess_state"])
         model = lesson.spec.build(project, lesson.task, preprocess, lesson.data.inputs, seed)
-        load_weights(model, folder / WEIGHTS)
-        rows, head = replace(self.rows, preprocess=preprocess), lesson.spec.head(lesson.task)
+        rows = replace(self.rows, preprocess=preprocess)
+        pupil = pupil_of(lesson, arm, model, preprocess(lesson.data.inputs.read(rows.rows[:1])), seed)
+        load_weights(pupil.model, folder / WEIGHTS)
         with cpu_threads(lesson.section.train.threads):
-            return examine(model, rows, self._batch_size, head, keep_probabilities=self._keep_probabilities)
+            return examine(pupil.model, rows, self._batch_size, pupil.head, keep_probabilities=self._keep_probabilities)
 
     def _preprocess(self) -> Preprocess:
         """The student's, as it is before it is fitted."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from kdpipe import durable
 from kdpipe.errors import KdpipeError, StoreError
 from kdpipe.store import TargetStore
+from kdpipe.store.remote import url_of
 from kdpipe_stages.building import DESCRIPTION
 from kdpipe_stages.lesson import Lesson
 from kdpipe_stages.params import first_difference, store_sections
@@ -45,6 +46,8 @@ class InUse:
         self._project = project
         root = project.root / "data"
         self._stores = {path.parent: _json(path) for path in sorted(root.glob("targets/*/manifest.json"))}
+        urls = {str(each.get("fingerprint")): url_of(at) for at, each in self._stores.items()}
+        self._at_urls = {fingerprint: url for fingerprint, url in urls.items() if url is not None}
         self._teachers = {path.parent: _json(path) for path in sorted(root.glob(f"models/teachers/*/{DESCRIPTION}"))}
         students = project.student_models.glob(f"*/*/{DESCRIPTION}")
         self._students = {_json(path).get("fingerprint") for path in students}
@@ -54,6 +57,18 @@ class InUse:
     def of_targets(self, path: Path) -> Finding:
         """What a store's folder is."""
         kind: Kind = "targets"
+        url = url_of(path)
+        if url is not None:
+            return Finding(
+                kind=kind,
+                what=f"{described(path)}, on their way to {url}",
+                state="unfinished",
+                why="`kdpipe cache-teacher` goes on with it, if params.yaml is as it was",
+                cost="shards that were not uploaded yet",
+            )
+        if path.name in self._at_urls:
+            why = f"its shards are at {self._at_urls[path.name]}, too"
+            return Finding(kind=kind, what=described(path), state="earlier", why=why)
         published = next((at for at, each in self._stores.items() if each.get("fingerprint") == path.name), None)
         why = f"published as {published.relative_to(self._project.root)}" if published else self._difference(path)
         try:

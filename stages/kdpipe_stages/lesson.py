@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,10 +17,20 @@ from kdpipe.distributed import world_size
 from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, StaleStoreError, StoreNotFoundError
 from kdpipe.fingerprint import digest, digest_file, uniform_by_id
-from kdpipe.losses import DistillLoss, LossTerm, needs_labels, needs_whole_batch, values_of
+from kdpipe.losses import (
+    DistillLoss,
+    LossTerm,
+    Mix,
+    make_projector,
+    needs_labels,
+    needs_whole_batch,
+    reuses_classifier,
+    values_of,
+)
 from kdpipe.store import TargetStore
-from kdpipe.targets import OutputSpec, SampledTargets
+from kdpipe.targets import OutputSpec, SampledTargets, Targets
 from kdpipe.tasks.base import Task
+from kdpipe.views import PartnerPlan, ViewSpec
 from kdpipe_stages.building import ModelSpec, label_loss, plan_json
 from kdpipe_stages.params import (
     LOSS_KEYS,
@@ -25,11 +38,15 @@ from kdpipe_stages.params import (
     StudentSection,
     TrainSection,
     first_difference,
+    schedule_of,
     store_sections,
     to_json,
 )
 from kdpipe_stages.project import Project
+from kdpipe_stages.replay import check_kept_views, check_partners
 
+Shape: TypeAlias = tuple[int, ...]
+"""Of one row."""
 STUDENT = "student"
 ARMS = {STUDENT: "student", "labels_only": "baseline", "label_smoothing": "baseline_label_smoothing"}
 """Arm of `train-student` -> its key in metrics.json and timings.json."""
@@ -51,14 +68,22 @@ class Lesson:
             preprocess=self.section.preprocess,
             logits=self.section.logits,
         )
-        self.terms = [loss_term(project, index, each) for index, each in enumerate(self.section.losses)]
+        known = self.labels[self.labels != MISSING_LABEL]
+        counts = np.bincount(known, minlength=self.task.num_classes).tolist()
+        self.terms = [loss_term(project, index, each, counts) for index, each in enumerate(self.section.losses)]
         self.stores = {name: open_checked_store(project, name) for name in teachers_of(self.section)}
+        self.views = project.views_of(self.data.inputs)
+        for name, store in self.stores.items():
+            check_partners(store, self.data.inputs, self.views, name)
+            check_kept_views(store, self.data.inputs, self.views, name)
         for index, term in enumerate(self.terms):
-            store = self.stores[term.teacher]
-            output = store.outputs[term.output]
-            check_term(f"student.losses.{index}", term, store.encodings[term.output], output, store.outputs["logits"])
+            if not term.student_output:
+                self.check_heard(index, self.stores[term.teachers[0]].outputs["logits"].shape)
             check_batches(f"student.losses.{index}", term, self.section.train)
+            check_mixing(f"student.losses.{index}", term, self.views)
+        check_logits_learn(self.terms, self.section)
         self._project = project
+        self._check_classifiers()
         self._check_labels()
         self.label_loss = label_loss(self.task, self.section.train, self.labels[self.rows], "student.train")
 
@@ -68,9 +93,27 @@ class Lesson:
         known: NDArray[np.int64] = self.rows[self.labels[self.rows] != MISSING_LABEL]
         return known
 
+    @property
+    def views_of_labelled(self) -> ViewSpec:
+        """The views of arms that know labelled rows alone: where rows are mixed, these are with each other."""
+        if self.views.partners is None:
+            return self.views
+        known = np.where(self.labels == MISSING_LABEL, "", "labelled")
+        return replace(self.views, partners=PartnerPlan(self.data.inputs.sample_ids, known))
+
     def outputs_of(self, teacher: str) -> list[str]:
         """Outputs of a teacher that a loss listens to."""
-        return list(dict.fromkeys(term.output for term in self.terms if term.teacher == teacher))
+        return list(dict.fromkeys(term.output for term in self.terms if teacher in term.teachers))
+
+    def check_heard(self, index: int, heard: Shape) -> None:
+        """Raise `ConfigError` unless a term can compare what it hears of the student, of this shape per row."""
+        term, stored = self.terms[index], {}
+        for name in term.teachers:
+            store = self.stores[name]
+            covered = store.outputs["logits"].shape[:-1] if store.manifest.coverage else None
+            output, encoding = store.outputs[term.output], store.encodings[term.output]
+            stored[name] = Stored(encoding=encoding, output=output, covered=covered)
+        check_term(f"student.losses.{index}", term, stored, heard)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -82,6 +125,9 @@ class Lesson:
         views = self._project.params.views
         if views.count and views.transform:
             sources |= self._project.sources(views.transform, "views.transform")
+        section["losses"] = [_as_asked(each) for each in section["losses"]]
+        if self.section.label_schedule is None:  # as an earlier kdpipe took it
+            section.pop("label_schedule")
         for each in self.section.losses:
             sources |= self._project.sources(Factory(path=each.factory), "student.losses")
         ids = self.data.inputs.sample_ids[self.rows].tolist()
@@ -93,11 +139,17 @@ class Lesson:
                 "sources": sources,
                 "task": self._project.params.task.to_json(),
                 "views": to_json(views) if views.count else None,
-                "stores": {name: store.state_digest() for name, store in self.stores.items()},
+                "stores": {name: self._state_of(name) for name in self.stores},
                 "init_from": None if self.section.init_from is None else self._digest_of(self.section.init_from),
                 "rows": digest([self.rows.tolist(), ids, content, self.labels[self.rows].tolist()]),
             }
         )
+
+    def _state_of(self, teacher: str) -> str:
+        store = self.stores[teacher]
+        if any(reuses_classifier(term.loss) for term in self.terms if teacher in term.teachers):
+            return digest([store.state_digest(), store.manifest.classifier])
+        return store.state_digest()
 
     def _digest_of(self, weights: str) -> str:
         path = self._project.root / weights
@@ -105,12 +157,23 @@ class Lesson:
             raise ConfigError(f"student.init_from: there is no file {path}")
         return digest_file(path)
 
+    def _check_classifiers(self) -> None:
+        for index, term in enumerate(self.terms):
+            for name in term.teachers if reuses_classifier(term.loss) else ():
+                if self.stores[name].manifest.classifier is None:
+                    raise ConfigError(no_classifier(index, term, name))
+
     def _check_labels(self) -> None:
         if len(self.labelled):
             return
-        if self.section.label_weight > 0:
+        if self.section.learns_labels:
             raise ConfigError("student.label_weight is above 0 but no row has a label that it may know; set it to 0")
         for index, term in enumerate(self.terms):
+            if term.mix == "confidence":
+                raise ConfigError(
+                    f"student.losses.{index}.mix: confidence is in a row's label, and the student may know none; use "
+                    "mean, or a weight for each teacher"
+                )
             if needs_labels(term.loss):
                 raise ConfigError(
                     f"student.losses.{index}: {type(term.loss).__name__} learns from labelled rows only, and the "
@@ -122,39 +185,135 @@ class Lesson:
 
 def teachers_of(section: StudentSection) -> list[str]:
     """Names of the teachers that the losses listen to, in their order."""
-    return list(dict.fromkeys(each.teacher for each in section.losses))
+    return list(dict.fromkeys(name for each in section.losses for name in each.teachers))
 
 
-def loss_term(project: Project, index: int, section: LossSection) -> LossTerm:
-    """One entry of student.losses. Raises `ConfigError` when its factory makes no `DistillLoss`."""
+def loss_term(
+    project: Project, index: int, section: LossSection, class_counts: Sequence[int] | None = None
+) -> LossTerm:
+    """One entry of student.losses. Raises `ConfigError` when its factory makes no `DistillLoss`.
+
+    `class_counts`, how many rows of each class have a label that the student knows, are offered to it; as long as
+    labels are not known, equal ones are.
+    """
     where = f"student.losses.{index}"
-    bound = project.bind(Factory(path=section.factory, arguments=section.arguments), where, LOSS_KEYS)
+    offered = {"class_counts": class_counts or [1] * project.task().num_classes}
+    bound = project.bind(Factory(path=section.factory, arguments=section.arguments), where, LOSS_KEYS, **offered)
     try:
         loss = bound.make()
     except ConfigError as error:
         raise ConfigError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
     if not isinstance(loss, DistillLoss):
         raise ConfigError(f"{where}: {section.factory} is no DistillLoss (see kdpipe.losses.DistillLoss)")
-    return LossTerm(teacher=section.teacher, output=section.output, loss=loss, weight=section.weight)
+    return LossTerm(
+        teacher=section.teacher,
+        output=section.output,
+        loss=loss,
+        weight=section.weight,
+        mix=_mix_of(section),
+        schedule=schedule_of(section.schedule, f"{where}.schedule"),
+        student_output=section.student_output,
+        projector=section.projector,
+    )
 
 
-def check_term(where: str, term: LossTerm, encoding: TargetEncoding, output: OutputSpec, logits: OutputSpec) -> None:
-    """Try a loss on one made-up row of such targets and of student logits shaped as the teacher's.
+def _mix_of(section: LossSection) -> Mix:
+    """As the library takes it: weights in the order of the teachers."""
+    if isinstance(section.mix, dict):
+        return tuple(section.mix[name] for name in section.teachers)
+    return section.mix or "mean"
 
-    Raises `ConfigError` when they do not fit each other.
+
+_NOT_ASKED = {"student_output": "", "projector": None, "mix": None, "schedule": None}
+
+
+def _as_asked(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of student.losses without what it does not ask for, as an earlier kdpipe took it."""
+    return {key: value for key, value in loss.items() if key not in _NOT_ASKED or value != _NOT_ASKED[key]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """How a teacher's output is stored; `covered` is the shape of coverage per row, where the teacher may abstain."""
+
+    encoding: TargetEncoding
+    output: OutputSpec
+    covered: Shape | None = None
+
+    def made_up(self) -> Targets:
+        """Targets of one row."""
+        arrays = self.encoding.encode(torch.zeros(1, *self.output.shape), np.zeros(1, np.uint64))
+        targets = self.encoding.decode(arrays, self.output)
+        covered = None if self.covered is None else torch.ones(1, *self.covered, dtype=torch.bool)
+        return replace(targets, covered=covered)
+
+
+def check_term(where: str, term: LossTerm, stored: Mapping[str, Stored], heard: Shape) -> None:
+    """Try a loss on one made-up row of what its teachers say and of what it hears of the student, `[*heard]`.
+
+    `stored` is by teacher. Raises `ConfigError` when they do not fit each other.
     """
-    stored = encoding.encode(torch.zeros(1, *output.shape), np.zeros(1, np.uint64))
-    targets = encoding.decode(stored, output)
+    labels_shape = (1, *stored[term.teachers[0]].output.shape[:-1])
     try:
+        said = {name: {term.output: each.made_up()} for name, each in stored.items()}
+        targets = term.targets(said, torch.zeros(labels_shape, dtype=torch.int64))
         if isinstance(targets, SampledTargets) and not getattr(term.loss, "linear_in_targets", False):
             raise ConfigError(
                 f"{type(term.loss).__name__} is not linear in the teacher's probabilities, so sampled targets would "
                 "bias it; use forward KL, or cache with encoding: topk or dense"
             )
-        student = torch.zeros(1, *logits.shape)
+        student = torch.zeros(1, *heard)
+        if term.projector is not None:
+            wanted = stored[term.teachers[0]].output.shape
+            student = make_projector(term.projector, heard, wanted, seed=0)(student)
         values_of(term.loss, student, targets, torch.zeros(student.shape[:-1], dtype=torch.int64))
     except ConfigError as error:
-        raise ConfigError(f"{where}: on {output.name} of {term.teacher}: {error}") from error
+        raise ConfigError(f"{where}: on {term.output} of {', '.join(term.teachers)}: {error}") from error
+
+
+def check_mixing(where: str, term: LossTerm, views: ViewSpec) -> None:
+    """Raise `ConfigError` where a loss needs the one label that a row made of two does not have."""
+    if not (views.count and views.mixes):
+        return
+    if needs_labels(term.loss):
+        raise ConfigError(
+            f"{where}: {type(term.loss).__name__} needs a row's label, and views.transform mixes rows, which then have "
+            "two; use kdpipe.losses:ForwardKL, or another transform"
+        )
+    if term.mix == "confidence":
+        raise ConfigError(
+            f"{where}.mix: confidence is in a row's label, and views.transform mixes rows, which then have two; use "
+            "mean, or a weight for each teacher"
+        )
+
+
+def no_classifier(index: int, term: LossTerm, teacher: str) -> str:
+    """What to do about a store that does not keep what a loss reuses."""
+    return (
+        f"student.losses.{index}: {type(term.loss).__name__} takes over the last layer of {teacher}, which its store "
+        f"does not keep; name it as targets.{teacher}.classifier, the path of an nn.Linear, and run "
+        f"`kdpipe cache-teacher {teacher}`"
+    )
+
+
+def check_logits_learn(terms: Sequence[LossTerm], section: StudentSection) -> None:
+    """Raise `ConfigError` where nothing trains the student's logits, or where a loss cannot replace what gives them."""
+    reusing = [(index, term) for index, term in enumerate(terms) if reuses_classifier(term.loss)]
+    for index, term in reusing:
+        what = f"student.losses.{index}: {type(term.loss).__name__} replaces the student's last layer"
+        if len(reusing) > 1:
+            raise ConfigError(f"{what}, and so does another loss; leave one")
+        if not term.student_output:
+            raise ConfigError(f"{what}; name what goes into that layer as student_output")
+        if world_size() > 1:
+            raise ConfigError(
+                f"{what}, which then gets no gradient on any of {world_size()} ranks; train in one process"
+            )
+    if not reusing and not section.learns_labels and all(term.student_output for term in terms):
+        raise ConfigError(
+            "student.losses: each is about a student_output and label_weight is 0, so that nothing trains the logits "
+            "of the student; add a loss on them, or set label_weight above 0"
+        )
 
 
 def check_batches(where: str, term: LossTerm, train: TrainSection) -> None:

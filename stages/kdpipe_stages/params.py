@@ -17,6 +17,8 @@ from kdpipe.data.preparing import SourceColumns, SplitPlan
 from kdpipe.encodings import ENCODINGS, TargetEncoding
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json
+from kdpipe.losses import CONSTANT, Schedule
+from kdpipe.store.objects import access, is_url
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -57,7 +59,8 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class TrainSection:
     """How a model is optimised; `epochs` counts passes over all of a student's rows, `threads` those of the CPU.
 
-    `class_weights` (of the label's class, or `balanced`) and `logit_adjustment` (tau) are about the loss on labels.
+    `class_weights` (of the label's class, or `balanced`) and `logit_adjustment` (tau) are about the loss on labels;
+    `sampling: balanced` shows as many rows of each class in an epoch (see `kdpipe.order.balanced`).
     """
 
     epochs: int = Field(gt=0)
@@ -76,8 +79,10 @@ class TrainSection:
     keep_on_device: bool = False
     threads: int | None = Field(default=None, gt=0)
     checkpoint_every_s: float = Field(default=20.0, ge=0)
+    log_gradients: bool = True
     class_weights: Literal["balanced"] | tuple[Weight, ...] | None = None
     logit_adjustment: float | None = Field(default=None, gt=0)
+    sampling: Literal["balanced"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -118,11 +123,16 @@ LogitsEncoding = Literal["dense", "int8", "topk", "sampled"]
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TargetsSection:
-    """targets.<name>: what is stored of a teacher, and how. Keys below `outputs` belong to one encoding or two."""
+    """targets.<name>: what is stored of a teacher, how, and where (`url`: in an object store, null: on this disk).
+
+    Keys below `outputs` belong to one encoding or two.
+    """
 
     encoding: LogitsEncoding = "dense"
+    url: str | None = None
     temperatures: tuple[float, ...] = (1.0,)
     outputs: tuple[str, ...] = ("logits",)
+    classifier: str | None = None
     profile: Literal["fast", "compact"] = "fast"
     features: Literal["float16", "float32", "int8"] = "float16"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -161,18 +171,65 @@ class ViewsSection:
     splits: tuple[str, ...] | None = ("train",)
 
 
+def _parse_teachers(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(each, str) for each in names):
+        raise ValueError("expected the name of a teacher, or a list of several")
+    if len(set(names)) < len(names):
+        raise ValueError("expected each teacher once")
+    return names[0] if len(names) == 1 else tuple(names)
+
+
+def _parse_mix(value: Any) -> Any:
+    numbers = list(value.values()) if isinstance(value, Mapping) else []
+    if value in (None, "mean", "confidence") or (
+        numbers and all(type(each) in (int, float) and 0 < each < math.inf for each in numbers)
+    ):
+        return value
+    raise ValueError("expected mean, confidence, or a mapping of each teacher's name to a number above 0")
+
+
+TeacherNames = Annotated[str | tuple[str, ...], BeforeValidator(_parse_teachers)]
+MixField = Annotated[Literal["mean", "confidence"] | dict[str, float] | None, BeforeValidator(_parse_mix)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ScheduleSection:
+    """`schedule` of a term: how its weight changes over the training, see `kdpipe.losses.Schedule`."""
+
+    kind: Literal["warmup", "linear", "cosine"]
+    fraction: float | None = None
+    to: float | None = None
+
+
+ScheduleField = Annotated[ScheduleSection | None, BeforeValidator(lambda value: None if value == "constant" else value)]
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LossSection:
-    """One entry of student.losses: a loss by import path, on one teacher's output, times a weight."""
+    """One entry of student.losses: a loss by import path, on an output of a teacher, times a weight by a schedule.
+
+    Of several teachers `mix` makes one (mean, if null). It is about the student's logits, or its output
+    `student_output`, which goes through a `projector` where one is given.
+    """
 
     factory: str
-    teacher: str
+    teacher: TeacherNames
     output: str = "logits"
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
+    mix: MixField = None
+    schedule: ScheduleField = None
+    student_output: OutputName = ""
+    projector: Literal["linear", "conv1x1", "mlp"] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Their names."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
 
-LOSS_KEYS = ("factory", "teacher", "output", "weight")
+
+LOSS_KEYS = ("factory", "teacher", "output", "weight", "mix", "schedule", "student_output", "projector")
 """Keys of an entry of student.losses that are not the loss's own."""
 
 
@@ -193,10 +250,16 @@ class StudentSection:
     labelled_rows: int | None = Field(default=None, ge=0)
     labelled_fraction: float | None = Field(default=None, ge=0, le=1)
     labelled_seed: int = 0
-    label_weight: float = Field(default=1.0, ge=0)
+    label_weight: Weight = 1.0
+    label_schedule: ScheduleField = None
     seeds: int = Field(default=1, gt=0)
     baselines: tuple[Baseline, ...] = ("labels_only", "label_smoothing")
     label_smoothing: float = Field(default=0.1, gt=0, lt=1)
+
+    @property
+    def learns_labels(self) -> bool:
+        """Whether the loss on labels has a weight at some time."""
+        return self.label_weight > 0 or (self.label_schedule is not None and bool(self.label_schedule.to))
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -219,7 +282,7 @@ class Params:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
 
-FREE_OF_TRAINING = ("num_workers", "ram_budget_mb", "keep_on_device", "threads", "checkpoint_every_s")
+FREE_OF_TRAINING = ("num_workers", "ram_budget_mb", "keep_on_device", "threads", "checkpoint_every_s", "log_gradients")
 """Keys of a `train` section that change no number, or last bits only."""
 
 
@@ -277,6 +340,11 @@ def check_params(params: Params) -> None:
                 f"{did_you_mean(name, params.teachers)}"
             )
         _check_targets(name, section)
+        if section.classifier is not None and params.teachers[name].model is None:
+            raise ConfigError(
+                f"targets.{name}.classifier: it is a layer of teachers.{name}.model, and there is none; leave it out"
+            )
+    _check_urls(params)
     _check_views(params)
     splits = params.data.splits
     if params.data.columns.split is None and abs(sum(splits.shares.values()) - 1) > 1e-6:
@@ -352,23 +420,63 @@ def _check_targets(name: str, section: TargetsSection) -> None:
         raise ConfigError(f"targets.{name}: {error}") from None
 
 
+def _check_urls(params: Params) -> None:
+    """No message repeats a url that may hold a secret."""
+    named: dict[str, str] = {}
+    for name, section in params.targets.items():
+        url = section.url
+        if url is None:
+            continue
+        where = f"targets.{name}.url"
+        if any(each in url for each in "@?#"):
+            raise ConfigError(
+                f"{where}: it holds a user, a password or a query, or such a character ('@', '?', '#'). A url names a "
+                f"bucket and a folder only: s3://bucket/folder. {access(url)}"
+            )
+        if not is_url(url) or url.startswith(("file://", "local://")):
+            raise ConfigError(f"{where}: {url!r} is none; expected s3://bucket/folder, or null for this disk")
+        same = named.setdefault(url.rstrip("/"), name)
+        if same != name:
+            raise ConfigError(f"{where}: it is that of targets.{same}, too; a url holds one store")
+
+
 def _check_student(params: Params) -> None:
     student = params.student
     if student.labelled_rows is not None and student.labelled_fraction is not None:
         raise ConfigError("student: give labelled_rows or labelled_fraction, not both")
     if not student.losses:
         raise ConfigError("student.losses: empty; expected at least one loss on a teacher's targets")
+    schedule_of(student.label_schedule, "student.label_schedule")
     for index, loss in enumerate(student.losses):
-        if loss.teacher not in params.teachers:
-            choices = ", ".join(params.teachers)
-            raise ConfigError(
-                f"student.losses.{index}.teacher: there is no teacher {loss.teacher!r}; there are {choices}"
-            )
-        outputs = params.targets.get(loss.teacher, TargetsSection()).outputs
-        if loss.output not in outputs:
-            raise ConfigError(
-                f"student.losses.{index}.output: {loss.output!r} is not stored; stored are {', '.join(outputs)}"
-            )
+        where = f"student.losses.{index}"
+        schedule_of(loss.schedule, f"{where}.schedule")
+        _check_mix(where, loss)
+        for name in loss.teachers:
+            if name not in params.teachers:
+                choices = ", ".join(params.teachers)
+                raise ConfigError(f"{where}.teacher: there is no teacher {name!r}; there are {choices}")
+            outputs = params.targets.get(name, TargetsSection()).outputs
+            if loss.output not in outputs:
+                of = "" if len(loss.teachers) == 1 else f" of {name}"
+                raise ConfigError(f"{where}.output: {loss.output!r}{of} is not stored; stored are {', '.join(outputs)}")
+
+
+def _check_mix(where: str, loss: LossSection) -> None:
+    if loss.mix is not None and len(loss.teachers) == 1:
+        raise ConfigError(f"{where}.mix: there is one teacher only, {loss.teacher}; list several, or leave mix out")
+    if isinstance(loss.mix, dict) and set(loss.mix) != set(loss.teachers):
+        raise ConfigError(
+            f"{where}.mix: it weighs {', '.join(loss.mix)}, the teachers are {', '.join(loss.teachers)}; expected a "
+            "weight for each of them"
+        )
+
+
+def schedule_of(section: ScheduleSection | None, where: str) -> Schedule:
+    """As the library takes it. Raises `ConfigError`."""
+    try:
+        return CONSTANT if section is None else Schedule(**asdict(section))
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}") from None
 
 
 def store_sections(params: Params, teacher: str) -> dict[str, Any]:
@@ -382,8 +490,10 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
         (section["train"] or {}).pop(free, None)
     chosen = params.targets.get(teacher, TargetsSection())
     parameters = {key for keys in PARAMETERS.values() for key in keys}
-    left_out = {"batch_size", "batch_tokens", "threads", "temperatures", "profile", *parameters}
+    left_out = {"url", "batch_size", "batch_tokens", "threads", "temperatures", "profile", *parameters}
     targets = {key: value for key, value in to_json(chosen).items() if key not in left_out}
+    if chosen.classifier is None:  # as an earlier kdpipe wrote it
+        targets.pop("classifier")
     targets["encoding"] = logits_encoding(chosen).to_json()
     sections = {"teacher": section, "targets": targets, "task": to_json(params.task)}
     return {**sections, "views": views_identity(params.views)}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdpipe import durable
-from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve, takes
-from kdpipe.data.prepared import PreparedData
+from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve
+from kdpipe.data.prepared import PreparedData, PreparedInputs
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.fingerprint import canonical_json, source_digests
 from kdpipe.preprocess import Preprocess
 from kdpipe.tasks.base import Task
-from kdpipe.views import ViewSpec
+from kdpipe.views import PartnerPlan, ViewSpec, is_transform
 from kdpipe_stages.params import (
     Params,
     TargetsSection,
@@ -144,12 +147,27 @@ class Project:
         transform = None
         if section.transform is not None:
             transform = self.bind(section.transform, "views.transform", root=self.root).make()
-            if not callable(transform) or not takes(transform, 3):
+            if not is_transform(transform):
                 raise ConfigError(
                     f"views.transform: {section.transform.path} is no Transform: it must take (columns, keys, seed), "
                     "see kdpipe.views.Transform"
                 )
         return ViewSpec(count=section.count, seed=section.seed, transform=transform)
+
+    def views_of(self, inputs: PreparedInputs) -> ViewSpec:
+        """The augmented views of prepared rows, with the partners where the transform mixes them: of the same split.
+
+        Rows without views have the split "".
+        """
+        views = self.views()
+        if not (views.count and views.mixes):
+            return views
+        data = self.prepared_data()
+        names = data.split_names if self.params.views.splits is None else self.params.views.splits
+        splits = np.full(len(inputs), "", f"<U{max(map(len, names), default=1)}")
+        for name in names:
+            splits[data.rows_of([name])] = name
+        return replace(views, partners=PartnerPlan(inputs.sample_ids, splits))
 
     def prepared_data(self) -> PreparedData:
         """The prepared rows. Raises `DataError` when they are absent or of other settings, naming the command."""

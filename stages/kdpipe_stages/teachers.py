@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdpipe.checkpoint import load_weights, num_parameters
 from kdpipe.config import Bound, Factory
@@ -24,6 +24,7 @@ from kdpipe.errors import ConfigError, KdpipeError, StaleStoreError, TeacherErro
 from kdpipe.fingerprint import digest_file
 from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess
+from kdpipe.store.classifier import TeacherClassifier
 from kdpipe.tasks.base import Task, token_labels
 from kdpipe.teachers.asking import OfCountedTokens
 from kdpipe.teachers.base import Learner, Teacher, abstains
@@ -247,7 +248,18 @@ def _module(project: Project, name: str, inputs: PreparedInputs) -> tuple[Teache
         )
     except ConfigError as error:
         raise ConfigError(f"targets.{name}.outputs: {error}") from None
-    return teacher, {"name": name, "parameters": num_parameters(model), "size_bytes": weights.stat().st_size}
+    about = {"name": name, "parameters": num_parameters(model), "size_bytes": weights.stat().st_size}
+    classifier = classifier_of(project, name, model)
+    return teacher, about if classifier is None else {**about, "classifier": classifier}
+
+
+def classifier_of(project: Project, name: str, model: nn.Module) -> TeacherClassifier | None:
+    """The last layer that a teacher's store is to keep, if any. Raises `ConfigError`."""
+    submodule = project.targets(name).classifier
+    try:
+        return None if submodule is None else TeacherClassifier.of(model, submodule)
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}.classifier: {error}") from None
 
 
 def _checked_note(project: Project, name: str, folder: Path) -> dict[str, Any]:

@@ -24,10 +24,20 @@ from kdpipe.fingerprint import canonical_json, digest
 from kdpipe.order import BatchOrder
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe.tasks.base import token_labels
-from kdpipe.training import DistillTerm, LabelTerm, Progress, TrainingTerm, fit
-from kdpipe_stages.building import DESCRIPTION, adopt_model, fit_preprocess, save_model, stream_of, train_plan
+from kdpipe.training import LabelTerm, Progress, TrainingTerm, fit
+from kdpipe_stages.building import (
+    DESCRIPTION,
+    adopt_model,
+    balance_of,
+    fit_preprocess,
+    save_model,
+    stream_of,
+    train_plan,
+)
 from kdpipe_stages.lesson import ARMS, STUDENT, Lesson
+from kdpipe_stages.params import schedule_of
 from kdpipe_stages.project import Project
+from kdpipe_stages.pupil import Pupil, pupil_of
 
 HISTORY = "history.json"
 
@@ -111,7 +121,7 @@ class _Classroom:
     def __init__(self, project: Project, lesson: Lesson) -> None:
         self._project, self._lesson = project, lesson
         inputs = lesson.data.inputs
-        self._views = project.views()
+        self._views = lesson.views
         seen = {self._views.view_of_epoch(epoch) for epoch in range(max(1, self._views.count))}
         self._targets = {
             name: AlignedTargets(store, inputs, lesson.rows, seen, lesson.outputs_of(name))
@@ -130,7 +140,7 @@ class _Classroom:
             preprocess=self._preprocess,
             labels=lesson.labels,
             targets=self._targets if distils else {},
-            views=self._views,
+            views=self._views if distils else lesson.views_of_labelled,
             token_labels=token_labels(lesson.task),
         )
         order = BatchOrder(
@@ -140,6 +150,7 @@ class _Classroom:
             shuffle=shuffle_of(self._targets.values()),
             rank=rank(),
             world_size=world_size(),
+            balance=balance_of(lesson.task, plan, lesson.labels[learnt.rows], "student.train"),
         )
         stream = stream_of(plan, learnt, order)
         steps_per_epoch = -(-len(lesson.rows) // plan.batch_size)
@@ -149,23 +160,25 @@ class _Classroom:
         optimise = train_plan(plan, plan.epochs * steps_per_epoch, each.seed)
         if lesson.section.init_from is not None:
             load_weights(model, self._project.root / lesson.section.init_from)
-        head = lesson.spec.head(lesson.task)
-        fitted = fit(model, stream, self._terms(each.arm), optimise, checkpoint, report, head)
+        row = self._preprocess(lesson.data.inputs.read(lesson.rows[:1]))
+        pupil = pupil_of(lesson, each.arm, model, row, each.seed)
+        fitted = fit(pupil.model, stream, self._terms(each.arm, pupil), optimise, checkpoint, report, pupil.head)
         if rank() == 0:
             durable.write_text(work / HISTORY, canonical_json(list(fitted.history)) + "\n")
             about = {"arm": each.arm, "seed": each.seed, "steps": optimise.steps, "fingerprint": fingerprint}
-            save_model(work, model, self._preprocess, about)
+            save_model(work, pupil.model, self._preprocess, about)
             checkpoint.unlink(missing_ok=True)
         return fitted.seconds / max(1, fitted.steps_done) * steps_per_epoch
 
-    def _terms(self, arm: str) -> list[TrainingTerm]:
+    def _terms(self, arm: str, pupil: Pupil) -> list[TrainingTerm]:
         lesson = self._lesson
         smoothing = lesson.section.label_smoothing if arm == "label_smoothing" else 0.0
         if arm != STUDENT:
             return [LabelTerm(loss=lesson.label_loss, weight=1.0, smoothing=smoothing)]
-        terms: list[TrainingTerm] = [DistillTerm(term=term) for term in lesson.terms]
-        if lesson.section.label_weight > 0:
-            terms.append(LabelTerm(loss=lesson.label_loss, weight=lesson.section.label_weight))
+        terms: list[TrainingTerm] = [*pupil.terms]
+        if lesson.section.learns_labels:
+            schedule = schedule_of(lesson.section.label_schedule, "student.label_schedule")
+            terms.append(LabelTerm(loss=lesson.label_loss, weight=lesson.section.label_weight, schedule=schedule))
         return terms
 
 

@@ -22,6 +22,7 @@ from kdpipe_stages.building import (
     DESCRIPTION,
     ModelSpec,
     adopt_model,
+    balance_of,
     fit_preprocess,
     label_loss,
     save_model,
@@ -96,7 +97,9 @@ def _train(
         labels=data.labels,
         token_labels=token_labels(task),
     )
-    stream = stream_of(plan, learnt, BatchOrder(rows=rows, batch_size=plan.batch_size, seed=plan.seed))
+    balance = balance_of(task, plan, data.labels[rows], f"{where}.train")
+    order = BatchOrder(rows=rows, batch_size=plan.batch_size, seed=plan.seed, balance=balance)
+    stream = stream_of(plan, learnt, order)
     loss = label_loss(task, plan, data.labels[rows], f"{where}.train")
     terms: list[TrainingTerm] = [LabelTerm(loss=loss, weight=1.0, smoothing=plan.label_smoothing)]
     work.mkdir(parents=True, exist_ok=True)

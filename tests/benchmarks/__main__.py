@@ -7,8 +7,19 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-NAMES = ["read_store", "write_store", "end_to_end", "open_and_memory", "encodings", "preparing", "views", "loss_cost"]
-LONG = ["peers", "gains.digits", "gains.fashion_mnist", "gains.cifar10_views"]
+NAMES = [
+    "read_store",
+    "write_store",
+    "end_to_end",
+    "open_and_memory",
+    "encodings",
+    "preparing",
+    "views",
+    "loss_cost",
+    "offline_online",
+    "gradient_log",
+]
+LONG = ["peers", "gains.digits", "gains.fashion_mnist", "gains.cifar10_views", "gains.teachers", "gains.features"]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)

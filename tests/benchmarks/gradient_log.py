@@ -69,7 +69,7 @@ def fit_us(model: nn.Module, batch: Batch, steps: int, log_gradients: bool) -> f
     return (cpu_s() - began) / steps * 1e6
 
 
-def main(steps: int = 1000, num_rows: int = 128, rounds: int = 7, folder: Path | None = None) -> None:
+def main(steps: int = 400, num_rows: int = 128, rounds: int = 7, folder: Path | None = None) -> None:
     """Both ways take turns in every round; the difference is of the same round."""
     torch.set_num_threads(1)
     print(f"{machine('torch')}. {steps} steps of {num_rows} rows, 3 terms, {rounds} rounds, one thread.\n")

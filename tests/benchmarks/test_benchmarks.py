@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +14,17 @@ from benchmarks import (
     encodings,
     end_to_end,
     gains,
+    gradient_log,
     loss_cost,
     measuring,
+    offline_online,
     open_and_memory,
     peers,
     preparing,
     read_store,
     views,
 )
-from benchmarks.gains import cifar10_views, digits, fashion_mnist
+from benchmarks.gains import cifar10_views, digits, fashion_mnist, features, teachers
 from kdpipe.losses import LOSSES
 
 
@@ -100,6 +103,12 @@ def test_loss_cost(capsys):
     assert printed.count("| forward_kl, sampled |") == printed.count("| cross-entropy |") == 2
 
 
+def test_gradient_log(capsys):
+    gradient_log.main(steps=10, num_rows=4, rounds=2)
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in gradient_log.models())
+
+
 def lines_of(printed):
     return [line.split(" | ")[0].removeprefix("| ") for line in printed.splitlines() if line.startswith("| ")]
 
@@ -109,7 +118,7 @@ def test_gains_on_digits(capsys, monkeypatch):
     monkeypatch.setattr(digits, "LOSSES", few)
     digits.main(num_seeds=2, epochs=1)
     found = lines_of(capsys.readouterr().out)
-    assert found[2:] == ["ForwardKL", gains.LABELS_ONLY, gains.SMOOTHED, "teacher", "LogitMSE, centred"]
+    assert found[2:] == ["ForwardKL", gains.LABELS_ONLY, gains.SMOOTHED, "teacher big", "LogitMSE, centred"]
 
 
 def pictures(path, side, channels):
@@ -129,7 +138,7 @@ def test_gains_on_fashion_mnist(capsys, monkeypatch, tmp_path):
     fashion_mnist.main(num_seeds=2, epochs=1, teacher_epochs=1, path=rows)
     printed = capsys.readouterr().out
     assert "labels for 50% of the rows" in printed
-    assert lines_of(printed)[2:] == ["cached targets", gains.LABELS_ONLY, gains.SMOOTHED, "teacher"]
+    assert lines_of(printed)[2:] == ["cached targets", gains.LABELS_ONLY, gains.SMOOTHED, "teacher resnet"]
 
 
 def test_gains_of_views(capsys, tmp_path):
@@ -143,3 +152,24 @@ def test_gains_of_views(capsys, tmp_path):
         cifar10_views.CLEAN,
         "no views, targets of the clean row",
     ]
+
+
+def test_gains_of_several_teachers(capsys):
+    teachers.main(num_seeds=2, epochs=1, teacher_epochs=1)
+    found = lines_of(capsys.readouterr().out)
+    assert {"big alone", "linear alone", "mean of all", "all by confidence", "teacher residual"} <= set(found)
+
+
+def test_gains_of_features(capsys, monkeypatch):
+    monkeypatch.setattr(features, "LOSSES", {name: features.LOSSES[name] for name in ("HintMSE", "AttentionTransfer")})
+    features.main(num_seeds=2, epochs=1, teacher_epochs=1)
+    found = lines_of(capsys.readouterr().out)
+    assert {"ForwardKL and HintMSE", "AttentionTransfer and labels", gains.LABELS_ONLY} <= set(found)
+
+
+def test_offline_is_online(capsys):
+    offline_online.main(num_seeds=2, epochs=1, steps=5)
+    printed = capsys.readouterr().out
+    assert "| live teacher |" in printed
+    apart = float(re.search(r"\|cached - live\| \S+ \(\S+?-(\S+)\)", printed)[1])
+    assert apart < 1e-5

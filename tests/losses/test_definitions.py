@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import kdpipe.losses as kdpipe_losses
-from kdpipe.losses import DistillLoss, by_name, decoupled, divergences, labels, logits, relational, vocabularies
+from kdpipe.losses import (
+    DistillLoss,
+    balanced,
+    by_name,
+    decoupled,
+    divergences,
+    labels,
+    logits,
+    relational,
+    vocabularies,
+)
 from loss_definitions import DEFINED, assert_defined, random_logits, softmax
 from toy_targets import dense_of
 
@@ -47,8 +57,22 @@ def assert_label_losses(losses):
         torch.testing.assert_close(adjusted, expected(student + 0.5 * (counts / 20).log(), smoothing))
 
 
+def assert_balanced(losses):
+    """`BalancedKL`: T^2 sum w p (log p' - log q), p' the reweighted teacher."""
+    student, teacher = random_logits(3, 6, 5), random_logits(4, 6, 5)
+    weights = 1 / torch.tensor([1 - 0.99**count for count in (500, 100, 50, 10, 1)], dtype=torch.float64)
+    weighed = weights / weights.mean() * softmax(teacher, 2.0)
+    ratio = weighed / weighed.sum(dim=-1, keepdim=True) / softmax(student, 2.0)
+    loss = losses.BalancedKL(class_counts=(500, 100, 50, 10, 1), beta=0.99)
+    torch.testing.assert_close(loss(student, dense_of(teacher)), 4 * (weighed * ratio.log()).sum(dim=-1))
+
+
 def test_kd_loss_is_the_mean_over_covered_rows():
     assert_mean_of_covered(kdpipe_losses)
+
+
+def test_balanced_kl_is_its_definition():
+    assert_balanced(kdpipe_losses)
 
 
 def test_losses_on_labels_are_their_definitions():
@@ -140,6 +164,11 @@ ELSEWHERE = [
     (assert_label_losses, labels, "def logit_adjusted", "wide + tau", "wide - tau"),
     (assert_label_losses, labels, "def logit_adjusted", "counts / counts.sum()", "counts.sum() / counts"),
     (assert_label_losses, labels, "def cross_entropy", "label_smoothing=smoothing", "label_smoothing=0.0"),
+    (assert_balanced, balanced, "BalancedKL", f"return {T_SQUARED}", "return "),
+    (assert_balanced, balanced, "BalancedKL", "log_wp - log_total - log_q", "log_q - log_wp + log_total"),
+    (assert_balanced, balanced, "BalancedKL", ".sum(dim=-1)", ".mean(dim=-1)"),
+    (assert_balanced, balanced, "BalancedKL", "self.beta**counts", "self.beta**-counts"),
+    (assert_balanced, balanced, "BalancedKL", "weights / weights.mean()", "weights / weights.sum()"),
 ]
 
 

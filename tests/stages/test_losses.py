@@ -220,20 +220,37 @@ def test_the_guides_own_loop_runs(folder):
     store = open_store(folder / "data" / "targets" / "big")
     targets = store.targets(store.sample_ids[:8].tolist())
     student_logits, labels = torch.randn(8, 10), torch.arange(8)
-    (loop,) = [each for each in blocks("python") if "kd_loss" in each]
-    names = {"student_logits": student_logits, "targets": targets, "labels": labels}
+    (loop,) = [each for each in blocks("python") if "kd_loss(student_logits" in each]
+    names = {"student_logits": student_logits, "targets": targets, "others_targets": targets, "labels": labels}
     exec(loop, names)
     assert names["loss"] == kd_loss(student_logits, targets, loss=names["DKD"](beta=2.0), labels=labels)
 
 
 def test_the_guides_settings_are_valid(folder):
-    whole, train, _ = (yaml.safe_load(each) for each in blocks("yaml"))
+    whole = yaml.safe_load(blocks("yaml")[0])
+    (train,) = [yaml.safe_load(each) for each in blocks("yaml") if each.startswith("train:")]
     value = settings(named("forward_kl"), train["train"] | {"epochs": 1})
     value["student"] |= whole["student"]
     value["teachers"]["small"] = value["teachers"]["big"]
     value["targets"]["small"] = value["targets"]["big"]
     write_params(folder, value)
     assert "losses: ForwardKL of big, DKD of small" in check.run(project_in(folder))
+
+
+def test_the_guides_several_teachers_are_valid(folder):
+    (several,) = [yaml.safe_load(each) for each in blocks("yaml") if "mix:" in each]
+    value = settings(named("forward_kl"))
+    value["student"] |= several["student"]
+    for name in ("small", "rules"):
+        value["teachers"][name], value["targets"][name] = value["teachers"]["big"], value["targets"]["big"]
+    write_params(folder, value)
+    assert "losses: ForwardKL of big and small and rules, ReverseKL of big" in check.run(project_in(folder))
+    schedules = re.findall(r"^\| `({kind: .*?})` \|", GUIDE, re.MULTILINE)
+    assert len(schedules) == 3
+    for written in schedules:
+        value["student"]["losses"][0]["schedule"] = value["student"]["label_schedule"] = yaml.safe_load(written)
+        write_params(folder, value)
+        check.run(project_in(folder))
 
 
 def test_the_guides_own_loss_trains_a_student(folder):

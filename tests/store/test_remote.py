@@ -107,6 +107,22 @@ def test_a_store_published_anew_while_it_is_open_is_never_mixed(bucket, tmp_path
         store.read(np.array([1600]))
 
 
+def test_what_does_not_belong_together_is_never_kept(bucket):
+    files, name = bucket
+    log = files.cat_file(f"{name}/targets/commits.parquet")
+    rows = files.cat_file(f"{name}/targets/rows.parquet")
+    files.pipe_file(f"{name}/targets/commits.parquet", b"of a newer store")
+    with pytest.raises(CorruptStoreError, match=r"commits\.parquet differs .* published anew"):
+        open_store(f"s3://{name}/targets")
+    files.pipe_file(f"{name}/targets/commits.parquet", log)
+    files.pipe_file(f"{name}/targets/rows.parquet", b"of a newer store")
+    store = open_store(f"s3://{name}/targets")
+    with pytest.raises(CorruptStoreError, match=r"rows\.parquet differs .* published anew"):
+        store.targets(["row-7"])
+    files.pipe_file(f"{name}/targets/rows.parquet", rows)
+    assert open_store(f"s3://{name}/targets").verify() == []
+
+
 def test_nothing_there(bucket):
     _, name = bucket
     for url in (f"s3://{name}/elsewhere", "s3://no-such-bucket/targets"):

@@ -61,8 +61,8 @@ class Cut:
         """Batches of row numbers; one of none where there are none."""
         if self._batch_tokens is None or not len(rows):
             return [rows[start : start + self.batch_size] for start in range(0, max(1, len(rows)), self.batch_size)]
-        columns = self._views.of(self._inputs.read(rows), self._inputs.sample_ids[rows].tolist(), view)
-        lengths = lengths_of(self._teacher, columns)
+        shown = self._views.read(self._inputs.read, self._inputs.sample_ids, rows, view)
+        lengths = lengths_of(self._teacher, shown.columns)
         if lengths is None:
             raise ConfigError("batch_tokens: this teacher cannot tell how many tokens a row is; leave batch_tokens out")
         return [rows[places] for places in batches_within(lengths, self.batch_size, self._batch_tokens)]

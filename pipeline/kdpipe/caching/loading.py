@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.caching.batches import Batch
-from kdpipe.data.columns import Columns, Ragged, take
+from kdpipe.data.columns import Columns, Ragged
 from kdpipe.data.prepared import ANEW, PreparedInputs
 from kdpipe.data.segments import content_digests
 from kdpipe.errors import DataError
-from kdpipe.views import ViewSpec
+from kdpipe.views import ViewSpec, taken
 
 LOAD_AHEAD = 2
 """Blocks of batches that are read before the teacher wants them."""
@@ -55,16 +56,13 @@ class Loader:
         whole = Batch.joined(block)
         if not len(whole.rows):
             return [(batch, {}) for batch in block]
-        columns = read_intact(self._inputs, whole.rows)
+        ids, read = self._inputs.sample_ids, partial(read_intact, self._inputs)
+        columns = self._views.read(read, ids, whole.rows, whole.view).columns
         num_bytes = sum((each.values if isinstance(each, Ragged) else each).nbytes for each in columns.values())
         self._batches_per_block = max(1, LOAD_BYTES * len(block) // max(1, num_bytes))
-        shown = self._views.of(columns, self._inputs.sample_ids[whole.rows].tolist(), whole.view)
         starts = np.cumsum([0, *(len(batch.rows) for batch in block)]).tolist()
         places = [np.arange(start, stop) for start, stop in pairwise(starts)]
-        return [
-            (batch, {name: take(column, place) for name, column in shown.items()})
-            for batch, place in zip(block, places, strict=True)
-        ]
+        return [(batch, taken(columns, place)) for batch, place in zip(block, places, strict=True)]
 
 
 def read_intact(inputs: PreparedInputs, rows: NDArray[np.int64]) -> Columns:

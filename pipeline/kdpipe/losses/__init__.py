@@ -6,7 +6,13 @@ logits          squared differences of logits, or of probabilities
 decoupled       DKD and NKD: the label's class apart from all others
 relational      DIST: correlations within rows and, over the batch, within classes
 vocabularies    ULD: two vocabularies, compared rank by rank
+features        hints, cosine, attention transfer: what is computed inside
+similarities    SP and RKD: how the rows of a batch relate to each other in features
+projectors      from the width of a student's features to its teacher's
+balanced        KL in which rare classes weigh more
 labels          the task's own loss, with class weights and logit adjustment
+mixtures        several teachers as one
+schedules       weights that change over a training
 by_name         `kd_loss` for your own loop
 distributions, buckets    what teacher and student say at a temperature: of all classes, or of those that were kept
 
@@ -20,7 +26,16 @@ nothing.
 
 from __future__ import annotations
 
-from kdpipe.losses.base import DistillLoss, LossTerm, needs_labels, needs_whole_batch, valid_rows, values_of
+from kdpipe.losses.balanced import BalancedKL
+from kdpipe.losses.base import (
+    DistillLoss,
+    LossTerm,
+    needs_labels,
+    needs_whole_batch,
+    reuses_classifier,
+    valid_rows,
+    values_of,
+)
 from kdpipe.losses.buckets import bucket_log_probs
 from kdpipe.losses.by_name import LOSSES, kd_loss
 from kdpipe.losses.decoupled import DKD, NKD
@@ -35,24 +50,40 @@ from kdpipe.losses.divergences import (
     forward_kl,
     reverse_kl,
 )
+from kdpipe.losses.features import AttentionTransfer, CosineFeature, HintMSE, SimKD
 from kdpipe.losses.labels import LabelLoss, class_weighted, cross_entropy, logit_adjusted
 from kdpipe.losses.logits import LogitMSE
+from kdpipe.losses.mixtures import Mix, mixed
+from kdpipe.losses.projectors import Projector, make_projector
 from kdpipe.losses.relational import DIST
+from kdpipe.losses.schedules import CONSTANT, Schedule
+from kdpipe.losses.similarities import RKD, SimilarityPreserving
 from kdpipe.losses.vocabularies import ULD
 
 __all__ = [
+    "CONSTANT",
     "DIST",
     "DKD",
     "LOSSES",
     "NKD",
+    "RKD",
     "ULD",
+    "AttentionTransfer",
+    "BalancedKL",
+    "CosineFeature",
     "DistillLoss",
     "ForwardKL",
     "GeneralisedJSD",
+    "HintMSE",
     "LabelLoss",
     "LogitMSE",
     "LossTerm",
+    "Mix",
+    "Projector",
     "ReverseKL",
+    "Schedule",
+    "SimKD",
+    "SimilarityPreserving",
     "SoftTargetCE",
     "TopKRenormKL",
     "TotalVariation",
@@ -62,8 +93,11 @@ __all__ = [
     "forward_kl",
     "kd_loss",
     "logit_adjusted",
+    "make_projector",
+    "mixed",
     "needs_labels",
     "needs_whole_batch",
+    "reuses_classifier",
     "reverse_kl",
     "standardised",
     "valid_rows",

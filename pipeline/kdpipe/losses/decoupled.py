@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdpipe.losses.distributions import check_labels, check_shape, only_dense, widened
+from kdpipe.losses.distributions import check_labels, check_shape, widened, with_every_class
 from kdpipe.losses.divergences import kl_of
-from kdpipe.targets import Targets, check_temperature
+from kdpipe.targets import DenseTargets, MixedTargets, Targets, check_temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class DKD:
     def __call__(self, logits: Tensor, targets: Targets, labels: Tensor | None = None) -> Tensor:
         """One value per row `[B, ...]`, 0 where the label `[B, ...]` is below 0."""
         student, teacher, labels = _checked("DKD", logits, targets, labels)
-        binary_p, others_p = _split(teacher / self.temperature, labels)
+        binary_p, others_p = _split(teacher.softened(self.temperature).to(student.dtype), labels)
         binary_q, others_q = _split(student / self.temperature, labels)
         value = self.alpha * kl_of(binary_p, binary_q) + self.beta * kl_of(others_p, others_q)
         return torch.where(labels >= 0, self.temperature**2 * value, 0.0)
@@ -66,9 +66,10 @@ class NKD:
     def __call__(self, logits: Tensor, targets: Targets, labels: Tensor | None = None) -> Tensor:
         """One value per row `[B, ...]`, 0 where the label `[B, ...]` is below 0."""
         student, teacher, labels = _checked("NKD", logits, targets, labels)
+        at_1, at_t = (teacher.softened(each).to(student.dtype) for each in (1.0, self.temperature))
         place = labels.clamp(min=0).unsqueeze(-1)
-        p_y, log_q_y = (torch.log_softmax(each, dim=-1).gather(-1, place).squeeze(-1) for each in (teacher, student))
-        _, others_p = _split(teacher / self.temperature, labels)
+        p_y, log_q_y = (torch.log_softmax(each, dim=-1).gather(-1, place).squeeze(-1) for each in (at_1, student))
+        _, others_p = _split(at_t, labels)
         _, others_q = _split(student / self.temperature, labels)
         others = (others_p.exp() * torch.where(torch.isneginf(others_p), 0.0, others_q)).sum(dim=-1)
         value = -(p_y.exp() * log_q_y) - self.gamma * self.temperature**2 * others
@@ -79,12 +80,13 @@ class NKD:
         return values
 
 
-def _checked(name: str, logits: Tensor, targets: Targets, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Student and teacher logits `[B, ..., C]`, the teacher's up to a constant per row, and labels `[B, ...]`."""
-    dense = only_dense(targets, name)
-    check_shape(logits, tuple(dense.values.shape))
-    student = widened(logits)
-    return student, dense.softened(1.0).to(student.dtype), check_labels(name, logits, labels)
+def _checked(
+    name: str, logits: Tensor, targets: Targets, labels: Tensor | None
+) -> tuple[Tensor, DenseTargets | MixedTargets, Tensor]:
+    """Student logits `[B, ..., C]`, what the teacher says of every class, and labels `[B, ...]`."""
+    teacher = with_every_class(targets, name)
+    check_shape(logits, teacher.shape)
+    return widened(logits), teacher, check_labels(name, logits, labels)
 
 
 def _split(softened: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import bucket_log_probs
-from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, SparseTargets, Targets
+from kdpipe.targets import DenseTargets, FeatureTargets, MixedTargets, SampledTargets, SparseTargets, Targets
 
 _STANDARD_EPS = 1e-7
 _NO_FEATURES = (
@@ -51,8 +51,8 @@ def student_softened(logits: Tensor, targets: Targets, temperature: float, stand
     if isinstance(targets, SparseTargets):
         check_shape(logits, (*targets.ids.shape[:-1], targets.num_classes))
         return bucket_log_probs(logits, targets.ids, ~torch.isneginf(targets.head), temperature)
-    if isinstance(targets, DenseTargets):
-        check_shape(logits, tuple(targets.values.shape))
+    if isinstance(targets, DenseTargets | MixedTargets):
+        check_shape(logits, targets.shape)
     wide = widened(logits)
     return (standardised(wide) if standardise else wide) / temperature
 
@@ -78,10 +78,21 @@ def root(squares: Tensor) -> Tensor:
 
 
 def only_dense(targets: Targets, what: str) -> DenseTargets:
-    """The targets, if they hold every class. Raises `ConfigError` saying what needs that."""
+    """The targets, if they are one teacher's logits of every class. Raises `ConfigError` saying what needs that."""
+    every_class = with_every_class(targets, what)
+    if isinstance(every_class, MixedTargets):
+        raise ConfigError(
+            f"{what}: a mixture of teachers has probabilities and no logits; give each teacher a loss of its own, or "
+            "use a loss on probabilities"
+        )
+    return every_class
+
+
+def with_every_class(targets: Targets, what: str) -> DenseTargets | MixedTargets:
+    """The targets, if they tell the probability of every class. Raises `ConfigError` saying what needs that."""
     if isinstance(targets, FeatureTargets):
         raise ConfigError(_NO_FEATURES)
-    if not isinstance(targets, DenseTargets):
+    if not isinstance(targets, DenseTargets | MixedTargets):
         kind = "draws" if isinstance(targets, SampledTargets) else "the top k classes and their tail"
         raise ConfigError(
             f"{what}: these targets hold {kind}, and every class is needed; cache with encoding: dense or int8"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
-from kdpipe.losses.distributions import check_shape, log_probs_of_both, only_dense, root
+from kdpipe.losses.distributions import check_shape, log_probs_of_both, root, with_every_class
 from kdpipe.targets import Targets, check_temperature
 
 
@@ -39,12 +39,12 @@ class DIST:
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`; all rows and tokens of the batch are one set."""
-        dense = only_dense(targets, "DIST")
-        check_shape(logits, tuple(dense.values.shape))
-        p, q = (each.exp().flatten(0, -2) for each in log_probs_of_both(logits, dense, self.temperature))
+        teacher = with_every_class(targets, "DIST")
+        check_shape(logits, teacher.shape)
+        p, q = (each.exp().flatten(0, -2) for each in log_probs_of_both(logits, teacher, self.temperature))
         used = torch.ones(len(q), dtype=torch.bool, device=q.device)
-        if dense.covered is not None:
-            used = dense.covered.flatten()
+        if teacher.covered is not None:
+            used = teacher.covered.flatten()
         within_rows = self._correlation(_centred(q, -1), _centred(p, -1), -1)
         within_classes = self._correlation(_centred_over(q, used), _centred_over(p, used), 0).mean()
         value = self.beta * (1 - within_rows) + self.gamma * (1 - within_classes)

@@ -25,14 +25,14 @@ from kdpipe.preprocess.base import State
 from kdpipe.skops_files import dumps, loads
 
 FEATURES = "features"
-_CATEGORY = "category."
+CATEGORY = "category."
 _NAME = "preprocess ColumnEncoder"
 _WHERE = "preprocess.transformer"
 
 
 def category_column(name: str) -> str:
     """The prepared column of a category; its files are named so, too."""
-    return _CATEGORY + quote(name, safe=" ")
+    return CATEGORY + quote(name, safe=" ")
 
 
 def values_by_name(columns: Columns, numeric: Sequence[str]) -> dict[str, Array]:
@@ -47,9 +47,9 @@ def values_by_name(columns: Columns, numeric: Sequence[str]) -> dict[str, Array]
             raise DataError(f"rows have {features.shape[1]} numbers; expected {len(numeric)}: {', '.join(numeric)}")
         values = {name: features[:, index] for index, name in enumerate(numeric)}
     for name, column in columns.items():
-        if name.startswith(_CATEGORY) and isinstance(column, Ragged):
+        if name.startswith(CATEGORY) and isinstance(column, Ragged):
             texts = [text or None for text in texts_of(column)]
-            values[unquote(name.removeprefix(_CATEGORY))] = np.array(texts, dtype=object)
+            values[unquote(name.removeprefix(CATEGORY))] = np.array(texts, dtype=object)
     return values
 
 

@@ -7,13 +7,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from kdpipe import durable
-from kdpipe.data.columns import fixed_bytes, text_column
 from kdpipe.errors import CorruptStoreError
 from kdpipe.fingerprint import canonical_json, digest, digest_file
 from kdpipe.store.manifest import Manifest
@@ -24,11 +21,12 @@ ROWS = "rows.parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How many rows and views, and the SHA-256 of rows.parquet."""
+    """How many rows and views, and the SHA-256 of rows.parquet, and of views.parquet where there is one."""
 
     num_rows: int
     num_views: int
     rows_sha256: str
+    views_sha256: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Extent:
@@ -46,7 +44,8 @@ class Extent:
 
     def to_text(self) -> str:
         """Content of extent.json. Its digest is there because fewer rows would be read without a word."""
-        return canonical_json({**asdict(self), "digest": digest(asdict(self))}) + "\n"
+        value = {key: each for key, each in asdict(self).items() if each is not None}
+        return canonical_json({**value, "digest": digest(value)}) + "\n"
 
     def rows_intact(self, folder: Path) -> bool:
         """Whether rows.parquet is the one that belongs to this extent."""
@@ -64,23 +63,35 @@ class Extent:
         return table
 
 
-def write_extent(
-    folder: Path, manifest: Manifest, sample_ids: NDArray[np.str_], digests: NDArray[np.uint8], num_views: int
-) -> None:
-    """Write rows.parquet, extent.json and the Zarr metadata, where they differ from what is there."""
+def write_extent(folder: Path, manifest: Manifest, rows: pa.Table, num_views: int) -> None:
+    """Write rows.parquet, extent.json and the Zarr metadata, where they differ from what is there.
+
+    Kept views stay.
+    """
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.table({"sample_id": text_column(sample_ids), "digest": fixed_bytes(digests)}), sink, compression="zstd"
-    )
+    pq.write_table(rows, sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
-    extent = Extent(num_rows=len(sample_ids), num_views=num_views, rows_sha256=hashlib.sha256(content).hexdigest())
+    extent = Extent(
+        num_rows=rows.num_rows,
+        num_views=num_views,
+        rows_sha256=hashlib.sha256(content).hexdigest(),
+        views_sha256=_kept_in(folder),
+    )
     files = {ROWS: content, "extent.json": extent.to_text().encode()}
-    files |= zarr_files(manifest, num_views, len(sample_ids))
+    files |= zarr_files(manifest, num_views, rows.num_rows)
     for name, wanted in files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         if not target.is_file() or target.read_bytes() != wanted:
             durable.write_bytes(target, wanted)
+
+
+def _kept_in(folder: Path) -> str | None:
+    """Digest of a store's kept views; None where there are none, or where nothing vouches for them."""
+    try:
+        return Extent.load(folder).views_sha256
+    except CorruptStoreError:
+        return None
 
 
 def zarr_files(manifest: Manifest, num_views: int, num_rows: int) -> dict[str, bytes]:

@@ -49,6 +49,11 @@ class Manifest:
         """Digest (64 hex digits) of whatever changes the targets."""
         return digest({**self.ingredients, "format_version": FORMAT_VERSION})
 
+    @property
+    def classifier(self) -> Mapping[str, Any] | None:
+        """What classifier.safetensors is: `submodule`, `shape` and `sha256`; None where there is none."""
+        return self.teacher.get("classifier")
+
     def identity(self) -> str:
         """Digest of all that the arrays depend on; what may change without new targets is left out."""
         return digest({key: value for key, value in self._value().items() if key not in _FREE})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,23 @@ class CommitRecord:
         """(view, shard index)."""
         return self.view, self.shard
 
+    @property
+    def file_name(self) -> str:
+        """Name of the file that holds this record alone."""
+        return f"{self.view}-{self.shard}.json"
+
+    def to_text(self) -> str:
+        """Content of that file."""
+        return canonical_json(asdict(self)) + "\n"
+
+    @classmethod
+    def from_text(cls, content: str | bytes, where: Path | str) -> CommitRecord:
+        """Inverse of `to_text`. Raises `CorruptStoreError`."""
+        try:
+            return _from_json(json.loads(content))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptStoreError(f"{where} is damaged: {error}. {REPAIR}") from None
+
 
 class CommitLog(Mapping[Key, CommitRecord]):
     """The records of a store by (view, shard): `commits.parquet` with a digest beside it, overlaid by `commits/`.
@@ -75,7 +92,7 @@ class CommitLog(Mapping[Key, CommitRecord]):
         self._line: dict[Key, int] = {key: line for line, key in enumerate(keys)}
         self._added: dict[Key, CommitRecord] = {}
         for path in self._single.glob("*.json"):
-            record = _read_single(path)
+            record = CommitRecord.from_text(path.read_bytes(), path)
             self._added[record.key] = record
 
     def __getitem__(self, key: Key) -> CommitRecord:
@@ -98,12 +115,15 @@ class CommitLog(Mapping[Key, CommitRecord]):
         if not self._single.is_dir():
             self._single.mkdir(exist_ok=True)
             durable.fsync_folder(self._folder)
-        durable.write_text(self._single / f"{record.view}-{record.shard}.json", canonical_json(asdict(record)) + "\n")
+        durable.write_text(self._single / record.file_name, record.to_text())
         self._added[record.key] = record
 
     def keep(self, wanted: set[Key]) -> None:
         """Rewrite the log with those records only, sorted, as one Parquet file; byte-deterministic and durable."""
-        kept = [self[key] for key in self if key in wanted]
+        self.hold([self[key] for key in self if key in wanted])
+
+    def hold(self, kept: Sequence[CommitRecord]) -> None:
+        """Rewrite the log with exactly these records, which are sorted by their keys."""
         rows = [{**asdict(record), "files": canonical_json(record.files)} for record in kept]
         table = pa.Table.from_pylist(rows, schema=_SCHEMA)
         sink = pa.BufferOutputStream()
@@ -139,16 +159,9 @@ def remove_damaged_records(folder: Path) -> None:
     """Remove what cannot be read of a store's `commits/`, so that those shards are missing. For the one writer."""
     for path in (folder / "commits").glob("*.json"):
         try:
-            _read_single(path)
+            CommitRecord.from_text(path.read_bytes(), path)
         except CorruptStoreError:
             path.unlink()
-
-
-def _read_single(path: Path) -> CommitRecord:
-    try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptStoreError(f"{path} is damaged: {error}. {REPAIR}") from None
 
 
 _SCHEMA = pa.schema(

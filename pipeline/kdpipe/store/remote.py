@@ -2,61 +2,63 @@
 
 from __future__ import annotations
 
-import errno
+import json
 import os
-import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kdpipe import durable
-from kdpipe.errors import ConfigError, CorruptStoreError, StoreError, StoreNotFoundError
-from kdpipe.fingerprint import digest, digest_file
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+from kdpipe.errors import CorruptStoreError, StaleStoreError, StoreNotFoundError
+from kdpipe.fingerprint import canonical_json, digest, digest_file
+from kdpipe.store.objects import Objects, shown
 
 CACHE = "KDPIPE_CACHE"
 """Environment variable: where fetched files are kept (default ~/.cache/kdpipe)."""
+LOG = "commits.parquet"
+LOG_DIGEST = "commits.parquet.sha256"
+VERSIONS = (LOG_DIGEST, "manifest.json", "extent.json")
+"""What tells two stores at one url apart, in the order of reading: whoever publishes withdraws extent.json first."""
+REMOTE = "remote.json"
+"""In a folder that describes a store: at which url its shards are."""
 
 
 class RemoteFolder:
-    """`url` (s3://, gs://, …, whatever fsspec has a package for), mirrored file by file at `path`.
+    """A published store at `url`, mirrored file by file at `path`.
 
-    The mirror is named after the url and the content of `versions`: a store published anew gets another mirror. Fetched
-    files stay; what is read from them is verified as in any store.
+    The mirror is named after the url and the content of `VERSIONS`: a store published anew gets another mirror. Fetched
+    files stay; what is read from them is verified as in any store. `named` is what opens the same store again: the url,
+    or the folder that describes the store.
     """
 
-    def __init__(self, url: str, versions: Sequence[str], cache: Path | None = None) -> None:
+    def __init__(self, url: str, folder: Path | None = None, cache: Path | None = None) -> None:
         """Raises `ConfigError` when the package for the url is absent, `StoreNotFoundError` when nothing is there.
 
-        Like every method, `StoreError` when the object store refuses or does not answer.
+        With the `folder` that describes the store, `StaleStoreError` when nothing or another store is there.
         """
-        self.url = url.rstrip("/")
-        self._files, self._root = _open(self.url)
-        contents = []
-        for name in versions:
-            try:
-                with _answers(self.url):
-                    contents.append(self._files.cat_file(f"{self._root}/{name}"))
-            except FileNotFoundError:
-                raise StoreNotFoundError(
-                    f"there is no target store at {_shown(url)}: it has no {name}, or its bucket does not exist"
-                ) from None
+        self._objects = Objects(url)
+        self.url, self.named = self._objects.url, folder or self._objects.url
+        try:
+            versions = {name: self._read(name) for name in VERSIONS}
+        except StoreNotFoundError as error:
+            if folder is None:
+                raise
+            raise StaleStoreError(
+                f"{folder} describes a store at {shown(url)}, but {error}. If it stays so, run `kdpipe cache-teacher "
+                "NAME` to compute it anew."
+            ) from None
+        if folder is not None:
+            _check_described(folder, self.url, versions)
         base = cache or Path(os.environ.get(CACHE) or Path.home() / ".cache" / "kdpipe")
-        self.path = base / digest([self.url, *(each.hex() for each in contents)])
+        self.path = base / digest([self.url, *(each.hex() for each in versions.values())])
         self.path.mkdir(parents=True, exist_ok=True)
+        for name, content in versions.items():
+            if not (self.path / name).is_file():
+                self._keep(name, content)
+        self.fetch(LOG, versions[LOG_DIGEST].decode().partition("\n")[0])
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
-        try:
-            with _answers(self.url):
-                found: int = self._files.size(f"{self._root}/{name}")
-        except FileNotFoundError:
-            return None
-        return found
+        """Bytes of a file; None where there is none. Like every method, raises `StoreError` where nobody answers."""
+        return self._objects.size(name)
 
     def fetch(self, name: str, sha256: str | None = None) -> None:
         """Have a file at `path / name`, where the url has it; several processes may do so at once.
@@ -66,74 +68,65 @@ class RemoteFolder:
         target = self.path / name
         if target.is_file():
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(suffix=durable.TEMPORARY_SUFFIX, dir=target.parent)
-        os.close(descriptor)
+        temporary = _temporary_beside(target)
         try:
-            with _answers(self.url):
-                self._files.get_file(f"{self._root}/{name}", temporary)
-            if sha256 is not None and digest_file(Path(temporary)) != sha256:
+            self._objects.download(name, temporary)
+            if sha256 is not None and digest_file(temporary) != sha256:
                 raise CorruptStoreError(
-                    f"{_shown(self.url)}/{name} differs from its checksum: it was damaged, or the store was published "
+                    f"{shown(self.url)}/{name} differs from its checksum: it was damaged, or the store was published "
                     "anew since it was opened. Open it again."
                 )
-            Path(temporary).replace(target)
+            temporary.replace(target)
         except FileNotFoundError:
             pass
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+    def _keep(self, name: str, content: bytes) -> None:
+        temporary = _temporary_beside(self.path / name)
+        temporary.write_bytes(content)
+        temporary.replace(self.path / name)
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self._objects.read(name)
+        except FileNotFoundError:
+            raise StoreNotFoundError(
+                f"there is no target store at {shown(self.url)}: it has no {name}, or its bucket does not exist, or "
+                "the store is being published at this moment"
+            ) from None
 
 
-def is_url(path: Path | str) -> bool:
-    """Whether a path names an object store."""
-    return "://" in str(path)
+def url_of(folder: Path) -> str | None:
+    """The url of the store that a folder describes; None where the folder holds its shards itself.
 
-
-_ACCESS = {
-    "s3": "Credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
-    "FSSPEC_S3_ANON=1 for a public bucket), the server's address from AWS_ENDPOINT_URL where it is not Amazon's.",
-    "gs": "Credentials come from the environment (GOOGLE_APPLICATION_CREDENTIALS).",
-}
-"""What to set, by the url's scheme."""
-_LOCAL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def _open(url: str) -> tuple[AbstractFileSystem, str]:
+    Raises `CorruptStoreError`.
+    """
+    path = folder / REMOTE
+    if not path.is_file():
+        return None
     try:
-        from fsspec.core import url_to_fs
-
-        with _answers(url, passed=(ImportError, ValueError)):
-            files, root = url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"{_shown(url)} cannot be opened: {_said(url, error)}. Install the package for it (s3fs for s3://, gcsfs "
-            "for gs://), or give a local path."
-        ) from None
-    return files, root
+        return str(json.loads(path.read_text(encoding="utf-8"))["url"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{path} is damaged: {error}. Run `kdpipe cache-teacher NAME`.") from None
 
 
-@contextmanager
-def _answers(url: str, passed: tuple[type[Exception], ...] = (FileNotFoundError,)) -> Iterator[None]:
-    """Turn what an object store's package raises, of whatever type, into one `StoreError`; but not what is `passed`."""
-    try:
-        yield
-    except passed:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _LOCAL:
-            raise
-        raise StoreError(
-            f"{_shown(url)} cannot be read: {_said(url, error)}. Check the url and the network. "
-            f"{_ACCESS.get(url.partition('://')[0], '')}".rstrip()
-        ) from None
+def describe(folder: Path, url: str) -> None:
+    """Make a folder with all files of a store but its shards the description of the store at a url."""
+    durable.write_text(folder / REMOTE, canonical_json({"url": url}) + "\n")
 
 
-def _said(url: str, error: Exception) -> str:
-    """What a package says, without secrets; parts of one that is in the url may stand in any form."""
-    name = type(error).__name__
-    return name if url != _shown(url) else f"{name}: {_shown(' '.join(str(error).split()))}".rstrip(".")
+def _check_described(folder: Path, url: str, versions: dict[str, bytes]) -> None:
+    for name, content in versions.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            raise StaleStoreError(
+                f"{folder} describes another store than the one at {shown(url)}: {name} differs. It was published anew "
+                "from another folder or commit: run `kdpipe cache-teacher NAME` here, or fetch that description."
+            )
 
 
-def _shown(text: str) -> str:
-    """A text without user, password and query of the urls in it."""
-    return re.sub(r"\?[^\s\"']*", "?…", re.sub(r"://[^\s\"']*:[^\s\"']*@", "://…@", text))
+def _temporary_beside(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(suffix=durable.TEMPORARY_SUFFIX, dir=target.parent)
+    os.close(descriptor)
+    return Path(temporary)

@@ -13,8 +13,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdpipe.data.columns import bytes_of, text_array
+from kdpipe.data.columns import bytes_of, fixed_bytes, text_array, text_column
 from kdpipe.errors import ConfigError
+from kdpipe.views import partner_blocks
+
+SPLIT = "split"
+"""Column of rows.parquet where views mix rows."""
 
 
 def grouped(keys: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.intp]]]:
@@ -69,10 +73,23 @@ class StoredRows:
         """Content digests `[N, 16]`."""
         return bytes_of(self._table["digest"])
 
-    def inputs_digest(self, start: int, stop: int) -> str:
-        """`inputs_digest` of rows `[start, stop)`."""
-        rows = self._table.slice(start, stop - start)
-        return inputs_digest(rows["sample_id"].to_pylist(), bytes_of(rows["digest"]))
+    @cached_property
+    def splits(self) -> NDArray[np.str_] | None:
+        """Of rows that views mix, the split `[N]` within which each is; empty: views are not about it."""
+        return text_array([self._table[SPLIT]]) if SPLIT in self._table.column_names else None
+
+    def inputs_digest(self, view: int, start: int, stop: int) -> str:
+        """SHA-256 (hex) of what rows `[start, stop)` are in a view: what a commit record was computed from.
+
+        Of their ids and content digests; in a view that mixes rows, of all rows of their blocks, and of the splits.
+        """
+        mixed = view > 0 and SPLIT in self._table.column_names
+        part = partner_blocks(start, stop, self._table.num_rows) if mixed else slice(start, stop)
+        rows = self._table.slice(part.start, part.stop - part.start)
+        hashed = hashlib.sha256("\0".join(rows["sample_id"].to_pylist()).encode() + bytes_of(rows["digest"]).tobytes())
+        if mixed:
+            hashed.update("\0".join(rows[SPLIT].to_pylist()).encode())
+        return hashed.hexdigest()
 
     def find(self, sample_ids: Sequence[str]) -> NDArray[np.int64]:
         """As `SampleIndex.find`."""
@@ -83,7 +100,9 @@ class StoredRows:
         return SampleIndex(self.sample_ids)
 
 
-def inputs_digest(sample_ids: Sequence[str], digests: NDArray[np.uint8]) -> str:
-    """SHA-256 (hex) of some rows' ids and content digests: what a commit record was computed from."""
-    ids = "\0".join(sample_ids).encode()
-    return hashlib.sha256(ids + digests.tobytes()).hexdigest()
+def rows_table(
+    sample_ids: NDArray[np.str_], digests: NDArray[np.uint8], splits: NDArray[np.str_] | None = None
+) -> pa.Table:
+    """rows.parquet of rows `[N]` with content digests `[N, 16]`, and splits `[N]` where views mix rows."""
+    columns = {"sample_id": text_column(sample_ids), "digest": fixed_bytes(digests)}
+    return pa.table(columns if splits is None else {**columns, SPLIT: text_column(splits)})

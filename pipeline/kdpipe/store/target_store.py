@@ -19,28 +19,30 @@ from kdpipe.distributed import Shard, shards_of
 from kdpipe.encodings import TargetEncoding, encoding_from_json
 from kdpipe.errors import IncompleteStoreError, StaleStoreError, StoreError
 from kdpipe.fingerprint import digest
+from kdpipe.store.classifier import CLASSIFIER, TeacherClassifier
 from kdpipe.store.extent import ROWS, Extent, write_extent, zarr_files
+from kdpipe.store.kept import VIEWS, KeptViews
 from kdpipe.store.layout import ArrayLayout
 from kdpipe.store.manifest import COVERED, STATISTICS, Manifest
+from kdpipe.store.objects import is_url
 from kdpipe.store.reading import ShardReader
 from kdpipe.store.records import CommitLog, CommitRecord, Key, bits_of
-from kdpipe.store.remote import RemoteFolder, is_url
-from kdpipe.store.rows import StoredRows, inputs_digest
+from kdpipe.store.remote import LOG, LOG_DIGEST, RemoteFolder, url_of
+from kdpipe.store.rows import StoredRows, rows_table
 from kdpipe.store.shard_file import ShardFile, encode_shard
+from kdpipe.store.uploading import Uploading
 from kdpipe.store.verification import Problem, problems_of
 from kdpipe.targets import OutputSpec, Targets
 
-_DESCRIPTION = ("manifest.json", "extent.json", "commits.parquet", "commits.parquet.sha256")
+_DESCRIPTION = ("manifest.json", "extent.json", LOG, LOG_DIGEST)
 
 
 class TargetStore:
     """Rows x views of one teacher's targets. `create` or `open` it; shards not committed do not exist for readers."""
 
-    def __init__(self, path: Path, remote: RemoteFolder | None = None) -> None:
-        """Open what is there, or the mirror of what is remote; see `open` and `create`."""
+    def __init__(self, path: Path, remote: RemoteFolder | Uploading | None = None) -> None:
+        """Open what is there, the mirror of what is remote, or what goes there; see `open` and `create`."""
         self.path, self._remote = path, remote
-        for name in _DESCRIPTION:
-            self._fetch(name)
         self.manifest = Manifest.load(path)
         self.extent = Extent.load(path)
         self.layouts: dict[str, ArrayLayout] = self.manifest.layouts()
@@ -55,11 +57,15 @@ class TargetStore:
     def open(cls, path: Path | str) -> TargetStore:
         """Open a store for reading: a folder, or a url (s3://, gs://) whose files are fetched when they are touched.
 
-        Raises `StoreNotFoundError`, `CorruptStoreError`, `StoreError`.
+        A folder that describes a store at a url is followed there. Raises `StoreNotFoundError`, `CorruptStoreError`,
+        `StaleStoreError` for a description of another store than the one at its url, `StoreError`.
         """
-        if not is_url(path):
+        if is_url(path):
+            remote = RemoteFolder(str(path))
+        elif url := url_of(Path(path)):
+            remote = RemoteFolder(url, Path(path))
+        else:
             return cls(Path(path))
-        remote = RemoteFolder(str(path), versions=("extent.json", "commits.parquet.sha256"))
         return cls(remote.path, remote)
 
     @classmethod
@@ -71,9 +77,12 @@ class TargetStore:
         digests: NDArray[np.uint8],
         num_views: int = 1,
         *,
+        splits: NDArray[np.str_] | None = None,
         sweep: bool = True,
     ) -> TargetStore:
         """Start a store for rows `[N]` with content digests `[N, 16]`, or go on with one of the same manifest.
+
+        `splits [N]` are those of `PartnerPlan` where views mix rows.
 
         The manifest stands before the first shard. Rows may have grown since; what was committed for rows that are
         still the same stays. `sweep` removes what killed writers left: only for one that is alone. Raises
@@ -89,13 +98,14 @@ class TargetStore:
             manifest = replace(manifest, recorded=found.recorded)
         if found is None or found.to_text() != manifest.to_text():
             durable.write_text(path / "manifest.json", manifest.to_text())
-        _forget_other_rows(CommitLog(path), sample_ids, digests)
-        write_extent(path, manifest, sample_ids, digests, num_views)
+        rows = rows_table(sample_ids, digests, splits)
+        _forget_other_rows(CommitLog(path), StoredRows(lambda: rows), len(sample_ids))
+        write_extent(path, manifest, rows, num_views)
         return cls(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A store that goes to another process is opened there."""
-        return open_store, (self._remote.url if self._remote else self.path,)
+        return open_store, (self._remote.named if isinstance(self._remote, RemoteFolder) else self.path,)
 
     @property
     def num_rows(self) -> int:
@@ -152,6 +162,47 @@ class TargetStore:
             return np.ones(shard.num_rows, np.bool_)
         return self._in_views[shard.start : shard.stop]
 
+    def kept_views(self) -> KeptViews | None:
+        """Rows as view 1 showed them to the teacher; None where the store keeps none. Raises `CorruptStoreError`."""
+        sha256 = self.extent.views_sha256
+        if sha256 is None:
+            return None
+        self._fetch(VIEWS, sha256)
+        return KeptViews.load(self.path, sha256)
+
+    def keep_views(self, kept: KeptViews | None) -> None:
+        """Keep rows as view 1 shows them, instead of those that are kept; for the one writer."""
+        # Without extent.json's word the file is none, so that a kill in between leaves none.
+        self._write_extent(None)
+        if kept is None:
+            (self.path / VIEWS).unlink(missing_ok=True)
+            return
+        content = kept.to_bytes()
+        durable.write_bytes(self.path / VIEWS, content)
+        self._write_extent(hashlib.sha256(content).hexdigest())
+
+    def classifier(self) -> TeacherClassifier | None:
+        """The teacher's last layer; None where the store has none. Raises `CorruptStoreError`."""
+        about = self.manifest.classifier
+        if about is None:
+            return None
+        self._fetch(CLASSIFIER, about["sha256"])
+        return TeacherClassifier.load(self.path, about)
+
+    def keep_classifier(self, classifier: TeacherClassifier | None) -> None:
+        """Have the teacher's last layer beside the manifest that tells of it, or none; for a writer."""
+        path = self.path / CLASSIFIER
+        if classifier is None:
+            path.unlink(missing_ok=True)
+        elif not path.is_file() or path.read_bytes() != classifier.content:
+            durable.write_bytes(path, classifier.content)
+
+    def _write_extent(self, views_sha256: str | None) -> None:
+        extent = replace(self.extent, views_sha256=views_sha256)
+        if extent != self.extent:
+            durable.write_text(self.path / "extent.json", extent.to_text())
+            self.extent = extent
+
     def missing(self) -> list[tuple[int, Shard]]:
         """(view, shard) without a valid commit record for today's rows, in order."""
         return [
@@ -161,8 +212,8 @@ class TargetStore:
     def write(self, view: int, shard: Shard, arrays: Mapping[str, NDArray[Any]], batch_size: int) -> None:
         """Commit one shard of one view: every array's rows `[shard.num_rows, …]`, computed `batch_size` rows at a time.
 
-        Files first (whole, fsynced, renamed), then the record. Raises `OSError` when the disk is full; what was
-        committed stays.
+        Files first (whole, fsynced, renamed), then the record; then both go to the url of a store that is worked at
+        there. Raises `OSError` when the disk is full; what was committed stays.
         """
         if set(arrays) != set(self.layouts):
             raise StoreError(f"arrays {sorted(arrays)} do not fit the store's {sorted(self.layouts)}")
@@ -183,13 +234,15 @@ class TargetStore:
             start=shard.start,
             stop=shard.stop,
             batch_size=batch_size,
-            inputs=self.inputs_digest(shard.start, shard.stop),
+            inputs=self.inputs_digest(view, shard.start, shard.stop),
             manifest=self._manifest_digest,
             layouts=self._layouts_digest,
             files=files,
             computed=bits_of(self.wanted(view, shard)),
         )
         self.records.add(record)
+        if isinstance(self._remote, Uploading):
+            self._remote.commit(record)
 
     def finish(self) -> None:
         """Compact the commit log and remove what no record names. Raises `IncompleteStoreError` while shards miss."""
@@ -216,15 +269,24 @@ class TargetStore:
 
         Shards (view, shard) that are `trusted`, as they were written just now, are not read again.
         """
+        self.fetch_all()
+        return problems_of(self, trusted)
+
+    def fetch_all(self) -> None:
+        """Have every file below `path`, where some are remote; they are not verified."""
         for name in self.file_names() if self._remote else ():
             self._fetch(name)
-        return problems_of(self, trusted)
+
+    def description_names(self) -> list[str]:
+        """Every file of a finished store that is no shard, relative to its folder."""
+        kept = [VIEWS] if self.extent.views_sha256 else []
+        kept += [] if self.manifest.classifier is None else [CLASSIFIER]
+        return [*_DESCRIPTION, ROWS, *kept, *zarr_files(self.manifest, self.num_views, self.num_rows)]
 
     def file_names(self) -> list[str]:
         """Every file of a finished store, relative to its folder."""
-        metadata = zarr_files(self.manifest, self.num_views, self.num_rows)
         shards = [self.layouts[name].shard_path(*key) for key in self.records for name in self.layouts]
-        return [*_DESCRIPTION, ROWS, *metadata, *shards]
+        return [*self.description_names(), *shards]
 
     def repair(self) -> int:
         """Forget the records of damaged shards, so that they are missing; returns how many. For the one writer."""
@@ -319,9 +381,9 @@ class TargetStore:
             record.stop,
         )
 
-    def inputs_digest(self, start: int, stop: int) -> str:
-        """Digest of the ids and contents of rows `[start, stop)`."""
-        return self.rows.inputs_digest(start, stop)
+    def inputs_digest(self, view: int, start: int, stop: int) -> str:
+        """Digest of what rows `[start, stop)` are in a view; see `StoredRows.inputs_digest`."""
+        return self.rows.inputs_digest(view, start, stop)
 
     def _computed(self, view: int) -> NDArray[np.bool_]:
         """Which rows `[N]` the teacher saw in a view."""
@@ -342,13 +404,26 @@ class TargetStore:
         record = self.records.get((view, shard.index))
         return (
             record is not None
-            and (record.start, record.stop) == (shard.start, shard.stop)
-            and record.manifest == self._manifest_digest
-            and record.layouts == self._layouts_digest
-            and (view == 0 or self._in_views is None or bool(record.rows_computed[self.wanted(view, shard)].all()))
+            and self._is_for(record, shard)
             and all(
                 self.file_size(self.layouts[name].shard_path(*record.key)) == size
                 for name, (size, _) in record.files.items()
+            )
+        )
+
+    def takes(self, record: CommitRecord, shard: Shard) -> bool:
+        """Whether a record that another folder holds is one of a shard of this store, for today's rows."""
+        return self._is_for(record, shard) and record.inputs == self.inputs_digest(record.view, shard.start, shard.stop)
+
+    def _is_for(self, record: CommitRecord, shard: Shard) -> bool:
+        return (
+            (record.start, record.stop) == (shard.start, shard.stop)
+            and record.manifest == self._manifest_digest
+            and record.layouts == self._layouts_digest
+            and (
+                record.view == 0
+                or self._in_views is None
+                or bool(record.rows_computed[self.wanted(record.view, shard)].all())
             )
         )
 
@@ -375,7 +450,7 @@ class TargetStore:
             return None if self._remote is None else self._remote.size(name)
 
     def _read_rows(self) -> pa.Table:
-        self._fetch(ROWS)
+        self._fetch(ROWS, self.extent.rows_sha256)
         return self.extent.read_rows(self.path)
 
     @cached_property
@@ -396,20 +471,15 @@ def open_store(path: Path | str) -> TargetStore:
     return TargetStore.open(path)
 
 
-def _forget_other_rows(records: CommitLog, sample_ids: NDArray[np.str_], digests: NDArray[np.uint8]) -> None:
+def _forget_other_rows(records: CommitLog, rows: StoredRows, num_rows: int) -> None:
     """Drop records of shards whose rows are others today, before the store is told of today's rows.
 
     A shard that only grew keeps its record until it is written again; its other row range makes it invalid.
     """
-
-    def inputs_of(record: CommitRecord) -> str:
-        rows = slice(record.start, record.stop)
-        return inputs_digest(sample_ids[rows].tolist(), digests[rows])
-
     same = {
         record.key
         for record in records.values()
-        if record.stop <= len(sample_ids) and record.inputs == inputs_of(record)
+        if record.stop <= num_rows and record.inputs == rows.inputs_digest(record.view, record.start, record.stop)
     }
     if len(same) < len(records):
         records.keep(same)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdpipe.fingerprint import digest_file
+from kdpipe.store.classifier import CLASSIFIER, classifier_intact
 from kdpipe.store.extent import ROWS, zarr_files
+from kdpipe.store.kept import VIEWS, is_intact
 from kdpipe.store.records import CommitRecord, Key
 
 if TYPE_CHECKING:
@@ -43,18 +45,22 @@ def problems_of(store: TargetStore, trusted: Container[Key] = ()) -> list[Proble
 
 
 def description_problems(store: TargetStore) -> list[Problem]:
-    """What is wrong with the row ids and Zarr's metadata; shards are not read."""
+    """What is wrong with the row ids, Zarr's metadata, the kept views and the classifier; shards are not read."""
     found = []
     for path, content in zarr_files(store.manifest, store.num_views, store.num_rows).items():
         if not (store.path / path).is_file() or (store.path / path).read_bytes() != content:
             found.append(path)
     if not store.extent.rows_intact(store.path):
         found.append(ROWS)
+    if not is_intact(store.path, store.extent.views_sha256):
+        found.append(VIEWS)
+    if not classifier_intact(store.path, store.manifest.classifier):
+        found.append(CLASSIFIER)
     return [Problem(what=f"{path} is absent or was changed") for path in found]
 
 
 def _is_of_those_rows(store: TargetStore, record: CommitRecord) -> bool:
-    return record.inputs == store.inputs_digest(record.start, record.stop)
+    return record.inputs == store.inputs_digest(record.view, record.start, record.stop)
 
 
 def _file_problems(store: TargetStore, record: CommitRecord) -> Iterator[str]:

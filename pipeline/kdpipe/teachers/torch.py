@@ -5,9 +5,7 @@ Shapes: B rows, T tokens, C classes.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,26 +16,13 @@ from torch import Tensor, nn
 from kdpipe.data.columns import Columns
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.fingerprint import brief
-from kdpipe.inputs import (
-    LOGITS,
-    Head,
-    Inputs,
-    about_classes,
-    by_name,
-    call,
-    changed,
-    described,
-    num_rows,
-    parts_of,
-    trimmed,
-)
+from kdpipe.inputs import LOGITS, Head, Outputs, about_classes, changed, described, kind, num_rows
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
 from kdpipe.teachers.base import COVERED
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_ANYWAY = (COVERED, "statistics")
-_NAMES_SHOWN = 20
 
 
 def device() -> str:
@@ -70,7 +55,7 @@ class TorchTeacher:
     ) -> None:
         self._device = torch.device(device())
         features = [name for name in dict.fromkeys(outputs) if name != LOGITS]
-        self._forward = _Forward(model.eval().to(self._device), features, Head(logits, num_classes))
+        self._forward = Outputs(model.eval().to(self._device), features, Head(logits, num_classes))
         self._preprocess, self._num_classes = preprocess, num_classes
         self._autocast = PRECISIONS[precision]
         with torch.no_grad():
@@ -81,7 +66,7 @@ class TorchTeacher:
         self.abstains = COVERED in said
         self.outputs = (
             OutputSpec(name=LOGITS, shape=tuple(found.shape[1:]), kind="logits"),
-            *(OutputSpec(name=name, shape=self._forward.shape(name, said), kind="features") for name in features),
+            *(OutputSpec(name=name, shape=self._shape(name, said), kind="features") for name in features),
         )
         self.fingerprint = {
             **identity,
@@ -120,8 +105,7 @@ class TorchTeacher:
         inputs = changed(self._preprocess(columns), lambda each: each.to(self._device))
         try:
             with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-                # Features may have a value per token, so that all batches must be as long.
-                returned = self._forward(inputs if self._forward.has_features else trimmed(inputs))
+                returned = self._forward(inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -129,84 +113,31 @@ class TorchTeacher:
                 f"the teacher's forward failed on an input of shape {described(inputs)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return self._forward.named(returned), num_rows(inputs)
+        try:
+            return self._forward.named(returned), num_rows(inputs)
+        except ConfigError as error:
+            raise TeacherError(f"the teacher: {error}") from None
+
+    def _shape(self, name: str, said: Mapping[str, Any]) -> tuple[int, ...]:
+        """Shape per row of an output, from what was said about one row. Raises `ConfigError`."""
+        where = f"the output {name!r} of the teacher"
+        if name in _STORED_ANYWAY:
+            raise ConfigError(
+                f"{where} needs not be asked for: {', '.join(_STORED_ANYWAY)} are stored where they exist"
+            )
+        return self._forward.shape(name, said, where)
 
     def _covered(self, covered: Any, expected: torch.Size) -> Tensor:
         if not self.abstains:
             raise TeacherError("the teacher's forward gives `covered` for some batches; expected all of them, or none")
         of_rows_or_tokens = isinstance(covered, Tensor) and covered.shape in (expected, expected[:1])
         if not isinstance(covered, Tensor) or covered.dtype != torch.bool or not of_rows_or_tokens:
-            raise TeacherError(f"the teacher's `covered` is {_kind(covered)}; expected bool, of shape {list(expected)}")
+            raise TeacherError(f"the teacher's `covered` is {kind(covered)}; expected bool, of shape {list(expected)}")
         return covered.reshape(*covered.shape, *[1] * (len(expected) - covered.ndim)).expand(expected)
 
     def _misfit(self, said: Mapping[str, Any], name: str, num_rows: int, expected: str) -> TeacherError:
-        found = _kind(said[name]) if name in said else f"a dict of {', '.join(said) or 'nothing'}"
+        found = kind(said[name]) if name in said else f"a dict of {', '.join(said) or 'nothing'}"
         number = about_classes(said[name].shape, self._num_classes) if name == LOGITS else ""
         return TeacherError(
             f"the teacher's forward returned {found} for {num_rows} rows; expected {name} of shape {expected}{number}"
         )
-
-
-class _Forward:
-    """A module's forward as a dict by name, with the outputs of submodules that are asked for."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str], head: Head) -> None:
-        self._model, self._head, self.has_features = model, head, bool(names)
-        self._submodules = {name: each for name, each in model.named_modules() if name}
-        self._heard: dict[str, Any] = {}
-        for path in {path for name in names for path in _paths(name)} & set(self._submodules):
-            self._submodules[path].register_forward_hook(partial(self._hear, path))
-
-    def __call__(self, inputs: Inputs) -> Any:
-        """What forward returns, as it comes."""
-        self._heard = {}
-        return call(self._model, inputs)
-
-    def named(self, returned: Any) -> dict[str, Any]:
-        """Every part by name, `logits` and the outputs of submodules among them. Raises `TeacherError`."""
-        try:
-            logits = self._head(returned)
-        except ConfigError as error:
-            raise TeacherError(f"the teacher: {error}") from None
-        heard = {part: each for name, value in self._heard.items() for part, each in parts_of(value, name).items()}
-        return heard | by_name(returned) | {LOGITS: logits}
-
-    def shape(self, name: str, said: Mapping[str, Any]) -> tuple[int, ...]:
-        """Shape per row of an output, from what was said about one row. Raises `ConfigError` with what exists."""
-        where = f"the output {name!r} of the teacher"
-        if name in _STORED_ANYWAY:
-            raise ConfigError(
-                f"{where} needs not be asked for: {', '.join(_STORED_ANYWAY)} are stored where they exist"
-            )
-        if name not in said:
-            raise ConfigError(f"{where} does not exist: {self._choices(name, said)}")
-        value = said[name]
-        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != 1:
-            raise ConfigError(
-                f"{where} is {_kind(value)} for one row; expected a tensor of shape [1, …]. Take another one, or give "
-                "the part that you mean a key of its own in the dict that forward returns."
-            )
-        return tuple(value.shape[1:])
-
-    def _hear(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        # A copy, as the next module may work in place (ReLU(inplace=True), say).
-        self._heard[name] = output.clone() if isinstance(output, Tensor) else output
-
-    def _choices(self, name: str, said: Mapping[str, Any]) -> str:
-        existing = [*dict.fromkeys([*said, *self._submodules])]
-        nearest = difflib.get_close_matches(name, existing, n=_NAMES_SHOWN, cutoff=0)
-        shown = existing if len(existing) <= _NAMES_SHOWN else [*nearest, f"… ({len(existing)} in all)"]
-        return f"forward gives {', '.join(said)}; all names, with those of submodules: {', '.join(shown)}"
-
-
-def _paths(name: str) -> list[str]:
-    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
-    steps = name.split(".")
-    return [".".join(steps[:length]) for length in range(1, len(steps) + 1)]
-
-
-def _kind(value: Any) -> str:
-    """What a value is, for a message: a tensor's shape (and dtype, unless floating), or its type."""
-    if not isinstance(value, Tensor):
-        return "nothing" if value is None else type(value).__name__
-    return f"{list(value.shape)}" + ("" if value.is_floating_point() else f" {str(value.dtype).removeprefix('torch.')}")

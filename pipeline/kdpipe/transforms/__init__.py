@@ -2,6 +2,7 @@
 
 from kdpipe.transforms.compose import Compose, PerExample
 from kdpipe.transforms.images import Blur, ColourJitter, Erasing, Flip, Grey, PadAndCrop, RandomResizedCrop
+from kdpipe.transforms.mixing import CutMix, Mixup
 from kdpipe.transforms.rand_augment import RandAugment
 from kdpipe.transforms.tables import Noise
 from kdpipe.transforms.text import WordDropout
@@ -10,9 +11,11 @@ __all__ = [
     "Blur",
     "ColourJitter",
     "Compose",
+    "CutMix",
     "Erasing",
     "Flip",
     "Grey",
+    "Mixup",
     "Noise",
     "PadAndCrop",
     "PerExample",

@@ -5,7 +5,6 @@ Shapes: B rows.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from kdpipe.config import FactoryField, bind, load_module, parse, resolve, takes
 from kdpipe.data.columns import Array, Column, Columns, Ragged
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import source_digests
-from kdpipe.views import Transform
+from kdpipe.random_numbers import derived_seed
+from kdpipe.views import MixingTransform, Pairs, Transform, is_transform
 
 _TRANSFORMS, _FUNCTION = "views.transform.transforms", "views.transform.function"
 
@@ -27,7 +27,10 @@ PerRow = Callable[[Mapping[str, Array], np.random.Generator], Mapping[str, Array
 
 
 class Compose:
-    """Transforms in their order; each draws from a stream of its own, which its place in the list names."""
+    """Transforms in their order; each draws from a stream of its own, which its place in the list names.
+
+    One of them may mix rows: those before it change a row and its partner, those after it what became of both.
+    """
 
     def __init__(self, transforms: Sequence[Any], root: Path = Path()) -> None:
         """`transforms`: each a `Transform`, or its factory as params.yaml has it; files are relative to `root`.
@@ -37,6 +40,16 @@ class Compose:
         if isinstance(transforms, str | Mapping) or not isinstance(transforms, Sequence) or not transforms:
             raise ConfigError(f"{_TRANSFORMS}: expected a list of transforms (found {transforms!r})")
         self._transforms = [_made(each, root, f"{_TRANSFORMS}.{place}") for place, each in enumerate(transforms)]
+        mixing = [place for place, each in enumerate(self._transforms) if getattr(each, "mixes", False)]
+        if len(mixing) > 1:
+            names = ", ".join(type(self._transforms[place]).__name__ for place in mixing)
+            raise ConfigError(f"{_TRANSFORMS}: {names} all mix rows; a row has one partner, so name one of them")
+        self._mixing = mixing[0] if mixing else None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether one of the transforms makes a row of two."""
+        return self._mixing is not None
 
     @staticmethod
     def reads(arguments: Mapping[str, Any], root: Path) -> dict[str, str]:
@@ -51,8 +64,23 @@ class Compose:
 
     def __call__(self, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
         """Columns of the same layout, if every transform keeps it."""
-        for place, transform in enumerate(self._transforms):
-            columns = transform(columns, keys, _seed_of(seed, place))
+        return self._changed(columns, keys, seed, range(len(self._transforms)))
+
+    def mix(
+        self, columns: Columns, keys: NDArray[np.uint64], seed: int, pairs: Pairs
+    ) -> tuple[Columns, NDArray[np.float64]]:
+        """As `MixingTransform.mix`."""
+        assert self._mixing is not None
+        mixing = cast("MixingTransform", self._transforms[self._mixing])
+        columns = self._changed(columns, keys, seed, range(self._mixing))
+        mixed, share = mixing.mix(columns, keys, derived_seed(seed, self._mixing), pairs)
+        after = range(self._mixing + 1, len(self._transforms))
+        return self._changed(mixed, keys[pairs.rows], seed, after), share
+
+    def _changed(self, columns: Columns, keys: NDArray[np.uint64], seed: int, places: range) -> Columns:
+        for place in places:
+            transform = cast("Transform", self._transforms[place])
+            columns = transform(columns, keys, derived_seed(seed, place))
         return columns
 
 
@@ -92,19 +120,14 @@ class PerExample:
         return {name: _joined(column, [each[name] for each in rows]) for name, column in columns.items()}
 
 
-def _made(value: Any, root: Path, where: str) -> Transform:
+def _made(value: Any, root: Path, where: str) -> Transform | MixingTransform:
     if isinstance(value, Mapping):
         factory = parse(FactoryField, value, where)
         value = bind(factory, root, where, root=root).make()
-    if not callable(value) or not takes(value, 3):
+    if not is_transform(value):
         raise ConfigError(f"{where}: {value!r} is no Transform: it must take (columns, keys, seed)")
-    transform: Transform = value
+    transform: Transform | MixingTransform = value
     return transform
-
-
-def _seed_of(seed: int, place: int) -> int:
-    """Another seed for each place, from 0 to 2^64 - 1."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}\0{place}".encode(), digest_size=8).digest(), "little")
 
 
 def _row(column: Column, row: int) -> Array:

@@ -45,7 +45,7 @@ class PadAndCrop:
 
     def __call__(self, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
         """Draws the two shifts, uniform whole numbers."""
-        corner = _whole(uniform(keys, (2,), seed), 2 * self.padding + 1)
+        corner = whole(uniform(keys, (2,), seed), 2 * self.padding + 1)
 
         def move(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
             beside = (self.padding,) * 4
@@ -269,8 +269,8 @@ def _boxes(
     shape = np.exp(low + (high - low) * draws[..., 1])
     height, width = np.rint(np.sqrt(area / shape)), np.rint(np.sqrt(area * shape))
     allowed = (height >= 1) & (height <= at_most[0]) & (width >= 1) & (width <= at_most[1])
-    top = _whole(draws[..., 2], size[0] + 1 - height)
-    left = _whole(draws[..., 3], size[1] + 1 - width)
+    top = whole(draws[..., 2], size[0] + 1 - height)
+    left = whole(draws[..., 3], size[1] + 1 - width)
     candidates = np.stack([top, left, height.astype(np.int64), width.astype(np.int64)], axis=-1)
     first: NDArray[np.int64] = candidates[np.arange(len(draws)), allowed.argmax(axis=1)]
     return first, np.any(allowed, axis=1)
@@ -285,10 +285,10 @@ def _gaussian(sigma: Floats, reach: int) -> NDArray[np.int32]:
     return weights
 
 
-def _whole(draws: Floats, count: int | Floats) -> NDArray[np.int64]:
+def whole(draws: Floats, count: int | NDArray[Any]) -> NDArray[np.int64]:
     """Numbers in [0, 1) as whole numbers from 0 to `count` - 1."""
-    whole: NDArray[np.int64] = np.floor(draws * count).astype(np.int64)
-    return whole
+    found: NDArray[np.int64] = np.floor(draws * count).astype(np.int64)
+    return found
 
 
 def fixed(values: Floats) -> NDArray[np.int64]:

@@ -56,6 +56,15 @@ def filled(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Ten
     return changed
 
 
+def pasted(images: Tensor, others: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Images whose box, `[B]` each, is that of `others [B, H, W, C]`."""
+    changed = images.clone()
+    boxes = zip(*(each.tolist() for each in (top, left, height, width)), strict=True)
+    for image, other, (y, x, tall, wide) in zip(changed, others, boxes, strict=True):
+        image[y : y + tall, x : x + wide] = other[y : y + tall, x : x + wide]
+    return changed
+
+
 def blended(images: Tensor, other: Tensor | int, factor: Tensor) -> Tensor:
     """`other + factor / 65536 (images - other)`, from 0 to 255; factor `[B]`, above 1 it goes beyond the image."""
     factor = _per_row(factor.int())

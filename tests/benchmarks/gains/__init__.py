@@ -61,8 +61,10 @@ def accuracies(folder: Path, settings: dict[str, Any], arms: Sequence[Arm]) -> d
         keys = {arm.name: "student", **({} if found else _BASELINES)}
         values = {name: per_seed[key] for name, key in keys.items() if key in per_seed}
         found |= {name: [100 * each["accuracy"] for each in runs] for name, runs in values.items()}
-        teachers = {key: value for key, value in metrics.items() if key.startswith("teacher")}
-        found |= {key: [100 * value["accuracy"]] for key, value in teachers.items()}
+        teachers = [name for loss in project.params.student.losses for name in loss.teachers]
+        for place, name in enumerate(dict.fromkeys(teachers)):
+            said = metrics[f"teacher_{name}" if place else "teacher"]
+            found[f"teacher {name}"] = [100 * said["accuracy"]]
     return found
 
 

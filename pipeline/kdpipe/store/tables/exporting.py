@@ -21,7 +21,7 @@ from kdpipe.store.manifest import COVERED, STATISTICS
 from kdpipe.store.tables.columns import spoken
 from kdpipe.store.tables.files import Field, Rows, Values, batch_rows, write_table
 from kdpipe.store.target_store import TargetStore
-from kdpipe.targets import DenseTargets, FeatureTargets, OutputSpec, SampledTargets, Targets
+from kdpipe.targets import DenseTargets, FeatureTargets, MixedTargets, OutputSpec, SampledTargets, Targets
 
 FORMAT_VERSION = 1
 _USED = "\0used"
@@ -159,6 +159,7 @@ def _values(output: str, targets: Targets) -> dict[str, NDArray[Any]]:
         return {output: _floats(targets.logits())}
     if isinstance(targets, FeatureTargets):
         return {output: _floats(targets.values)}
+    assert not isinstance(targets, MixedTargets)  # which no store holds
     prefix = prefix_of(output)
     ids = {f"{prefix}class_ids": targets.ids.numpy().astype(np.int32)}
     if isinstance(targets, SampledTargets):

@@ -1,0 +1,90 @@
+"""The network's owner: trains it, asks it about inputs, and gives the answers away: `python save_pairs.py`.
+
+What is saved, data/pairs.parquet, is all that the student's side has: a table of `sample_id`, `split`, the columns of
+the input, the network's `logits`, and to measure with a `label`, in rows of `validation` and `test` alone. Replace it
+by a table of your own network's answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from kdpipe.data.sources import Synthetic
+from kdpipe.fingerprint import uniform_by_id
+
+HERE = Path(__file__).parent
+FILE = Path("data") / "pairs.parquet"
+PARTS = {"network": 0.5, "real": 0.45, "validation": 0.05}
+"""Shares of the training rows: the network learns from the first, and is asked about the others and the test rows."""
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """A folder's network.yaml; `rows` as a path from anywhere."""
+    settings: dict[str, Any] = yaml.safe_load((folder / "network.yaml").read_text())
+    return settings | {"rows": folder / settings["rows"]}
+
+
+def save(settings: Mapping[str, Any], path: Path) -> None:
+    """Train the network of the settings, and write what it says."""
+    rows = _rows(settings["rows"], settings["seed"])
+    columns, label = settings["columns"], settings["label"]
+    known = rows[rows["split"] == "network"]
+    network = make_pipeline(
+        StandardScaler(), MLPClassifier(settings["hidden"], early_stopping=True, random_state=settings["seed"])
+    ).fit(known[columns], known[label])
+    asked = rows[rows["split"] != "network"].rename(columns={label: "label"})
+    asked["label"] = asked["label"].where(asked["split"] != "real")
+    made_up = [
+        _synthetic(name, kinds, settings["num_synthetic"], settings["seed"])
+        for name, kinds in settings["synthetic"].items()
+    ]
+    pairs = pd.concat([asked[["sample_id", "split", *columns, "label"]], *made_up])
+    table = pa.Table.from_pandas(pairs, preserve_index=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.append_column("logits", _answers(network, pairs[columns])), path)
+
+
+def num_parameters(settings: Mapping[str, Any]) -> int:
+    """Weights and biases of the network: one logit of its inputs."""
+    widths = [len(settings["columns"]), *settings["hidden"], 1]
+    return sum((before + 1) * after for before, after in itertools.pairwise(widths))
+
+
+def _rows(path: Path, seed: int) -> pd.DataFrame:
+    """The real rows, those of `train` parted by `PARTS`."""
+    rows = pd.read_csv(path)
+    rows["sample_id"] = [f"real-{number}" for number in range(len(rows))]
+    drawn = uniform_by_id(rows["sample_id"].tolist(), seed, "part")
+    parts = np.array(list(PARTS))[np.searchsorted(np.cumsum(list(PARTS.values())), drawn, side="right")]
+    rows["split"] = np.where(rows["split"] == "train", parts, rows["split"])
+    return rows
+
+
+def _synthetic(name: str, kinds: Mapping[str, Mapping[str, Any]], num_rows: int, seed: int) -> pd.DataFrame:
+    """Inputs that nobody has seen, of a split of their own; each column is drawn by itself."""
+    rows = pa.Table.from_batches(Synthetic(num_rows, kinds, seed).batches()).to_pandas()
+    return rows.assign(sample_id=[f"{name}-{number}" for number in rows.pop("id")], split=name)
+
+
+def _answers(network: Pipeline, inputs: pd.DataFrame) -> pa.Array:
+    """Log-probabilities of the classes in the order of their names; none is below that of one in a million."""
+    logits = np.log(np.maximum(network.predict_proba(inputs), 1e-6)).astype(np.float32)
+    return pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
+
+
+if __name__ == "__main__":
+    settings = settings_in(HERE)
+    save(settings, HERE / FILE)
+    print(f"{FILE}: what a network of {num_parameters(settings):,} parameters says")
