@@ -322,11 +322,8 @@ def test_ways_to_store_a_language_model_are_compared(tmp_path, capsys):
     assert capsys.readouterr().out.count("live teacher |") == 1
 
 
-def clothes(path=None):
-    """Some rows of a table of images, or made-up ones whose brightness tells the class."""
-    if path is not None:
-        table = pq.read_table(path)
-        return table.take(np.arange(0, len(table), 23))
+def clothes():
+    """Images whose brightness tells the class."""
     random = np.random.default_rng(0)
     labels = np.arange(2 * NUM_ROWS) % 10
     pixels = 25 * labels[:, np.newaxis] + random.integers(0, 12, (len(labels), 784))
@@ -335,15 +332,9 @@ def clothes(path=None):
     return pa.table({"id": np.arange(len(labels)), "label": labels, "split": split, "image": images})
 
 
-@pytest.fixture(params=["fashion_mnist", "made up"])
-def images(request):
-    made_up = request.param == "made up"
-    return clothes(None if made_up else data_set("fashion_mnist/fashion_mnist.parquet"))
-
-
-def test_unbalanced(tmp_path, monkeypatch, capsys, images):
+def test_unbalanced(tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(EXAMPLES / "unbalanced", tmp_path / "unbalanced", ignore=shutil.ignore_patterns("data"))
-    pq.write_table(images, tmp_path / "rows.parquet")
+    pq.write_table(clothes(), tmp_path / "rows.parquet")
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["data"]["path"] = "../rows.parquet"
     params["data"]["source"] |= {"ratio": 10, "largest": 80}

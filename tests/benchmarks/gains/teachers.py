@@ -62,4 +62,9 @@ def main(num_seeds: int = 40, epochs: int = 60, teacher_epochs: int | None = Non
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         found = accuracies(Path(scratch), settings(num_seeds, epochs, teacher_epochs), arms())
-    report("digits, 150 labels, three teachers", found, [LABELS_ONLY, "big alone", "residual alone"], began)
+    report(
+        "digits, 150 labels, three teachers",
+        found,
+        [LABELS_ONLY, *(f"{name} alone" for name in ("big", *OTHERS))],
+        began,
+    )
