@@ -85,7 +85,7 @@ class PartnerPlan:
 
     def __init__(self, sample_ids: NDArray[np.str_], splits: NDArray[np.str_]) -> None:
         """`sample_ids` and `splits`, `[N]` in row order."""
-        self.sample_ids, self.splits = sample_ids, splits
+        self.sample_ids, self.splits = np.asarray(sample_ids, np.str_), np.asarray(splits, np.str_)
         self._known: dict[tuple[int, int, int], NDArray[np.int64]] = {}
 
     def of(self, rows: NDArray[np.int64], view: int, seed: int) -> NDArray[np.int64]:

@@ -433,7 +433,9 @@ def _check_urls(params: Params) -> None:
                 f"{where}: it holds a user, a password or a query, or such a character ('@', '?', '#'). A url names a "
                 f"bucket and a folder only: s3://bucket/folder. {access(url)}"
             )
-        if not is_url(url) or url.startswith(("file://", "local://")):
+        scheme, _, path = url.partition("://")
+        is_folder = all(path.removesuffix("/").split("/"))
+        if not is_url(url) or scheme in ("file", "local", "memory") or not is_folder:
             raise ConfigError(f"{where}: {url!r} is none; expected s3://bucket/folder, or null for this disk")
         same = named.setdefault(url.rstrip("/"), name)
         if same != name:

@@ -200,7 +200,7 @@ class RemoteWorkplace:
         """
         if repair:
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._uploading.remove_damaged()
+            self._uploading.remove_damaged(self._published if self._is_described_here() else None)
         here = {} if repair else self._committed_here()
         store = self._as_it_stands(inputs, here)
         for view, shard in store.missing():
@@ -228,6 +228,15 @@ class RemoteWorkplace:
                 self._project.publish({"": self._folder}, self._published)
         shutil.rmtree(self._folder)
         return is_new or not is_described
+
+    def _is_described_here(self) -> bool:
+        """Whether the folder that is published here describes, undamaged, a store of this fingerprint at the url."""
+        try:
+            CommitLog(self._published)
+            fingerprint, url = Manifest.load(self._published).fingerprint, url_of(self._published)
+        except StoreError:
+            return False
+        return fingerprint == self._manifest.fingerprint and url == self._uploading.url
 
     def _keep_views(self, store: TargetStore, inputs: PreparedInputs, repair: bool) -> None:
         """Those of the published store, too, must look the same: this worker's folder does not outlast a capture."""

@@ -13,6 +13,7 @@ from itertools import chain, count
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kdpipe.caching import Share
@@ -418,7 +419,7 @@ def test_shards_that_a_stopped_replacement_has_replaced_are_not_believed(trained
     cache_in(folder)
     write_params(folder, settings(url, precision="bfloat16"))
     with monkeypatch.context() as patched:
-        stopped_at(patched, 3)  # when the shards of the newer store are in place
+        stopped_at(patched, 4)  # when the shards of the newer store are in place
         with pytest.raises(Killed):
             cache_in(folder)
     assert objects(url)["logits/c.0.0.0"] != tree(trained / "data" / "targets" / "big")["logits/c.0.0.0"]
@@ -447,8 +448,69 @@ def test_damage_there_is_told_and_repaired(trained, clones, url, capsys):
     assert "--repair" in message
     forget_rows_shown(folder)
     cache_teacher.run(project_in(folder), "big", repair=True)
-    assert rows_shown(folder) == NUM_ROWS
+    assert rows_shown(folder) == 0  # the description of this disk vouches for what lies there
     assert is_whole(url, trained)
+    Objects(url).write("commits.parquet", b"nothing")
+    other = clones()
+    cache_teacher.run(project_in(other), "big", repair=True)
+    assert rows_shown(other) == NUM_ROWS
+    assert is_whole(url, trained)
+
+
+def test_verify_reads_what_lies_there_now_whatever_was_fetched_before(clones, url):
+    folder = clones()
+    cache_in(folder)
+    published = folder / "data" / "targets" / "big"
+    assert open_store(published).verify() == []
+    store = open_store(url)
+    store.read(np.arange(NUM_ROWS))  # all shards are in the mirror
+    content = Objects(url).read("logits/c.0.3.0")
+    Objects(url).write("logits/c.0.3.0", content[:-1])
+    Objects(url).withdraw("statistics/c.0.2.0")
+    found = {(each.shard, each.what.partition(" has ")[0]) for each in open_store(published).verify()}
+    assert found == {(3, "c.0.3.0 of logits"), (2, "c.0.2.0 of statistics is absent")}
+    cache_teacher.run(project_in(folder), "big", repair=True)
+    assert open_store(published).verify() == open_store(url).verify() == []
+
+
+def test_shards_of_equal_bytes_are_published_each(clones, url):
+    folder = clones()
+    table = folder / "said.parquet"
+    ids = project_in(folder).prepared_data().inputs.sample_ids[5:].tolist()
+    said = np.eye(10, dtype=np.float32)[np.arange(len(ids)) % 10]
+    logits = pa.FixedSizeListArray.from_arrays(pa.array(said.reshape(-1)), 10)
+    pq.write_table(pa.table({"sample_id": ids, "logits": logits}), table)
+    changed = settings(url)
+    changed["teachers"]["big"] = {"table": "said.parquet"}
+    write_params(folder, changed)
+    cache_teacher.run(project_in(folder), "big")
+    contents = [
+        hashlib.sha256(each).hexdigest() for name, each in objects(url).items() if name.startswith("covered/c.")
+    ]
+    assert len(set(contents)) < len(contents) == -(-NUM_ROWS // SHARD_ROWS)
+    assert open_store(url).verify() == []
+
+
+def test_a_replacement_that_stops_before_its_log_is_completed(clones, url, monkeypatch):
+    """At every step of publishing over a store of other settings; more views of it are no leftovers."""
+    folder = clones()
+    cache_in(folder)
+    whole = settings(url, encoding="topk", k=3)
+    for step in count():
+        write_params(folder, settings(url))
+        cache_in(folder)
+        write_params(folder, whole)
+        with monkeypatch.context() as patched:
+            stopped_at(patched, step)
+            try:
+                cache_in(folder)
+                break
+            except Killed:
+                pass
+        cache_in(folder)
+        assert open_store(url).verify() == []
+        assert set(objects(url)) == set(open_store(url).file_names()), step
+    assert step > 8
 
 
 def test_a_store_that_is_gone_is_told(clones, url):
@@ -564,7 +626,9 @@ def test_a_url_with_a_secret_is_refused_without_telling_it(clones, capsys, wrong
     assert "a-secret" not in message
 
 
-@pytest.mark.parametrize("wrong", ["data/elsewhere", "file:///tmp/targets"])
+@pytest.mark.parametrize(
+    "wrong", ["data/elsewhere", "file:///tmp/targets", "memory://x", "s3://", "s3:///x", "s3://bucket//folder"]
+)
 def test_a_url_that_is_none_is_refused(clones, wrong):
     folder = clones()
     write_params(folder, settings(wrong))

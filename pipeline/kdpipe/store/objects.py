@@ -86,12 +86,12 @@ class Objects:
         with _answers(self.url, "written", passed=()):
             self._files.pipe_file(self._path(name), content)
 
-    def copy(self, targets: Mapping[str, str]) -> None:
-        """Copy objects inside the object store, name -> new name; one that is absent is left out."""
-        if targets:
-            sources, copies = ([self._path(name) for name in names] for names in (targets, targets.values()))
+    def copy(self, sources: Mapping[str, str]) -> None:
+        """Copy objects inside the object store, new name -> name; one that is absent is left out."""
+        if sources:
+            originals, copies = ([self._path(name) for name in names] for names in (sources.values(), sources))
             with _answers(self.url, "written"):
-                self._files.copy(sources, copies, on_error="ignore")
+                self._files.copy(originals, copies, on_error="ignore")
 
     def withdraw(self, name: str) -> None:
         """Remove an object, where there is one; it is gone afterwards."""

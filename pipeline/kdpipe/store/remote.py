@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kdpipe import durable
@@ -55,6 +57,12 @@ class RemoteFolder:
             if not (self.path / name).is_file():
                 self._keep(name, content)
         self.fetch(LOG, versions[LOG_DIGEST].decode().partition("\n")[0])
+
+    @contextmanager
+    def anew(self) -> Iterator[RemoteFolder]:
+        """The same in a mirror of its own, where nothing was fetched yet; it is removed afterwards."""
+        with tempfile.TemporaryDirectory(suffix=durable.TEMPORARY_SUFFIX, dir=self.path.parent) as folder:
+            yield RemoteFolder(self.url, self.named if isinstance(self.named, Path) else None, Path(folder))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none. Like every method, raises `StoreError` where nobody answers."""

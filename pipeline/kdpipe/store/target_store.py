@@ -269,8 +269,13 @@ class TargetStore:
 
         Shards (view, shard) that are `trusted`, as they were written just now, are not read again.
         """
-        self.fetch_all()
-        return problems_of(self, trusted)
+        if not isinstance(self._remote, RemoteFolder):
+            self.fetch_all()
+            return problems_of(self, trusted)
+        with self._remote.anew() as remote:  # as it lies there now, whatever was fetched before
+            store = TargetStore(remote.path, remote)
+            store.fetch_all()
+            return problems_of(store, trusted)
 
     def fetch_all(self) -> None:
         """Have every file below `path`, where some are remote; they are not verified."""

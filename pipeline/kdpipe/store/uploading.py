@@ -13,13 +13,15 @@ is withdrawn before anything of an earlier one is touched, and comes back last.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from kdpipe.errors import CorruptStoreError, StoreError
 from kdpipe.fingerprint import digest_file
-from kdpipe.store.layout import ArrayLayout
+from kdpipe.store.classifier import CLASSIFIER
+from kdpipe.store.kept import VIEWS
 from kdpipe.store.manifest import Manifest
 from kdpipe.store.objects import Objects
 from kdpipe.store.records import CommitLog, CommitRecord, Key
@@ -42,7 +44,6 @@ class Uploading:
         self._fingerprint, self._layouts = manifest.fingerprint, manifest.layouts()
         self._work = f".work/{self._fingerprint}"
         self._places: dict[str, tuple[str, int]] = {}
-        self._published: set[str] = set()
 
     def manifest(self) -> bytes | None:
         """manifest.json of whoever began, or else of the published store, if that is one of this fingerprint."""
@@ -74,18 +75,23 @@ class Uploading:
                 found[record.key] = record
         return [found[key] for key in sorted(found)]
 
-    def remove_damaged(self) -> None:
-        """Read every byte there, and remove what is not as it was written, so that those shards are missing."""
+    def remove_damaged(self, described: Path | None = None) -> None:
+        """Read every byte there, and remove what is not as it was written, so that those shards are missing.
+
+        Where manifest or log of the published store are damaged, those of the folder `described` take their place.
+        """
         for name, content in self._singles(self._objects.sizes(self._work)).items():
             try:
                 self._record(name, content)
             except CorruptStoreError:
                 self._objects.withdraw(name)
-        try:
-            self._records_published()
-        except CorruptStoreError:
-            self._objects.withdraw(LOG_DIGEST)  # nothing vouches for its shards
-            self._objects.withdraw(_MANIFEST)
+        if self._is_description_damaged():
+            if described is None:  # nothing vouches for its shards
+                for name in (LOG_DIGEST, LOG, _MANIFEST):
+                    self._objects.withdraw(name)
+            else:
+                for name in (LOG_DIGEST, LOG, _MANIFEST):
+                    self._objects.upload(described / name, name)
         for record in self.find():
             for name, _, sha256 in self._files_of(record):
                 if self._digest(name) != sha256:
@@ -128,8 +134,9 @@ class Uploading:
         files = {name: size for record in records.values() for name, size, _ in self._files_of(record)}
         self._objects.withdraw(_EXTENT)
         if _fingerprint_of(self._objects.read_all([_MANIFEST]).get(_MANIFEST)) != self._fingerprint:
-            self._objects.withdraw(LOG_DIGEST)  # its log no longer vouches for the shards that are replaced now
-        self._objects.copy({self._places[name][0]: name for name in files if self._places[name][0] != name})
+            for name in (LOG_DIGEST, LOG):  # which no longer vouch for the shards that are replaced now
+                self._objects.withdraw(name)
+        self._objects.copy({name: self._places[name][0] for name in files if self._places[name][0] != name})
         there = self._published_sizes()
         lacking = [name for name, size in files.items() if there.get(name) != size]
         if lacking:
@@ -137,7 +144,11 @@ class Uploading:
                 f"{self.url} was not published: {len(lacking)} of {len(files)} files of shards, such as {lacking[0]}, "
                 "went away meanwhile. Run `kdpipe cache-teacher NAME` again: it computes only those."
             )
-        self._objects.remove(sorted(self._published - {*files, *description}))
+        # Whatever earlier stores left, known to a log or not: a url holds one store.
+        expected = {*files, *description}
+        self._objects.remove(
+            [name for name in self._objects.sizes("") if _is_of_a_store(name) and name not in expected]
+        )
         for name in description:
             if name not in (LOG, LOG_DIGEST, _EXTENT):
                 self._put(name)
@@ -153,7 +164,7 @@ class Uploading:
 
     def _files_of(self, record: CommitRecord) -> list[tuple[str, int, str]]:
         """Name, bytes and SHA-256 of each file of a shard."""
-        return _files_of(record, self._layouts)
+        return [(self._layouts[name].shard_path(*record.key), *each) for name, each in record.files.items()]
 
     def _at_work(self, sha256: str) -> str:
         return f"{self._work}/shards/{sha256}"
@@ -169,25 +180,29 @@ class Uploading:
         return CommitRecord.from_text(content, f"{self.url}/{name}")
 
     def _records_published(self) -> list[CommitRecord]:
-        """What the log of the published store says, if that is of this fingerprint; its files are noted anyway."""
+        """What the log of the published store says, if that is of this fingerprint."""
         names = (_MANIFEST, LOG, LOG_DIGEST)
         found = self._objects.read_all(names)
-        self._published = set()
-        if set(found) != set(names):
+        if set(found) != set(names) or _fingerprint_of(found[_MANIFEST]) != self._fingerprint:
             return []
-        is_ours = _fingerprint_of(found[_MANIFEST]) == self._fingerprint
         with tempfile.TemporaryDirectory() as folder:
             for name, content in found.items():
                 (Path(folder) / name).write_bytes(content)
             try:
-                layouts, records = Manifest.load(Path(folder)).layouts(), list(CommitLog(Path(folder)).values())
+                Manifest.load(Path(folder))
+                return list(CommitLog(Path(folder)).values())
             except StoreError as error:
-                if is_ours:
-                    raise CorruptStoreError(str(error).replace(folder, self.url)) from None
-                return []
-        self._published = {name for each in records for name, _, _ in _files_of(each, layouts)}
-        self._published |= {f"{name}/zarr.json" for name in layouts}
-        return records if is_ours else []
+                raise CorruptStoreError(str(error).replace(folder, self.url)) from None
+
+    def _is_description_damaged(self) -> bool:
+        manifest = self._objects.read_all([_MANIFEST]).get(_MANIFEST)
+        if manifest is not None and _fingerprint_of(manifest) is None:
+            return True
+        try:
+            self._records_published()
+        except CorruptStoreError:
+            return True
+        return False
 
     def _published_sizes(self) -> dict[str, int]:
         return {name: size for array in self._layouts for name, size in self._objects.sizes(array).items()}
@@ -203,8 +218,9 @@ class Uploading:
             path.unlink()
 
 
-def _files_of(record: CommitRecord, layouts: Mapping[str, ArrayLayout]) -> list[tuple[str, int, str]]:
-    return [(layouts[name].shard_path(*record.key), *each) for name, each in record.files.items()]
+def _is_of_a_store(name: str) -> bool:
+    """Whether a name is that of a shard's file, or of an optional part of a store's description."""
+    return re.fullmatch(r"[^/]+/(c\.[0-9.]+|zarr\.json)", name) is not None or name in (VIEWS, CLASSIFIER)
 
 
 def _fingerprint_of(manifest: bytes | None) -> str | None:
