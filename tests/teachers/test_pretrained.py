@@ -43,6 +43,15 @@ def test_it_says_what_transformers_says(bert):
     assert teacher.description["parameters"] == sum(each.numel() for each in model.parameters())
 
 
+@pytest.mark.parametrize("parts", ["auto", "cpu", "several"])
+def test_a_model_that_transformers_places_says_the_same(bert, parts):
+    alone = teacher_in(bert)
+    device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+    placed = teacher_in(bert, device_map=device_map if parts == "several" else parts)
+    torch.testing.assert_close(placed.predict(ALL)["logits"], alone.predict(ALL)["logits"])
+    assert placed.fingerprint == alone.fingerprint
+
+
 class TestCheckpoint(TeacherContract):
     """The laws of every teacher."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kdpipe.data.columns import Columns
 from kdpipe.errors import TeacherError
@@ -24,7 +24,9 @@ _AUTO = {
 class PretrainedTeacher:
     """A model with its head: in the folder `path` that `save_pretrained` wrote, or of `hub`, "name@commit" of the Hub.
 
-    `auto` says what it does. Its tokenizer is the preprocess (`PretrainedTokenizer`). Needs the package transformers.
+    `auto` says what it does. Its tokenizer is the preprocess (`PretrainedTokenizer`). `device_map` (`auto`, a device, or
+    a mapping of modules to devices) is that of Transformers: a model that is too large for one device lies on several.
+    Needs the package transformers.
     """
 
     def __init__(
@@ -37,10 +39,13 @@ class PretrainedTeacher:
         auto: Literal["sequence_classification", "image_classification", "causal_lm"] = "sequence_classification",
         outputs: Sequence[str] = (LOGITS,),
         precision: str = "float32",
+        device_map: str | Mapping[str, int | str] | None = None,
     ) -> None:
         """Raises `TeacherError` where the checkpoint has no head, `ConfigError` where it does not fit the tokenizer."""
         checkpoint = Checkpoint(path=path, hub=hub)
-        settings = {"use_cache": False} if auto == "causal_lm" else {}
+        settings: dict[str, Any] = {"use_cache": False} if auto == "causal_lm" else {}
+        if device_map is not None:
+            settings["device_map"] = device_map
         model, missing = checkpoint.model(_AUTO[auto], "float32", **settings)
         if missing:
             raise TeacherError(

@@ -19,10 +19,15 @@ from kdpipe.fingerprint import brief
 from kdpipe.inputs import LOGITS, Head, Outputs, about_classes, changed, described, kind, num_rows
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import COVERED
+from kdpipe.teachers.base import COVERED, OUT_OF_MEMORY
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_ANYWAY = (COVERED, "statistics")
+
+
+def _first_device(model: nn.Module) -> torch.device:
+    """Where a model that is placed takes its inputs; weights that are loaded when they are used lie nowhere."""
+    return next((each.device for each in model.parameters() if each.device.type != "meta"), torch.device(device()))
 
 
 def device() -> str:
@@ -53,9 +58,11 @@ class TorchTeacher:
         precision: str = "float32",
         logits: str | None = None,
     ) -> None:
-        self._device = torch.device(device())
+        is_placed = hasattr(model, "hf_device_map")  # by Transformers, on one device or several
+        self._device = _first_device(model) if is_placed else torch.device(device())
+        model = model.eval() if is_placed else model.eval().to(self._device)
         features = [name for name in dict.fromkeys(outputs) if name != LOGITS]
-        self._forward = Outputs(model.eval().to(self._device), features, Head(logits, num_classes))
+        self._forward = Outputs(model, features, Head(logits, num_classes))
         self._preprocess, self._num_classes = preprocess, num_classes
         self._autocast = PRECISIONS[precision]
         with torch.no_grad():
@@ -106,7 +113,7 @@ class TorchTeacher:
         try:
             with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
                 returned = self._forward(inputs)
-        except torch.OutOfMemoryError:
+        except OUT_OF_MEMORY:
             raise
         except Exception as error:
             raise TeacherError(
