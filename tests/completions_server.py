@@ -51,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         elif "body" in behaviour:
             self.answer(200, behaviour["body"])
         else:
-            self.answer(200, {"choices": [self.choice(asked, behaviour)]})
+            cut = number % behaviour.get("cut_every", number + 1) == 0
+            self.answer(200, {"choices": [self.choice(asked, behaviour)]}, behaviour.get("headers"), cut)
 
     def choice(self, asked: dict, behaviour: dict) -> dict:
         if asked.get("prompt_logprobs") and not behaviour.get("no_prompt_logprobs"):
@@ -60,19 +61,25 @@ class Handler(BaseHTTPRequestHandler):
                 count = min(asked["prompt_logprobs"], behaviour.get("at_most", 100))
                 given = log_probs(before, count)
                 given.setdefault(token, -30.0)  # vLLM adds the prompt's own token
+                given[token] = behaviour.get("log_prob", given[token])
                 said.append({str(key): {"logprob": each, "rank": 1} for key, each in given.items()})
             return {"text": "", "prompt_logprobs": said}
         if asked.get("logprobs") and isinstance(asked["prompt"], str):
-            return {"text": "", "logprobs": {"top_logprobs": [top_of(asked["prompt"])]}}
+            top = top_of(asked["prompt"])
+            top[" the"] = behaviour.get("log_prob", top[" the"])
+            return {"text": "", "logprobs": {"top_logprobs": [top]}}
         return {"text": ""}
 
-    def answer(self, status: int, body: object, headers: dict | None = None) -> None:
+    def answer(self, status: int, body: object, headers: dict | None = None, cut: bool = False) -> None:
+        """`cut`: half of the body comes, then the connection ends. A header that is None is left out."""
         content = json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content[: len(content) // 2] if cut else content)
+        self.close_connection = cut or self.close_connection
 
     def log_message(self, *_: object) -> None:
         pass

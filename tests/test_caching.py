@@ -499,20 +499,21 @@ def test_captured_says_what_was_done(tmp_path):
 # What fits in memory, and rows of many lengths
 
 
-def forgetful(at_most):
+def forgetful(at_most, error=torch.OutOfMemoryError):
     """A teacher that has memory for so many rows."""
 
     def change(said, rows):
         if len(rows) > at_most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error("out of memory")
         return said
 
     return ToyTeacher(change)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 @pytest.mark.parametrize(("at_most", "recorded"), [(5, 5), (4, 2), (1, 1)])
-def test_a_teacher_without_memory_is_shown_fewer_rows_which_is_recorded(tmp_path, at_most, recorded):
-    store = captured(tmp_path / "store", forgetful(at_most))
+def test_a_teacher_without_memory_is_shown_fewer_rows_which_is_recorded(tmp_path, at_most, recorded, error):
+    store = captured(tmp_path / "store", forgetful(at_most, error))
     whole = captured(tmp_path / "whole")
     assert {record.batch_size for record in store.records.values()} == {recorded}
     for name in ("values", "row_max"):

@@ -86,6 +86,25 @@ def test_what_is_no_yaml_is_refused(tmp_path, content, message):
         load_yaml(tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", r"params\.yaml, line 3: the key 'a' stands on line 1 already"),
+        ("- {name: x}\n- when:\n    below: 1\n    below: 2\n", r"line 4: the key 'below' stands on line 3 already"),
+        ("{a: 1, 'a': 2}", r"line 1: the key 'a' stands on line 1 already"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_yaml(tmp_path / "params.yaml")
+
+
+def test_a_merged_key_may_be_given_again(tmp_path):
+    (tmp_path / "params.yaml").write_text("a: &x {b: 1, c: 1}\nd: {<<: *x, b: 2}\n")
+    assert load_yaml(tmp_path / "params.yaml")["d"] == {"b": 2, "c": 1}
+
+
 def test_an_absent_or_unreadable_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no .*params\.yaml: expected the run's parameters there. `kdpipe demo DIR`"):
         load_yaml(tmp_path / "params.yaml")

@@ -57,7 +57,24 @@ FactoryField = Annotated[Factory, BeforeValidator(_parse_factory)]
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only; 1e-3 is a number and 2024-01-31 a text, as in YAML 1.2 (and in DVC), unlike PyYAML's 1.1."""
+    """Plain values only; 1e-3 is a number and 2024-01-31 a text, as in YAML 1.2 (and in DVC), unlike PyYAML's 1.1.
+
+    A key that stands twice in one mapping is refused.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written. Raises `ConfigError` for a key that it has twice."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise ConfigError(
+                        f"line {line}: the key {key.value!r} stands on line {lines[name]} already; remove one of them"
+                    )
+                lines[name] = line
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -70,9 +87,11 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(path: Path) -> Any:
-    """Content of a YAML file. Raises `ConfigError` when it is absent, unreadable or no YAML."""
+    """Content of a YAML file. Raises `ConfigError` when it is absent, unreadable or no YAML, or has a key twice."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error}") from None
     except FileNotFoundError:
         raise ConfigError(
             f"no {path}: expected the run's parameters there. `kdpipe demo DIR` writes an example."

@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 from kdpipe import durable
 from kdpipe.caching import WHOLE, CacheProgress, Captured, Share, capture
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import cpu_threads
-from kdpipe.errors import UsageError
+from kdpipe.errors import ConfigError, UsageError
+from kdpipe.store import TargetStore
 from kdpipe.store.classifier import TeacherClassifier
 from kdpipe.store.layout import choose_shard_rows
-from kdpipe.store.manifest import Manifest
+from kdpipe.store.manifest import COVERED, Manifest
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import device
 from kdpipe_stages.building import encodings_of
@@ -32,8 +34,9 @@ from kdpipe_stages.workplace import RemoteWorkplace, Workplace, check_url
 class Cached:
     """What a run did: rows that the teacher saw now, rows in the store, and shards that other workers still owe.
 
-    The store is published when none is owed, unless it was before. `rows_not_covered` are those that a teacher's table
-    lacks, `columns_not_read` its further ones.
+    The store is published when none is owed, unless it was before. `rows_not_covered` are those, in view 0, of which
+    the teacher says nothing, known once the store is complete (at a url, of tables only); `columns_not_read` are the
+    further ones of its table.
     """
 
     published: bool
@@ -105,6 +108,11 @@ def run(
             if share != WHOLE or targets.url is not None:
                 store = workplace.open(inputs)  # with what others committed meanwhile
             owed = len(store.missing()) if share != WHOLE else 0
+            not_covered = 0
+            if isinstance(teacher, TableTeacher) and targets.url is not None:
+                not_covered = teacher.rows_not_covered
+            elif not owed and targets.url is None:
+                not_covered = _rows_not_covered(store, name)
             published = not owed and workplace.finish(store, missing, repair)
     return Cached(
         published=published,
@@ -113,9 +121,26 @@ def run(
         num_bytes=store.num_bytes,
         teacher_seconds=captured.teacher_seconds,
         shards_owed=owed,
-        rows_not_covered=teacher.rows_not_covered if isinstance(teacher, TableTeacher) else 0,
+        rows_not_covered=not_covered,
         columns_not_read=teacher.columns_not_read if isinstance(teacher, TableTeacher) else (),
     )
+
+
+def _rows_not_covered(store: TargetStore, name: str) -> int:
+    """How many rows a teacher says nothing about in view 0. Raises `ConfigError` where that is every row."""
+    if not store.manifest.coverage:
+        return 0
+    num_covered = 0
+    for start in range(0, store.num_rows, store.manifest.shard_rows):
+        rows = np.arange(start, min(start + store.manifest.shard_rows, store.num_rows))
+        covered = store.read_arrays(rows, 0, [COVERED])[COVERED]
+        num_covered += int(covered.reshape(len(rows), -1).any(axis=1).sum())
+    if not num_covered:
+        raise ConfigError(
+            f"teacher {name} covers 0 of {store.num_rows:,} rows: it abstains from all of them, so a student would "
+            f"learn nothing from it, and its store was not published. Correct teachers.{name}, or what it reads."
+        )
+    return store.num_rows - num_covered
 
 
 def _write_timings(project: Project, name: str, share: Share, captured: Captured) -> None:

@@ -5,6 +5,7 @@ A stage is imported by its own command only: the student's commands reach no tea
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from kdpipe_stages.terminal import progress_bar, say
@@ -74,7 +75,7 @@ def cache_teacher(project: Project, name: str, repair: bool = False, shards: str
     if done.rows_computed and done.columns_not_read:
         say(f"cache-teacher  {name}: columns of its table that are not read: {', '.join(done.columns_not_read)}")
     if done.rows_not_covered:
-        say(f"cache-teacher  {name}: its table has no line for {done.rows_not_covered:,} rows; they are not covered")
+        say(f"cache-teacher  {name}: covers {done.num_rows - done.rows_not_covered:,} of {done.num_rows:,} rows")
 
 
 def train_student(project: Project) -> None:
@@ -98,8 +99,11 @@ def evaluate(project: Project) -> dict[str, Any]:
     from kdpipe_stages import evaluate as stage
 
     metrics = stage.run(project)
-    accuracy = metrics["student"]["accuracy"]
-    say(f"evaluate       student accuracy {accuracy:.4f} on {project.params.evaluate.split}; the rest in metrics.json")
+    student, split = metrics["student"], project.params.evaluate.split
+    what, of_what = "accuracy", ""
+    if math.isnan(student["accuracy"]):
+        what, of_what = "agreement", ", where no row has a label"
+    say(f"evaluate       student {what} {student[what]:.4f} on {split}{of_what}; the rest in metrics.json")
     return metrics
 
 

@@ -17,7 +17,6 @@ from kdpipe import durable
 from kdpipe.answers import Answers, Distance, examine, teacher_answers
 from kdpipe.batches import Rows
 from kdpipe.checkpoint import load_weights
-from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.distributed import cpu_threads
 from kdpipe.errors import ConfigError
 from kdpipe.evaluation import (
@@ -92,13 +91,13 @@ class _Exam:
         )
 
     def teachers(self) -> dict[str, Answers]:
-        """What each teacher said, out of its store. Raises `ConfigError` where no row has a label."""
+        """What each teacher said, out of its store. Raises `ConfigError` where no token counts."""
         teachers = {
             name: teacher_answers(self.rows, each, self._batch_size, keep_probabilities=self._keep_probabilities)
             for name, each in self._targets.items()
         }
-        if not any((each.labels != MISSING_LABEL).any() for each in teachers.values()):
-            raise ConfigError(f"evaluate.split: no row of {self._project.params.evaluate.split!r} has a label")
+        if not any(len(each.labels) for each in teachers.values()):
+            raise ConfigError(f"evaluate.split: no token of {self._project.params.evaluate.split!r} counts")
         return teachers
 
     def student(self, arm: str, seed: int) -> tuple[Answers, dict[str, Distance]]:
@@ -125,12 +124,12 @@ class _Exam:
 
 
 def _summary(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Mean and standard deviation over seeds (ddof 1; 0 for one seed), two scalars per metric."""
+    """Mean and standard deviation over seeds (ddof 1; 0 for one seed), or NaN; two scalars per metric."""
     result = {}
     for name in runs[0]:
         values = np.array([each[name] for each in runs])
         result[name] = float(values.mean())
-        result[f"{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+        result[f"{name}_std"] = float(values.std(ddof=min(1, len(values) - 1)))
     return result
 
 
@@ -154,9 +153,11 @@ def _teacher_metrics(
 
 
 def _gains(per_seed: PerSeed) -> dict[str, Any]:
-    """The student's accuracy above each baseline's, paired by seed."""
+    """The student's accuracy above each baseline's, paired by seed; none where no row has a label."""
     ours = [each["accuracy"] for each in per_seed[ARMS[STUDENT]]]
-    gains = {}
+    gains: dict[str, Any] = {}
+    if np.isnan(ours).any():
+        return gains
     for key, runs in per_seed.items():
         if key != "student":
             gains[f"over_{key}"] = asdict(paired_gain(ours, [each["accuracy"] for each in runs]))

@@ -205,7 +205,10 @@ class _Asked:
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         """What the teacher says."""
         with _its_own_errors(f"{self._where}: predict"):
-            said = self._teacher.predict(columns)
+            try:
+                said = self._teacher.predict(columns)
+            except MemoryError as error:
+                raise torch.OutOfMemoryError(str(error)) from error
         if not isinstance(said, Mapping) or not all(isinstance(each, Tensor) for each in said.values()):
             found = type(said).__name__
             raise TeacherError(f"{self._where}: predict gave {found}; expected a dict of tensors, {LOGITS} among them")

@@ -138,10 +138,10 @@ def result_table(metrics: Mapping[str, Any], timings: Mapping[str, Any], title: 
             continue
         each = metrics[key]
         seconds = timings.get("train_student", {}).get(key)
-        spread = "" if key.startswith("teacher") else f" ± {100 * each['accuracy_std']:.2f}"
+        accuracy, spread = _percent(each, "accuracy"), _percent(each, "accuracy_std")
         table.add_row(
             label,
-            f"{100 * each['accuracy']:.2f}{spread}",
+            accuracy if key.startswith("teacher") or not spread else f"{accuracy} ± {spread}",
             _percent(each, "agreement"),
             _percent(each, "ece"),
             f"{each.get('parameters', 0):,}",

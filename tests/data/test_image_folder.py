@@ -34,13 +34,34 @@ def read(source):
 
 
 def test_folders_are_classes(tmp_path):
-    write(tmp_path, "dog/1.png", "cat/2.PNG", "cat/deep/1.jpeg", "alone.webp")
+    write(tmp_path, "dog/1.png", "cat/2.PNG", "cat/deep/1.jpeg")
     assert read(ImageFolder(tmp_path)) == [
-        {"id": "alone.webp", "image": png(3), "label": None},
         {"id": "cat/2.PNG", "image": png(1), "label": "cat"},
         {"id": "cat/deep/1.jpeg", "image": png(2), "label": "cat"},
         {"id": "dog/1.png", "image": png(0), "label": "dog"},
     ]
+
+
+def test_images_of_a_flat_folder_have_no_label(tmp_path):
+    write(tmp_path, "1.png", "2.webp")
+    assert [(row["id"], row["label"]) for row in read(ImageFolder(tmp_path))] == [("1.png", None), ("2.webp", None)]
+
+
+@pytest.mark.parametrize("stray", ["alone.png", "zebra.png"])
+@pytest.mark.parametrize("split", [None, "train"])
+def test_an_image_beside_class_folders_is_refused(tmp_path, stray, split):
+    folder = tmp_path / split if split else tmp_path
+    write(folder, "cat/1.png", stray)
+    with pytest.raises(DataError, match=rf"{folder / stray} lies beside class folders; expected every image in one"):
+        read(ImageFolder(tmp_path, split_folders=split is not None))
+
+
+def test_classes_are_not_taken_for_splits(tmp_path):
+    write(tmp_path, "cat/1.png", "dog/2.png")
+    with pytest.raises(
+        DataError, match=r"one level of folders only; with split_folders expected SPLIT/CLASS/name\.png"
+    ):
+        read(ImageFolder(tmp_path, split_folders=True))
 
 
 def test_splits_may_lie_above_classes(tmp_path):
@@ -105,12 +126,13 @@ def prepared(tmp_path, source, columns):
     return PreparedData(tmp_path / "prepared")
 
 
+@pytest.mark.parametrize("id_column", ["id", None])
 @pytest.mark.parametrize("content", [png(0)[: len(png(0)) // 2], b"no image"])
-def test_a_corrupt_image_is_named_by_its_path(tmp_path, content):
+def test_a_corrupt_image_is_named_by_its_path(tmp_path, content, id_column):
     write(tmp_path / "images", "cat/1.png", "dog/2.png")
     (tmp_path / "images" / "dog" / "2.png").write_bytes(content)
     with pytest.raises(DataError, match=r"the image of row 1 \(id dog/2\.png\) cannot be decoded"):
-        prepared(tmp_path, ImageFolder(tmp_path / "images"), SourceColumns(id="id", label="label"))
+        prepared(tmp_path, ImageFolder(tmp_path / "images"), SourceColumns(id=id_column, label="label"))
 
 
 def test_a_moved_image_is_a_new_row_by_path_and_the_same_by_content(tmp_path):

@@ -15,6 +15,7 @@ from kdpipe.store import TargetStore
 from kdpipe.tasks.tabular import TabularClassification
 from kdpipe.teachers.rules import RulesTeacher, linear_from_rules
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
+from kdpipe_stages.cli import run
 from projects import fails, make_project, params, project_in, write_params
 
 COLUMNS = ["sepal length", "sepal width", "petal length", "petal width"]
@@ -180,6 +181,27 @@ def test_a_rule_about_no_column_is_one_message(project, capsys):
     (project.root / "rules.yaml").write_text(yaml.safe_dump([{**RULES[0], "when": {"column": "petal", "below": 1}}]))
     message = fails(capsys, "cache-teacher", "rules", "--params", str(project.params_file))
     assert "rules.yaml: rule 1 (short petals).when.below: there is no column 'petal'; there are sepal length" in message
+
+
+def test_what_rules_cover_is_said(project, capsys):
+    at = ("--params", str(project.params_file))
+    (project.root / "rules.yaml").write_text(yaml.safe_dump(RULES[:1]))
+    for _ in range(2):
+        assert run(["cache-teacher", "rules", *at]) == 0
+        assert "covers 50 of 150 rows" in capsys.readouterr().err
+    (project.root / "rules.yaml").write_text(
+        yaml.safe_dump([{"name": "none", "when": {"column": "petal length", "below": 0}, "label": "setosa"}])
+    )
+    before = (project.store("rules") / "manifest.json").read_text()
+    for _ in range(2):
+        assert "teacher rules covers 0 of 150 rows" in fails(capsys, "cache-teacher", "rules", *at)
+    assert (project.store("rules") / "manifest.json").read_text() == before
+
+
+def test_a_rule_with_a_key_twice_is_one_message(project, capsys):
+    (project.root / "rules.yaml").write_text("- {name: a, label: setosa,\n   name: b}\n")
+    message = fails(capsys, "cache-teacher", "rules", "--params", str(project.params_file))
+    assert "rules.yaml, line 2: the key 'name' stands on line 1 already" in message
 
 
 @pytest.mark.parametrize("name", ["rules", "learnt"])

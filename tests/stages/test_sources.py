@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from kdpipe.data.prepared import PreparedData
 from kdpipe_stages import train_student
 from kdpipe_stages.cli import run
 from kdpipe_stages.params import to_json
+from kdpipe_stages.terminal import result_table
 from projects import cache, fails, make_project, params, project_in, rows_shown, write_params
 
 OWN_SOURCE = """
@@ -53,7 +57,27 @@ def without_labels():
     return whole
 
 
-def test_a_teacher_speaks_about_random_rows(tmp_path):
+def assert_measured_without_labels(folder):
+    """What is about the teacher is known, what is about labels is null."""
+    metrics, per_seed = (json.loads((folder / name).read_text()) for name in ("metrics.json", "per_seed.json"))
+    assert metrics["gain"] == {}
+    for name in ("accuracy", "ece", "macro_f1", "balanced_accuracy", "auc"):
+        assert metrics["student"][name] is None
+        assert metrics["student"][f"{name}_std"] is None
+        assert metrics["teacher"].get(name) is None
+        assert [each[name] for each in per_seed["student"]] == [None, None]
+    for name in ("agreement", "kl_to_teacher", "reverse_kl_to_teacher", "entropy"):
+        assert metrics["student"][name] > 0
+    assert metrics["teacher"]["entropy"] > 0
+    assert (folder / "data" / "plots" / "confusion.csv").read_text() == "actual,predicted\n"
+    assert (folder / "data" / "plots" / "calibration.csv").read_text() == "model,confidence,accuracy,share\n"
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(result_table(metrics, {}, "result"))
+    assert "nan" not in shown.file.getvalue()
+    assert f"{100 * metrics['student']['agreement']:.2f}" in shown.file.getvalue()
+
+
+def test_a_teacher_speaks_about_random_rows(tmp_path, capsys):
     """Distillation without data: a ready teacher, no file of rows anywhere."""
     make_project(tmp_path)
     cache(tmp_path)  # gives the weights
@@ -69,6 +93,12 @@ def test_a_teacher_speaks_about_random_rows(tmp_path):
     assert rows_shown(tmp_path) - shown == 60
     train_student.run(project_in(tmp_path))
     assert list((tmp_path / "data" / "models" / "student" / "student").glob("seed-*/model.safetensors"))
+    capsys.readouterr()
+    assert run(["evaluate", "--params", str(tmp_path / "params.yaml")]) == 0
+    said = capsys.readouterr().err
+    assert "student agreement 0." in said
+    assert "on test, where no row has a label" in said
+    assert_measured_without_labels(tmp_path)
     data = PreparedData(project_in(tmp_path).prepared)
     assert (data.labels == -1).all()
     whole["data"]["source"]["num_rows"] = 100

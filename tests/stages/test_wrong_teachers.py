@@ -441,6 +441,7 @@ def test_keys_that_do_not_go_together(folder, capsys, section, message):
         ("None", r"teachers\.big: predict gave NoneType; expected a dict of tensors"),
         ("{'logits': [1, 2, 3]}", r"teachers\.big: predict gave dict; expected a dict of tensors"),
         ("1 / 0", r"teachers\.big: predict fails: ZeroDivisionError"),
+        ("bytearray(1 << 62)", r"the teacher runs out of memory on a single row"),
         ("{'scores': torch.zeros(1, 3)}", "the teacher gave no output 'logits'; it gave scores"),
         ("{'logits': torch.zeros(7, 3)}", r"the teacher's logits have shape \[7, 3\]; expected \[64, 3\]"),
         (ANSWER + " | {'covered': torch.zeros(2)}", None),

@@ -6,6 +6,7 @@ import torch
 
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.targets import OutputSpec
+from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.ensemble import Ensemble, FunctionTeacher
 
@@ -137,11 +138,24 @@ def test_a_single_score_is_two_classes(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('full')", "MemoryError('full')"])
+def test_a_function_that_runs_out_of_memory_is_shown_fewer_rows(tmp_path, error):
+    write(tmp_path, f"import torch\n    if len(x) > 2:\n        raise {error}\n    return x")
+    ask = Asking(FunctionTeacher(tmp_path, "said.py:speak", 2, PROBE))
+    assert ask(COLUMNS, 4)["logits"].tolist() == COLUMNS["features"].tolist()
+    assert ask.at_once == 2
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("return x", r"gave \[1, 2\] for 1 rows; expected logits of shape \[1, …, 3\]"),
-        ("return None", "failed|gave"),
+        (
+            "return None",
+            r"gave nothing for 1 rows; expected logits of shape \[1, …, 3\], a NumPy array or tensor",
+        ),
+        ("return {'logits': x}", "speak gave dict for 1 rows; expected logits"),
+        ("return [['a', 'b', 'c']]", "speak gave list for 1 rows; expected logits"),
         ("raise ValueError('no')", "said.py:speak failed: ValueError: no"),
     ],
 )

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.preprocess import ImageTensor, Standardize
 from kdpipe.targets import OutputSpec
+from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import Teacher
 from kdpipe.teachers.onnx import OnnxTeacher
 
@@ -170,3 +171,33 @@ def test_a_model_of_one_row_at_a_time_is_refused(tmp_path):
     linear(tmp_path, batch=1)
     with pytest.raises(TeacherError, match="failed on inputs of shape"):
         teacher_of(tmp_path).predict(COLUMNS)
+
+
+def test_a_model_that_runs_out_of_memory_is_shown_fewer_rows(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("Shape", ["x"], ["rows"], end=1),
+        helper.make_node("Constant", [], ["power"], value=numpy_helper.from_array(np.array([24]))),
+        helper.make_node("Pow", ["rows", "power"], ["size"]),  # 4 rows: a PiB, which no machine has
+        helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["zero"], keepdims=0),
+        helper.make_node("Add", ["product", "zero"], ["logits"]),
+    ]
+    write(tmp_path / "net.onnx", nodes, [("x", TensorProto.FLOAT, ["rows", 4])], ["logits"])
+    ask = Asking(teacher_of(tmp_path))
+    torch.testing.assert_close(ask({"features": COLUMNS["features"][:4]}, 4)["logits"], EXPECTED[:4])
+    assert ask.at_once == 2
+
+
+@pytest.mark.parametrize(
+    ("outputs", "columns", "num_classes", "message"),
+    [
+        (("logits",), 3, 3, r"gives logits with values from .* to .*; expected probabilities, from 0 to 1\. Leave"),
+        (("logits",), 1, 2, "expected probabilities, from 0 to 1"),
+        (("probability",), 3, 3, "gives probability with values that sum to .*; expected probabilities of classes"),
+    ],
+)
+def test_what_are_no_probabilities_is_refused(tmp_path, outputs, columns, num_classes, message):
+    linear(tmp_path, outputs=outputs, weights=WEIGHTS[:, :columns])
+    with pytest.raises(TeacherError, match=message):
+        teacher_of(tmp_path, num_classes, probabilities=True).predict(COLUMNS)

@@ -22,6 +22,7 @@ from kdpipe.fingerprint import digest
 from kdpipe.targets import OutputSpec
 from kdpipe.tasks.tabular import TabularClassification
 from kdpipe.tasks.text import TextClassification
+from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import Learner, Teacher, abstains
 from kdpipe.teachers.rules import RulesTeacher
 from kdpipe.teachers.rules.conditions import parse_condition
@@ -364,6 +365,17 @@ def test_functions_see_prepared_columns_of_any_kind(root):
     said = teacher.predict(images)
     assert said["covered"].tolist() == [True, False]
     assert said["logits"][0].argmax() == 2
+
+
+def test_a_function_that_runs_out_of_memory_is_shown_fewer_rows(root):
+    (root / "large.py").write_text(
+        "import numpy as np\n\n\ndef vote(columns):\n"
+        "    if len(columns['age']) > 2:\n        raise MemoryError('full')\n"
+        "    return np.zeros(len(columns['age']), int)\n"
+    )
+    ask = Asking(teacher_of([{"name": "large", "function": "large.py:vote"}], root=root))
+    assert ask(ROWS, 5)["covered"].tolist() == [True] * 5
+    assert ask.at_once == 2
 
 
 @pytest.mark.parametrize(

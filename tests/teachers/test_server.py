@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,6 +57,46 @@ def test_a_busy_server_is_asked_again(server):
     teacher = language_model(server)
     assert len(server.requests) == 3
     assert teacher.predict(COLUMNS)["class_ids"].shape == (5, 8, K)
+
+
+UNTOLD = {"Content-Length": None, "Connection": "close"}
+
+
+@pytest.mark.parametrize("headers", [{}, UNTOLD])
+def test_an_answer_that_is_cut_short_is_asked_for_again(server, headers):
+    whole = language_model(server).predict(COLUMNS)
+    before = len(server.requests)
+    server.behave(cut_every=2, headers=headers)
+    said = language_model(server, at_once=1).predict(COLUMNS)
+    assert len(server.requests) - before == 10, "five questions, every second answer cut short"
+    for name, expected in whole.items():
+        assert torch.equal(said[name], expected)
+
+
+@pytest.mark.parametrize(("headers", "name"), [({}, "ChunkedEncodingError"), (UNTOLD, "JSONDecodeError")])
+def test_a_server_that_cuts_every_answer_short_is_an_error(server, headers, name):
+    server.behave(cut_every=1, headers=headers)
+    with pytest.raises(TeacherError, match=rf"does not answer \({name}\)"):
+        language_model(server, retries=1)
+    assert len(server.requests) == 2
+
+
+def test_a_page_that_is_no_answer_is_not_asked_for_again(server):
+    server.behave(body="log in")
+    with pytest.raises(TeacherError, match=r"gives no completions: .*log in"):
+        language_model(server)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("log_prob", [math.nan, 0.5, 1000.0])
+def test_log_probs_that_are_none_are_the_servers(server, log_prob):
+    server.behave(log_prob=log_prob)
+    message = f"the server gives a log-prob of {log_prob:g}; expected 0 or below"
+    with pytest.raises(TeacherError, match=message):
+        language_model(server)
+    with pytest.raises(TeacherError, match=message):
+        classifier(server).predict({"rows": np.array([0])})
 
 
 def test_requests_are_spread_over_time(server):

@@ -14,6 +14,7 @@ from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.preprocess import Standardize
 from kdpipe.skops_files import dumps
 from kdpipe.targets import OutputSpec
+from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import Learner, Teacher
 from kdpipe.teachers.sklearn import SklearnTeacher
 
@@ -171,3 +172,20 @@ def test_an_estimator_that_fails_is_the_teachers_error(tmp_path):
     (tmp_path / "a.skops").write_bytes(dumps(LogisticRegression(max_iter=2000).fit(FEATURES[:, :2], LABELS)))
     with pytest.raises(TeacherError, match=r"LogisticRegression failed on inputs of shape \[60, 4\]"):
         teacher_of(tmp_path, path="a.skops").predict(COLUMNS)
+
+
+class Forgetful(LogisticRegression):
+    """Has memory for 20 rows."""
+
+    def predict_proba(self, X):
+        if len(X) > 20:
+            raise MemoryError("Unable to allocate 1 TiB")
+        return super().predict_proba(X)
+
+
+def test_an_estimator_that_runs_out_of_memory_is_shown_fewer_rows(tmp_path):
+    teacher = teacher_of(tmp_path, estimator=Factory(path=f"{__name__}:Forgetful"))
+    teacher.fit(blocks())
+    ask = Asking(teacher)
+    assert ask(COLUMNS, 60)["logits"].shape == (60, 4)
+    assert ask.at_once == 15

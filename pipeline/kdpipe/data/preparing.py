@@ -139,9 +139,10 @@ class _Reading:
         """Take in one block; returns the bytes of its rows once they are prepared."""
         first = len(self._seen)
         keys = self._keys(batch, first)
+        known_as = _own_ids(batch) if keys is None else keys
 
         def name_of(position: int) -> str:
-            return f"row {first + position}" + (f" (id {keys[position]})" if keys else "")
+            return f"row {first + position}" + (f" (id {known_as[position]})" if known_as else "")
 
         inputs = self._schema.to_inputs(batch, name_of)
         digests = content_digests(inputs)
@@ -271,6 +272,12 @@ def _strings(batch: pa.RecordBatch, name: str) -> list[str | None]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise DataError(f"column {name!r} has type {column.type}; expected text or numbers") from None
     return values
+
+
+def _own_ids(batch: pa.RecordBatch) -> list[str | None] | None:
+    """What a source itself calls its rows, such as a file's name: its column `id` of text, where it has one."""
+    named = batch.schema.get_all_field_indices("id")
+    return _strings(batch, "id") if len(named) == 1 and pa.types.is_string(batch.schema.field("id").type) else None
 
 
 def _some(names: list[str]) -> str:

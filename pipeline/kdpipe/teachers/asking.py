@@ -15,7 +15,7 @@ from torch import Tensor
 from kdpipe.data.columns import Columns, take
 from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.errors import TeacherError
-from kdpipe.teachers.base import COVERED, Teacher
+from kdpipe.teachers.base import COVERED, OUT_OF_MEMORY, Teacher
 
 
 class Asking:
@@ -31,7 +31,7 @@ class Asking:
         if self.at_once is None or num_rows <= self.at_once:
             try:
                 return self._teacher.predict(columns)
-            except torch.OutOfMemoryError as error:
+            except OUT_OF_MEMORY as error:
                 if num_rows == 1:
                     raise TeacherError(
                         f"the teacher runs out of memory on a single row: {error}. Free memory, shorten the rows "

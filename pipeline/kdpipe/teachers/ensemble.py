@@ -19,9 +19,9 @@ from kdpipe.config import load_module, resolve
 from kdpipe.data.columns import Columns
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.fingerprint import source_digests
-from kdpipe.inputs import LOGITS, class_logits
+from kdpipe.inputs import LOGITS, class_logits, kind
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import COVERED, Teacher, abstains
+from kdpipe.teachers.base import COVERED, OUT_OF_MEMORY, Teacher, abstains
 
 
 class Ensemble:
@@ -93,11 +93,20 @@ class FunctionTeacher:
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         """What the function gives, float32."""
         try:
-            values = torch.as_tensor(np.asarray(self._function(columns))).float()
+            found = self._function(columns)
+            array = np.asarray(found)
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:  # anything that a user's function raises
             raise TeacherError(f"{self._name} failed: {type(error).__name__}: {error}") from error
-        logits = class_logits(values, self._num_classes) if values.ndim else values
         rows = len(next(iter(columns.values())))
+        if array.dtype.kind not in "biuf":
+            raise TeacherError(
+                f"{self._name} gave {kind(found)} for {rows} rows; expected logits of shape "
+                f"[{rows}, …, {self._num_classes}], a NumPy array or tensor"
+            )
+        values = torch.as_tensor(array).float()
+        logits = class_logits(values, self._num_classes) if values.ndim else values
         if logits.ndim < 2 or (len(logits), logits.shape[-1]) != (rows, self._num_classes):
             raise TeacherError(
                 f"{self._name} gave {list(values.shape)} for {rows} rows; expected logits of shape "

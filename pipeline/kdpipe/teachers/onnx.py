@@ -21,8 +21,11 @@ from kdpipe.fingerprint import digest, digest_file
 from kdpipe.inputs import LOGITS, Inputs, about_classes, class_logits, described, num_rows, trimmed
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
+from kdpipe.teachers.base import OUT_OF_MEMORY
 
 _SMALLEST, _EPSILON = 1e-38, 1e-7
+_RANGE_TOLERANCE, _SUM_TOLERANCE = 1e-3, 1e-2
+_NO_MEMORY = re.compile("failed to allocate memory|bad_alloc|out of memory", re.IGNORECASE)
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -109,7 +112,11 @@ class OnnxTeacher:
         fed = self._fed(inputs if len(self._names) > 1 else trimmed(inputs))
         try:
             values = self._session.run(list(self._names.values()), fed)
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:  # the library's own
+            if _NO_MEMORY.search(str(error)):
+                raise torch.OutOfMemoryError(str(error)) from None
             wanted = ", ".join(f"{each.name} {each.type} {each.shape}" for each in self._session.get_inputs())
             raise TeacherError(
                 f"{self._path} failed on inputs of shape {described(inputs)}: {type(error).__name__}: {error}. Its "
@@ -120,10 +127,28 @@ class OnnxTeacher:
         }
         if any(len(each) != num_rows(inputs) for each in said.values()):
             raise TeacherError(f"{self._path} does not give a line per row; export it with a dynamic first axis")
-        logits = said[LOGITS].clamp(min=_SMALLEST).log() if self._probabilities else said[LOGITS]
-        single = self._probabilities and self._num_classes == 2 and logits.shape[1:] in ((), (1,))
-        said[LOGITS] = _of_sigmoid(said[LOGITS]) if single else class_logits(logits, self._num_classes)
+        said[LOGITS] = self._logits(said[LOGITS])
         return said
+
+    def _logits(self, given: Tensor) -> Tensor:
+        """Logits `[B, …, C]` of the output that holds them, or their probabilities. Raises `TeacherError`."""
+        if not self._probabilities:
+            return class_logits(given, self._num_classes)
+        single = self._num_classes == 2 and given.shape[1:] in ((), (1,))
+        low, high = float(given.min()), float(given.max())
+        if low < -_RANGE_TOLERANCE or high > 1 + _RANGE_TOLERANCE:
+            raise self._no_probabilities(f"values from {low:.4g} to {high:.4g}", "probabilities, from 0 to 1")
+        sums = given.sum(dim=-1)
+        farthest = float(sums.flatten()[(sums - 1).abs().argmax()])
+        if not single and abs(farthest - 1) > _SUM_TOLERANCE:
+            raise self._no_probabilities(f"values that sum to {farthest:.4g}", "probabilities of classes, a sum of 1")
+        return _of_sigmoid(given) if single else given.clamp(min=_SMALLEST).log()
+
+    def _no_probabilities(self, found: str, expected: str) -> TeacherError:
+        return TeacherError(
+            f"{self._path} gives {self._names[LOGITS]} with {found}; expected {expected}. Leave `probabilities` out "
+            "where it holds logits"
+        )
 
     def _fed(self, inputs: Inputs) -> dict[str, Any]:
         if not isinstance(inputs, Mapping):

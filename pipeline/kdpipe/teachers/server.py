@@ -29,6 +29,7 @@ from kdpipe.teachers.base import CLASS_IDS, COVERED, LOG_PROBS, TAIL_LOG_MASS
 
 _TRY_AGAIN = (408, 409, 429, 500, 502, 503, 504)
 _SHOWN = 300
+_SLACK = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -53,7 +54,12 @@ class _Server:
     def __init__(self, section: ServerSection, model: str) -> None:
         requests, adapters = package("requests", "server"), package("requests.adapters", "server")
         self._errors = requests.RequestException
-        again = package("urllib3.util", "server").Retry(
+        self._broken_off = (
+            requests.exceptions.ChunkedEncodingError,
+            requests.exceptions.ConnectionError,
+            requests.exceptions.JSONDecodeError,
+        )
+        self._again = package("urllib3.util", "server").Retry(
             total=section.retries,
             backoff_factor=0.5,
             backoff_jitter=0.5,
@@ -63,7 +69,7 @@ class _Server:
         )
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, adapters.HTTPAdapter(max_retries=again, pool_maxsize=section.at_once))
+            self._session.mount(scheme, adapters.HTTPAdapter(max_retries=self._again, pool_maxsize=section.at_once))
         if section.api_key_env is not None:
             key = os.environ.get(section.api_key_env)
             if not key:
@@ -84,7 +90,7 @@ class _Server:
     def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         self._pace.wait()
         try:
-            answer = self._session.post(self._url, json={"model": self._model, **question}, timeout=self._timeout)
+            answer, said = self._answer({"model": self._model, **question})
         except self._errors as error:
             raise TeacherError(
                 f"{self._url} does not answer ({type(error).__name__}). What was committed stays: start the server, or "
@@ -96,12 +102,30 @@ class _Server:
                 f"{self._url} answered {answer.status_code}: {text}. What was committed stays: mend it and run again"
             )
         try:
-            choice = answer.json()["choices"][0]
-        except (ValueError, LookupError, TypeError):
+            choice = said["choices"][0]
+        except (LookupError, TypeError):
             choice = None
         if not isinstance(choice, dict):
             raise TeacherError(f"{self._url} gives no completions: {text!r}")
         return choice
+
+    def _answer(self, question: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The whole answer, and its JSON where it is an object.
+
+        One that breaks off is asked for again, `retries` times. Where the server does not say how long an answer is,
+        JSON that does not end is one that broke off.
+        """
+        again = self._again
+        while True:
+            with self._session.post(self._url, json=question, timeout=self._timeout, stream=True) as answer:
+                try:
+                    is_json = answer.content.lstrip()[:1] in (b"", b"{") and answer.ok
+                    return answer, answer.json() if is_json else None
+                except self._broken_off as error:
+                    if not again.total:
+                        raise
+                    again = again.increment("POST", self._url, error=error)
+            again.sleep()
 
 
 class _Pace:
@@ -117,6 +141,16 @@ class _Pace:
             turn = max(self._next, time.monotonic())
             self._next = turn + self._seconds
         time.sleep(max(0.0, turn - time.monotonic()))
+
+
+def _checked(log_probs: Mapping[Any, float]) -> None:
+    """Raise `TeacherError` where a log-prob is NaN or above 0."""
+    wrong = [each for each in log_probs.values() if not each <= _SLACK]
+    if wrong:
+        raise TeacherError(
+            f"the server gives a log-prob of {wrong[0]:g}; expected 0 or below. Its model overflows, or it gives "
+            "logits: mend the server and run again"
+        )
 
 
 class ServedLanguageModel:
@@ -177,6 +211,7 @@ class ServedLanguageModel:
             raise TeacherError(
                 f"the server's log-probs of a token are {said!r:.200}; expected {{id: {{logprob: …}}}}"
             ) from None
+        _checked(given)
         best = sorted(given, key=lambda token: -given[token])[: self.num_kept]  # the prompt's own token may be one more
         if len(best) < self.num_kept:
             raise TeacherError(
@@ -263,6 +298,7 @@ class ServedClassifier:
             raise TeacherError(
                 f"the server gives no log-probs of the next token (logprobs); it gives {', '.join(choice)}"
             ) from None
+        _checked(given)
         found: NDArray[np.float64] = np.array([given.get(answer, np.nan) for answer in self._answers])
         log_probs = list(given.values())
         left = -math.expm1(min(0.0, float(np.logaddexp.reduce(log_probs))))

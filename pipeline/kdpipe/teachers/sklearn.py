@@ -26,6 +26,7 @@ from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess
 from kdpipe.skops_files import dumps, loads
 from kdpipe.targets import OutputSpec
+from kdpipe.teachers.base import OUT_OF_MEMORY
 
 _FILE = "estimator.skops"
 
@@ -137,7 +138,7 @@ class SklearnTeacher:
                 scores = np.asarray(self._estimator.decision_function(inputs), np.float64)
                 two = np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores
                 logits = self._spread(two, logsumexp(two, axis=1) + math.log(self._smallest))
-        except TeacherError:
+        except (TeacherError, *OUT_OF_MEMORY):
             raise
         except Exception as error:  # any estimator's own
             raise TeacherError(
