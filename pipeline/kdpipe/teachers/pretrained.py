@@ -24,9 +24,9 @@ _AUTO = {
 class PretrainedTeacher:
     """A model with its head: in the folder `path` that `save_pretrained` wrote, or of `hub`, "name@commit" of the Hub.
 
-    `auto` says what it does. Its tokenizer is the preprocess (`PretrainedTokenizer`). `device_map` (`auto`, a device, or
-    a mapping of modules to devices) is that of Transformers: a model that is too large for one device lies on several.
-    Needs the package transformers.
+    `auto` says what it does. Its tokenizer is the preprocess (`PretrainedTokenizer`). `device_map` (`auto`, a device,
+    or a mapping of modules to devices) is that of Transformers: a model too large for one device lies on several. Needs
+    the package transformers.
     """
 
     def __init__(
