@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
+
 import pytest
 
 from kdpipe.errors import StaleStoreError
+from kdpipe.store import TargetStore
 from kdpipe_stages import train_student
 from kdpipe_stages.cli import run
-from projects import cache, fails, make_project, params, project_in, rows_shown, write_params
+from projects import REPOSITORY, cache, fails, make_project, params, project_in, rows_shown, write_params
 
 OWN = """
 def dim(example, rng):
@@ -43,6 +47,25 @@ def test_a_project_with_transforms(tmp_path, capsys, monkeypatch):
         StaleStoreError, match=r"holds views of another views\.transform: own@ was .* cache-teacher big"
     ):
         train_student.run(project_in(tmp_path))
+
+
+def test_a_library_that_is_given_what_was_drawn(tmp_path, capsys, monkeypatch):
+    """The guide's transform by kornia's kernels; the library's own random class is refused."""
+    guide = (REPOSITORY / "docs" / "guides" / "views.md").read_text()
+    [turned] = re.findall(r"```python\n(# turned\.py\n.*?)```", guide, re.DOTALL)
+    (tmp_path / "turned.py").write_text(turned)
+    transform = {"factory": "turned.py:Turned", "degrees": 10}
+    make_project(tmp_path, views={"count": 1, "transform": transform, "splits": ["train"]})
+    monkeypatch.chdir(tmp_path)
+    cache(tmp_path)
+    store = TargetStore.open(project_in(tmp_path).store("big"))
+    assert store.manifest.ingredients["views"]["sources"]["kornia"] == version("kornia")
+    train_student.run(project_in(tmp_path))
+    by_itself = "from kornia.augmentation import RandomRotation\n" + turned.replace(
+        "rotate(images, torch.from_numpy(angles).float())", "RandomRotation(self.degrees)(images)"
+    )
+    (tmp_path / "turned.py").write_text(by_itself)
+    assert "makes another 'image' of the same 16 rows" in fails(capsys, "check")
 
 
 def test_what_does_not_fit_is_told_by_check(tmp_path, capsys, monkeypatch):
