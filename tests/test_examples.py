@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -22,11 +21,11 @@ from kdpipe.store import TargetStore
 from kdpipe_stages import cache_teacher, check, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.building import WEIGHTS
 from projects import REPOSITORY, project_in, write_params
+from toy_datasets import NUM_ROWS, clothes, passengers, persons, play, reviews
 from toy_text import save_bert, save_tokenizer
 
 EXAMPLES = REPOSITORY / "examples"
 DATASETS = Path(os.environ.get("KDPIPE_DATASETS", REPOSITORY.parent / "shared" / "datasets"))
-NUM_ROWS = 600
 
 
 def example(recipe, folder, rows, teacher=None, **student):
@@ -84,26 +83,6 @@ def test_what_dvc_files_name_is_there(folder):
             assert path.startswith(("data/", "$")) or (folder.parent / path).is_file()
 
 
-def passengers():
-    """As the Titanic's: who is female or a child is mostly saved; a fifth of the ages and some ports are missing."""
-    random = np.random.default_rng(0)
-    sex, age = random.choice(["female", "male"], NUM_ROWS), random.uniform(1, 80, NUM_ROWS).round()
-    saved = random.random(NUM_ROWS) < np.where((sex == "female") | (age < 13), 0.85, 0.15)
-    return pa.table(
-        {
-            "PassengerId": range(NUM_ROWS),
-            "Survived": saved.astype(int),
-            "Pclass": random.integers(1, 4, NUM_ROWS),
-            "Sex": sex,
-            "Age": pa.array(age, mask=random.random(NUM_ROWS) < 0.2),
-            "SibSp": random.integers(0, 4, NUM_ROWS),
-            "Parch": random.integers(0, 3, NUM_ROWS),
-            "Fare": random.exponential(30, NUM_ROWS),
-            "Embarked": random.choice(["S", "C", ""], NUM_ROWS),
-        }
-    )
-
-
 @pytest.fixture(params=["titanic", "made up"])
 def titanic(request):
     return rows_of("titanic/titanic.csv.gz") if request.param == "titanic" else passengers()
@@ -152,33 +131,6 @@ def test_rules_are_compared(tmp_path, monkeypatch, capsys):
     assert tests[0] != tests[1]
 
 
-def persons():
-    """As Adult's: few earn much, some categories are marked as unknown, and one row is there twice."""
-    random = np.random.default_rng(0)
-    married, years = random.random(NUM_ROWS) < 0.5, random.integers(1, 17, NUM_ROWS)
-    much = random.random(NUM_ROWS) < np.where(married & (years > 9), 0.8, 0.03)
-    values = {
-        "age": random.integers(17, 90, NUM_ROWS),
-        "workclass": random.choice(["Private", "State-gov", "?"], NUM_ROWS),
-        "fnlwgt": random.integers(10_000, 500_000, NUM_ROWS),
-        "education": [f"{number}th" for number in years],
-        "education_num": years,
-        "marital_status": np.where(married, "Married-civ-spouse", "Never-married"),
-        "occupation": random.choice(["Sales", "Tech-support", "?"], NUM_ROWS),
-        "relationship": random.choice(["Husband", "Wife", "Unmarried"], NUM_ROWS),
-        "race": random.choice(["White", "Black", "Other"], NUM_ROWS),
-        "sex": random.choice(["Male", "Female"], NUM_ROWS),
-        "capital_gain": random.choice([0, 0, 0, 2174], NUM_ROWS),
-        "capital_loss": random.choice([0, 0, 0, 1902], NUM_ROWS),
-        "hours_per_week": random.integers(10, 80, NUM_ROWS),
-        "native_country": random.choice(["United-States", "Mexico", "?"], NUM_ROWS),
-        "income": np.where(much, ">50K", "<=50K"),
-        "split": np.where(np.arange(NUM_ROWS) % 3 == 0, "test", "train"),
-    }
-    rows = pa.table(values)
-    return pa.concat_tables([rows, rows.slice(0, 1)])
-
-
 @pytest.fixture(params=["adult", "made up"])
 def adult(request):
     """Some rows of both splits, the marks among them, one row twice."""
@@ -205,22 +157,6 @@ def test_any_framework(tmp_path, capsys, adult):
     known = project.task().column_values(inputs.read(np.arange(len(inputs))))["occupation"]
     missing = np.array([value is None for value in known])
     assert missing.tolist() == [value.as_py() == "?" for value in adult["occupation"]]
-
-
-def reviews():
-    """As SST-2's: phrases of a few words, one of which says what they think."""
-    random, number = np.random.default_rng(0), np.arange(NUM_ROWS)
-    things = random.choice(["film", "plot", "cast", "score", "the", "a", "of", "with"], (NUM_ROWS, 6))
-    label, which = random.integers(0, 2, NUM_ROWS), random.integers(0, 3, NUM_ROWS)
-    verdict = np.array([["dull", "clumsy", "flat"], ["moving", "fresh", "funny"]])[label, which]
-    return pa.table(
-        {
-            "id": number,
-            "text": [" ".join([*words, each]) + " " for words, each in zip(things, verdict, strict=True)],
-            "label": label,
-            "split": np.choose(number % 6, ["test", "validation", "train", "train", "train", "train"]),
-        }
-    )
 
 
 @pytest.fixture(params=["sst2", "made up"])
@@ -278,13 +214,6 @@ def test_a_checkpoint_in_place_of_the_config(tmp_path):
         torch.testing.assert_close(trained[name], weights, rtol=0, atol=1e-6)
 
 
-def play():
-    """As a play of Shakespeare's: who speaks, and lines of few words."""
-    random = np.random.default_rng(0)
-    words = random.choice(["the", "king", "is", "dead", "my", "lord", "and", "so", "are", "we"], (250, 7))
-    return "\n".join(f"{'LEAR' if number % 2 else 'FOOL'}:\n{' '.join(line)}.\n" for number, line in enumerate(words))
-
-
 @pytest.fixture(params=["tinyshakespeare", "made up"])
 def shakespeare(request):
     """Some of the text."""
@@ -320,16 +249,6 @@ def test_ways_to_store_a_language_model_are_compared(tmp_path, capsys):
     assert losses["labels only"]["test"] != losses["top 16"]["test"]
     script.show(comparison)
     assert capsys.readouterr().out.count("live teacher |") == 1
-
-
-def clothes():
-    """Images whose brightness tells the class."""
-    random = np.random.default_rng(0)
-    labels = np.arange(2 * NUM_ROWS) % 10
-    pixels = 25 * labels[:, np.newaxis] + random.integers(0, 12, (len(labels), 784))
-    images = pa.FixedSizeListArray.from_arrays(pa.array(pixels.astype(np.uint8).reshape(-1)), 784)
-    split = np.where(random.random(len(labels)) < 0.25, "test", "train")
-    return pa.table({"id": np.arange(len(labels)), "label": labels, "split": split, "image": images})
 
 
 def test_unbalanced(tmp_path, monkeypatch, capsys):
