@@ -11,6 +11,7 @@ from kdpipe.errors import ConfigError
 from kdpipe.models.linear import Linear
 from kdpipe.models.lstm import LSTM
 from kdpipe.models.mlp import MLP
+from kdpipe.models.mobilenet import MobileNetV2
 from kdpipe.models.resnet import ResNet
 from kdpipe.models.transformer import Transformer
 
@@ -19,6 +20,7 @@ MODELS = {
     "mlp": lambda shape: MLP(shape, 7, hidden=[16, 8], dropout=0.2),
     "resnet": lambda shape: ResNet(shape, 7, depth=8, width=4),
     "resnet, stride 2": lambda shape: ResNet(shape, 7, depth=14, width=4, stem_stride=2),
+    "mobilenet": lambda shape: MobileNetV2(shape, 7, width=0.25),
 }
 EVERY_MODEL = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
@@ -31,8 +33,8 @@ def test_logits_per_row(build, shape, num_rows):
     assert build(shape)(inputs).shape == (num_rows, 7)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28)])
-@pytest.mark.parametrize("name", ["linear", "mlp", "resnet"])
+@pytest.mark.parametrize("shape", [(1, 12, 12), (1, 28, 28)])
+@pytest.mark.parametrize("name", ["linear", "mlp", "resnet", "mobilenet"])
 def test_a_batch_of_one_trains(name, shape):
     model = MODELS[name](shape).train()
     logits = model(torch.randn(1, *shape))
@@ -53,8 +55,11 @@ def test_every_parameter_learns(build):
 
 @EVERY_MODEL
 def test_rows_do_not_meet_in_evaluation(build):
-    model, inputs = build((1, 12, 12)).eval(), torch.randn(6, 1, 12, 12)
+    model, inputs = build((1, 12, 12)), torch.randn(6, 1, 12, 12)
     with torch.inference_mode():
+        for _ in range(50):
+            model(inputs)  # batch normalisation learns what is usual
+        model.eval()
         together, alone = model(inputs), torch.cat([model(row.unsqueeze(0)) for row in inputs])
         again = model(inputs)
     torch.testing.assert_close(together, alone)
@@ -113,6 +118,34 @@ def test_stages_halve_the_resolution(stem_stride):
 def test_resnet_refuses_other_depths(depth):
     with pytest.raises(ConfigError, match=rf"depth is {depth}; expected 6n \+ 2: 8, 14, 20"):
         ResNet((1, 8, 8), 3, depth=depth)
+
+
+@pytest.mark.parametrize(("width", "num_weights"), [(1.4, 6_108_776), (1.0, 3_504_872), (0.35, 1_677_128)])
+def test_parameter_counts_of_mobilenets(width, num_weights):
+    # Those of torchvision's mobilenet_v2 (Sandler et al. 2018, table 4: 6.9, 3.4 and 1.7 million).
+    assert num_parameters(MobileNetV2((3, 224, 224), 1000, width=width)) == num_weights
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2])
+def test_stages_of_a_mobilenet_halve_the_resolution_three_times(stem_stride):
+    model = MobileNetV2((3, 32, 32), 3, width=0.25, stem_stride=stem_stride).eval()
+    features, shapes = model.stem(torch.randn(2, 3, 32, 32)), []
+    for stage in model.stages:
+        features = stage(features)
+        shapes.append((features.shape[1], features.shape[2] * stem_stride))
+    assert shapes == [(8, 32), (8, 32), (8, 16), (16, 8), (24, 8), (40, 4), (80, 4)]
+
+
+def test_convolutions_of_a_mobilenet_meet_channels_one_by_one_or_at_one_place():
+    wide = [each for each in MobileNetV2((1, 8, 8), 3).stages.modules() if isinstance(each, nn.Conv2d)]
+    assert len(wide) == 3 * 17 - 1
+    assert all((each.kernel_size == (3, 3)) == (each.groups == each.in_channels > 1) for each in wide)
+
+
+@pytest.mark.parametrize("width", [0, -0.5, float("nan")])
+def test_a_mobilenets_width_is_above_0(width):
+    with pytest.raises(ConfigError, match=f"width is {width}; expected a factor above 0"):
+        MobileNetV2((1, 8, 8), 3, width=width)
 
 
 # Text
