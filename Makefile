@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .benchmarks/peers
+RECIPES := $(or $(ONLY),$(notdir $(patsubst %/dvc.yaml,%,$(wildcard examples/*/dvc.yaml))))
 
-.PHONY: install demo test lint bench bench-peers
+.PHONY: install demo test lint recipes bench bench-peers
 
 install: .venv/installed
 
@@ -23,6 +24,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+recipes: install
+	export PATH="$(CURDIR)/$(BIN):$$PATH"; for name in $(RECIPES); do (cd examples/$$name && dvc repro) || exit 1; done
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.recipes $(RECIPES)
 
 bench: install
 	PYTHONPATH=tests $(BIN)/python -m benchmarks $(ONLY)

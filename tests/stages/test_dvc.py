@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,29 +13,9 @@ import pytest
 import yaml
 
 from projects import LOGGING_TEACHER, REPOSITORY, forget_rows_shown, rows_shown, tree
+from real_dvc import commit, git_init, repro, shell
 
 STAGES = ["prepare_data", "train_teacher@big", "cache_teacher@big", "train_student", "evaluate"]
-
-
-def shell(folder, *command):
-    binaries = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def repro(folder, *command):
-    """Run `dvc repro` (or another command); returns the stages that really ran."""
-    output = shell(folder, "dvc", *(command or ("repro",)))
-    return re.findall(r"Running stage '([^']+)'", output)
-
-
-def commit(folder):
-    shell(folder, "git", "add", "--all")
-    shell(folder, "git", "commit", "--quiet", "--message", "x")
 
 
 def change(folder, edit):
@@ -66,9 +43,7 @@ def folder(tmp_path_factory):
     shutil.copyfile(REPOSITORY / "data" / "raw" / "digits.parquet", folder / "data" / "raw" / "digits.parquet")
     (folder / "teacher.py").write_text(LOGGING_TEACHER)
     change(folder, small)
-    shell(folder, "git", "init", "--quiet")
-    shell(folder, "git", "config", "user.email", "test@localhost")
-    shell(folder, "git", "config", "user.name", "test")
+    git_init(folder)
     shell(folder, "dvc", "init", "--quiet")
     shell(folder, "dvc", "config", "core.analytics", "false")
     assert repro(folder) == STAGES

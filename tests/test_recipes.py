@@ -1,0 +1,115 @@
+"""Every folder of examples/, found by listing: copied out of the repository, it works about its new owner's rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+
+import pytest
+import yaml
+
+from benchmarks import recipes
+from kdpipe_stages.cli import run
+from projects import REPOSITORY, write_params
+from real_dvc import commit, git_init, repro, shell
+from toy_datasets import write_dataset
+
+EXAMPLES = REPOSITORY / "examples"
+RECIPES = sorted(path.parent.name for path in EXAMPLES.glob("*/dvc.yaml"))
+LEFT = ("data", "tmp", "cache", "dvc.lock", "metrics.json", "per_seed.json", "timings.json", "__pycache__")
+SHARED = re.compile(r"(?:\.\./)+shared/datasets/([\w./]+)")
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request):
+    return EXAMPLES / request.param
+
+
+def copied(recipe, folder, seeds=1):
+    """A recipe in a folder of its own, as its new owner edits it: other rows, few epochs, few seeds."""
+    copy = shutil.copytree(recipe, folder / recipe.name, ignore=shutil.ignore_patterns(*LEFT))
+    for path in copy.glob("*.yaml"):
+        path.write_text(SHARED.sub(lambda found: str(write_dataset(found[1], folder / "rows")), path.read_text()))
+    params = yaml.safe_load((copy / "params.yaml").read_text())
+    trained = [*params["teachers"].values(), params["student"]]
+    for each in trained:
+        if "train" in each:
+            each["train"]["epochs"] = 1
+    params["student"]["seeds"] = seeds
+    write_params(copy, params)
+    return copy
+
+
+def commands(folder):
+    """What dvc.yaml runs, in the order in which it is written."""
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for stage in yaml.safe_load((folder / "dvc.yaml").read_text())["stages"].values():
+        if "foreach" not in stage:
+            yield stage["cmd"]
+            continue
+        section = stage["foreach"].strip("${}")
+        yield from (stage["do"]["cmd"].replace("${key}", name) for name in params[section])
+
+
+def section(params, key):
+    """What stands at a dotted key; a number counts along a list."""
+    for part in key.split("."):
+        params = params[int(part)] if isinstance(params, list) else params[part]
+    return params
+
+
+def test_what_dvc_files_name_is_there(recipe):
+    params = yaml.safe_load((recipe / "params.yaml").read_text())
+    for stage in yaml.safe_load((recipe / "dvc.yaml").read_text())["stages"].values():
+        each = stage.get("do", stage)
+        for key in each.get("params", []):
+            section(params, key.partition(".")[0] if "$" in key else key)
+        for path in each["deps"]:
+            assert path.startswith(("data/", "$")) or (recipe / path).is_file()
+
+
+def test_a_recipe_is_listed_and_its_experiments_name_settings(recipe):
+    assert f"({recipe.name}/README.md)" in (EXAMPLES / "README.md").read_text()
+    params = yaml.safe_load((recipe / "params.yaml").read_text())
+    for key in re.findall(r"-S \"?([\w.]+)=", (recipe / "README.md").read_text()):
+        section(params, key)
+
+
+def test_each_recipe_is_a_dvc_project_of_its_own(recipe):
+    for name in (".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        assert (recipe / name).read_text() == (EXAMPLES / "rules" / name).read_text()
+    assert not any("shared/datasets" in path.read_text() for path in recipe.glob("*.py"))
+
+
+def test_a_copied_recipe_is_a_project_of_its_own(recipe, tmp_path, monkeypatch):
+    folder = copied(recipe, tmp_path)
+    monkeypatch.chdir(folder)
+    for command in commands(folder):
+        program, *arguments = command.split()
+        if program == "kdpipe":
+            assert run(arguments) == 0, command
+        else:
+            runpy.run_path(str(folder / arguments[0]), run_name="__main__")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 0 <= metrics["student"]["accuracy"] <= 1
+    assert {path.name for path in folder.glob("*.json")} == {"metrics.json", "per_seed.json", "timings.json"}
+    cells = dict(zip(recipes.COLUMNS, recipes.row(folder), strict=True))
+    assert f"{100 * metrics['student']['accuracy']:.2f}" in cells["student, %"]
+    assert cells["of student"] == f"{metrics['student']['parameters']:,}"
+    assert all(cells[name] for name in ("teacher, %", "bytes per row", "s per epoch of the student"))
+
+
+def test_under_dvc(tmp_path):
+    folder = copied(EXAMPLES / "saved_pairs", tmp_path, seeds=2)
+    git_init(folder)
+    of_teacher = ["train_teacher@network", "cache_teacher@network"]
+    assert repro(folder) == ["save_pairs", "prepare_data", *of_teacher, "train_student", "evaluate"]
+    assert repro(folder) == []
+    commit(folder)
+    kept = shell(folder, "git", "ls-files").split()
+    assert {"dvc.lock", "metrics.json", "per_seed.json"} <= set(kept)
+    assert not any(name.startswith("data/") or name == "timings.json" for name in kept)
+    per_seed = json.loads((folder / "per_seed.json").read_text())
+    assert len(per_seed["student"]) == 2
