@@ -19,7 +19,8 @@ from kdpipe.inputs import Head, Outputs
 from kdpipe.losses import RKD, AttentionTransfer, CosineFeature, HintMSE, LossTerm, make_projector
 from kdpipe.models.reusing import ReusesClassifier, check_reusable
 from kdpipe.targets import FeatureTargets
-from kdpipe.training import DistillTerm, TrainPlan, fit
+from kdpipe.terms import DistillTerm
+from kdpipe.training import TrainPlan, fit
 from test_training import NO_CHECKPOINT, Interrupted, interrupted_at, weights_of
 from toy_rows import NUM_CLASSES, NUM_FEATURES, RandomTeacher, distill_term, label_term, lesson, prepared, stream_of
 

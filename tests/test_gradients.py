@@ -16,7 +16,8 @@ from kdpipe.errors import TrainingError
 from kdpipe.gradients import pulls
 from kdpipe.losses import LossTerm
 from kdpipe.models.mlp import MLP
-from kdpipe.training import DistillTerm, TrainPlan, fit
+from kdpipe.terms import DistillTerm
+from kdpipe.training import TrainPlan, fit
 from toy_rows import NUM_CLASSES, NUM_FEATURES, distill_term, label_term, lesson, prepared, stream_of
 
 NO_CHECKPOINT = Path("/no such folder/checkpoint")

@@ -20,7 +20,8 @@ from kdpipe import training
 from kdpipe.errors import TrainingError
 from kdpipe.losses import DKD, LossTerm, Schedule
 from kdpipe.models.mlp import MLP
-from kdpipe.training import DistillTerm, TrainPlan, fit
+from kdpipe.terms import DistillTerm
+from kdpipe.training import TrainPlan, fit
 from toy_rows import NUM_CLASSES, NUM_FEATURES, distill_term, label_term, lesson, prepared, stream_of
 
 NUM_ROWS = 36

@@ -24,7 +24,7 @@ from kdpipe.store import TargetStore
 from kdpipe.store.manifest import Manifest
 from kdpipe.targets import DenseTargets, OutputSpec
 from kdpipe.tasks.tabular import TabularClassification
-from kdpipe.training import DistillTerm, LabelTerm, TrainingTerm
+from kdpipe.terms import DistillTerm, LabelTerm, TrainingTerm
 
 NUM_CLASSES = 5
 NUM_FEATURES = 4

@@ -31,7 +31,8 @@ from kdpipe.store.aligned import AlignedTargets
 from kdpipe.targets import DenseTargets
 from kdpipe.tasks.base import token_labels
 from kdpipe.teachers.base import Teacher
-from kdpipe.training import DistillTerm, fit
+from kdpipe.terms import DistillTerm
+from kdpipe.training import fit
 from kdpipe_stages import cache_teacher, evaluate, train_student
 from kdpipe_stages.building import stream_of, train_plan
 from kdpipe_stages.lesson import Lesson

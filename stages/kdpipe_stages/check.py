@@ -24,16 +24,7 @@ from kdpipe.tasks.base import Task, TokenTask, rows_of
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher
 from kdpipe_stages.building import ModelSpec, check_class_weights, check_vocabulary, encodings_of, model_offers
-from kdpipe_stages.lesson import (
-    Stored,
-    check_batches,
-    check_logits_learn,
-    check_mixing,
-    check_term,
-    known_labels,
-    loss_term,
-    no_classifier,
-)
+from kdpipe_stages.lesson import known_labels
 from kdpipe_stages.params import LossSection, source_columns
 from kdpipe_stages.prepare_data import source_of
 from kdpipe_stages.project import Project
@@ -46,6 +37,15 @@ from kdpipe_stages.teachers import (
     of_what_counts,
     parts_made_by,
     section_with_model,
+)
+from kdpipe_stages.terms import (
+    Stored,
+    check_batches,
+    check_logits_learn,
+    check_mixing,
+    check_term,
+    loss_term,
+    no_classifier,
 )
 from kdpipe_stages.workplace import check_url
 

@@ -44,10 +44,10 @@ from kdpipe.targets import OutputSpec
 from kdpipe.teachers.base import CLASS_IDS, Teacher, abstains
 from kdpipe.views import row_keys
 from kdpipe_stages.building import encodings_of
-from kdpipe_stages.lesson import Stored, check_term, loss_term
 from kdpipe_stages.params import PARAMETERS, TargetsSection
 from kdpipe_stages.project import Project
 from kdpipe_stages.teachers import build_teacher
+from kdpipe_stages.terms import Stored, check_term, loss_term
 
 SAMPLE_ROWS = 512
 MAX_LOGITS = 2**22

@@ -23,11 +23,11 @@ from kdpipe_stages.params import (
     Params,
     TargetsSection,
     TeacherSection,
-    check_params,
     first_difference,
     prepared_sections,
     with_loss_arguments,
 )
+from kdpipe_stages.params_checks import check_params
 
 
 class Project:

@@ -14,8 +14,9 @@ from kdpipe.inputs import LOGITS, Head, Inputs, Outputs
 from kdpipe.losses import LossTerm, make_projector, reuses_classifier
 from kdpipe.models.reusing import PROJECTED, ReusesClassifier, check_reusable
 from kdpipe.models.reusing import STUDENT as WITHIN
-from kdpipe.training import DistillTerm
-from kdpipe_stages.lesson import STUDENT, Lesson, Shape
+from kdpipe.terms import DistillTerm
+from kdpipe_stages.lesson import STUDENT, Lesson
+from kdpipe_stages.terms import Shape
 
 
 @dataclass(frozen=True, kw_only=True)

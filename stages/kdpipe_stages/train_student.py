@@ -24,7 +24,8 @@ from kdpipe.fingerprint import canonical_json, digest
 from kdpipe.order import BatchOrder
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe.tasks.base import token_labels
-from kdpipe.training import LabelTerm, Progress, TrainingTerm, fit
+from kdpipe.terms import LabelTerm, TrainingTerm
+from kdpipe.training import Progress, fit
 from kdpipe_stages.building import (
     DESCRIPTION,
     adopt_model,

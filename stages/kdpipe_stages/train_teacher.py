@@ -17,7 +17,8 @@ from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json, digest_file
 from kdpipe.order import BatchOrder
 from kdpipe.tasks.base import token_labels
-from kdpipe.training import LabelTerm, Progress, TrainingTerm, fit
+from kdpipe.terms import LabelTerm, TrainingTerm
+from kdpipe.training import Progress, fit
 from kdpipe_stages.building import (
     DESCRIPTION,
     ModelSpec,

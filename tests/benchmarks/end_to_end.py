@@ -18,7 +18,8 @@ from kdpipe.order import BatchOrder, Group
 from kdpipe.store import TargetStore
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe.targets import DenseTargets
-from kdpipe.training import DistillTerm, TrainPlan, fit
+from kdpipe.terms import DistillTerm
+from kdpipe.training import TrainPlan, fit
 
 NUM_FEATURES = 256
 IN_MEMORY = "RAM tensor"

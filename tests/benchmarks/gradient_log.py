@@ -17,7 +17,8 @@ from kdpipe.losses import ForwardKL, LossTerm, ReverseKL, cross_entropy
 from kdpipe.models.mlp import MLP
 from kdpipe.models.resnet import ResNet
 from kdpipe.targets import DenseTargets
-from kdpipe.training import DistillTerm, LabelTerm, TrainPlan, fit
+from kdpipe.terms import DistillTerm, LabelTerm
+from kdpipe.training import TrainPlan, fit
 
 NUM_CLASSES = 10
 SHAPE = (3, 16, 16)

@@ -13,7 +13,7 @@ from torch import Tensor
 import kdpipe.losses as kdpipe_losses
 from kdpipe.batches import Batch
 from kdpipe.losses import LossTerm, needs_labels, needs_whole_batch, values_of
-from kdpipe.training import DistillTerm
+from kdpipe.terms import DistillTerm
 from loss_definitions import DEFINED, mean_loss, random_logits, value_and_gradient
 from toy_targets import dense_of
 
