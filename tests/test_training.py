@@ -329,7 +329,7 @@ def test_autocast_runs_the_model_narrow_and_the_rest_wide(data, precision, dtype
             met["model"].add(logits.dtype)
             return logits
 
-    class SpyingTerm(training.DistillTerm):
+    class SpyingTerm(DistillTerm):
         def values(self, logits, batch):
             met["loss"].add(logits.dtype)
             return super().values(logits, batch)

@@ -325,7 +325,7 @@ def test_mixup_in_a_project(folder):
 def test_a_store_at_a_url_keeps_them_too(folder, monkeypatch):
     """Its work folder goes when it is published, and the description of the published store stays."""
     # A url of this process's memory, which params.yaml may not name, as it is gone with the process.
-    monkeypatch.setattr("kdpipe_stages.params._check_urls", lambda params: None)
+    monkeypatch.setattr("kdpipe_stages.params_checks._check_urls", lambda params: None)
     at_url = sections()
     at_url["targets"]["big"]["url"] = f"memory://{folder.name}/big"
     write_params(folder, at_url)
