@@ -30,6 +30,11 @@ StorePath = Annotated[str, typer.Argument(help="A target store: data/targets/NAM
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
 PARAMS = Path("params.yaml")
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+_OUT_OF_MEMORY = (
+    "out of memory ({}). What was finished is kept. Set a smaller train.batch_size or train.micro_batch_size for what is "
+    "trained, targets.NAME.batch_size for a teacher, or a smaller ram_budget_mb, and run the same command again."
+)
 
 
 @app.callback()
@@ -299,6 +304,8 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _fail(_explain_os_error(error))
     except Exception as error:
+        if _is_out_of_memory(error) and not verbose:
+            return _fail(_OUT_OF_MEMORY.format(str(error).partition("\n")[0] or "no more to allocate"))
         if not isinstance(error, _usage_errors()):
             raise
         error.show()  # type: ignore[attr-defined]
@@ -306,6 +313,13 @@ def run(arguments: Sequence[str]) -> int:
     if status == _INTERRUPTED:
         return _fail("interrupted. What was finished is kept; run the same command again to go on.")
     return status if isinstance(status, int) else 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of Python, of a device, or of torch's allocator for the CPU, which has no class for it. Imports no torch."""
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _CPU_OUT_OF_MEMORY in str(error)
+    )
 
 
 def _usage_errors() -> type:

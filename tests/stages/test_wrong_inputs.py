@@ -435,3 +435,28 @@ def test_ctrl_c_keeps_what_was_committed(folder, capfd):
     assert (folder / "calls.log").read_text().count("\n") < 29
     assert shown > 0
     assert project_in(folder).store("big").is_dir()
+
+
+HUNGRY = """
+import torch
+from kdpipe.models.mlp import MLP
+
+
+class Hungry(MLP):
+    def forward(self, inputs):
+        return super().forward(inputs) + torch.empty(2**50)[0]
+"""
+
+
+def test_a_student_that_needs_more_memory_than_there_is(tmp_path, capsys, monkeypatch):
+    (tmp_path / "hungry.py").write_text(HUNGRY)
+    make_project(tmp_path)
+    cache(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    changed = params()
+    changed["student"]["model"] = {"factory": "hungry.py:Hungry", "hidden": [8]}
+    write_params(tmp_path, changed)
+    message = fails(capsys, "train-student")
+    assert "out of memory" in message
+    assert "can't allocate memory" in message
+    assert "train.micro_batch_size" in message

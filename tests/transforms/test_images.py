@@ -266,6 +266,8 @@ def test_rand_augments_strengths():
             r"scale is \(0, 1\); expected two ascending numbers above 0, up to 1",
         ),
         (lambda: RandomResizedCrop(ratio=(2, 1)), r"ratio is \(2, 1\); expected two ascending numbers above 0$"),
+        (lambda: Flip(probability="often"), "Flip: probability is often; expected a number from 0 to 1"),
+        (lambda: RandomResizedCrop(scale=(0.1, "1")), "two ascending numbers above 0, up to 1"),
         (lambda: Flip(probability=1.5), "Flip: probability is 1.5; expected a number from 0 to 1"),
         (lambda: Flip(probability=float("nan")), "Flip: probability is nan"),
         (lambda: ColourJitter(hue=0.6), "ColourJitter: hue is 0.6; expected a number from 0 to 0.5"),
