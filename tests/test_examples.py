@@ -17,11 +17,14 @@ import yaml
 from safetensors.torch import load_file
 
 from kdpipe.config import load_module, resolve
+from kdpipe.losses import AttentionTransfer
+from kdpipe.models.resnet import ResNet
 from kdpipe.store import TargetStore
+from kdpipe.targets import FeatureTargets
 from kdpipe_stages import cache_teacher, check, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.building import WEIGHTS
 from projects import REPOSITORY, project_in, write_params
-from toy_datasets import clothes, passengers, persons, play, reviews
+from toy_datasets import clothes, passengers, persons, photos, play, reviews
 from toy_text import save_bert, save_tokenizer
 
 EXAMPLES = REPOSITORY / "examples"
@@ -349,3 +352,69 @@ def test_pairs_on_synthetic_inputs_are_compared(tmp_path, capsys):
     assert found["network"]["kl_to_teacher"] == [0, 0]
     script.show(found)
     assert capsys.readouterr().out.count("real, all columns |") == 2
+
+
+@pytest.fixture(params=["cifar10", "made up"])
+def cifar10(request):
+    """Some rows of both splits, and the least accuracy that a teacher gets from them in no time."""
+    if request.param == "made up":
+        return photos(), 0.5
+    rows = pq.read_table(data_set("cifar10_jpeg/cifar10_jpeg.parquet"))
+    some = [np.flatnonzero(np.array(rows["split"]) == split)[:400] for split in ("train", "test")]
+    return rows.take(np.concatenate(some)), 0.1
+
+
+def vision(folder, rows, params="params.yaml"):
+    """A copy of the recipe about the rows of a table, with small networks that learn for a moment."""
+    copied = shutil.copytree(EXAMPLES / "vision", folder / "vision", ignore=shutil.ignore_patterns("data", ".dvc*"))
+    pq.write_table(rows, folder / "rows.parquet")
+    settings = yaml.safe_load((copied / params).read_text())
+    settings["data"]["path"] = "../rows.parquet"
+    settings["student"] |= {"seeds": 1, "labelled_fraction": 0.5}
+    for trained in (settings["student"], *settings["teachers"].values()):
+        trained["train"] |= {"epochs": 2, "batch_size": 32, "num_workers": 0, "threads": 1}
+    write_params(copied, settings)
+    return copied, settings
+
+
+def test_vision(tmp_path, cifar10):
+    rows, least = cifar10
+    folder, settings = vision(tmp_path, rows)
+    settings["data"]["source"]["num_rows"] = 300
+    settings["teachers"]["resnet"]["model"] |= {"depth": 8, "width": 8}
+    write_params(folder, settings)
+    project = project_in(folder)
+    metrics = run(project)
+    data = project.prepared_data()
+    assert len(data.rows_of(["train", "validation"])) == 300
+    assert len(data.rows_of(["test"])) == np.sum(np.array(rows["split"]) == "test")
+    assert metrics["teacher"]["accuracy"] > least
+    history = json.loads((project.student_models / "student" / "seed-0" / "history.json").read_text())
+    assert all(0 < entry["resnet.AttentionTransfer stages.4 to attention.2"] < 2**0.5 for entry in history)
+    store, ids = TargetStore.open(project.store("resnet")), data.inputs.sample_ids[data.rows_of(["train"])].tolist()
+    assert store.targets(ids, output="attention.2").values.shape == (len(ids), 1, 4, 4)
+
+
+def test_attention_is_that_of_the_features():
+    torch.manual_seed(0)
+    settings = {"input_shape": (3, 32, 32), "num_classes": 10, "depth": 14, "width": 4}
+    model = load_module("attention.py:AttentiveResNet", EXAMPLES / "vision", "test").AttentiveResNet(**settings).eval()
+    plain = ResNet(**settings).eval()
+    plain.load_state_dict(model.state_dict())
+    inputs = torch.randn(5, 3, 32, 32)
+    said, features = model(inputs), plain.stem(inputs)
+    torch.testing.assert_close(said["logits"], plain(inputs))
+    for stage, attention in enumerate(said["attention"]):
+        features = plain.blocks[2 * stage : 2 * stage + 2](features)
+        student = torch.randn(5, 7, *features.shape[2:])
+        losses = [AttentionTransfer()(student, FeatureTargets(values=each)) for each in (attention, features)]
+        torch.testing.assert_close(*losses)
+        assert attention.shape == (5, 1, *features.shape[2:])
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "vision").glob("gpu_*.yaml")), ids=lambda path: path.stem)
+def test_settings_for_a_gpu(tmp_path, path):
+    if "torchvision" in path.read_text():
+        pytest.importorskip("torchvision")
+    folder, _ = vision(tmp_path, photos(), path.name)
+    assert check.run(project_in(folder))[-1].startswith("features: AttentionTransfer of ")
