@@ -1,0 +1,90 @@
+"""What the table is worth to the student, and what the graph network itself knows, with 30, 100 and 500 labels.
+
+`python compare.py [DRAWS]` draws the labelled rows 10 times; the network and the student both learn anew from each draw.
+It prints the table of README.md, and writes every accuracy to comparison.json. It works below data/comparison, and goes
+on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from graph_network import write
+
+from kdpipe.evaluation import paired_gain
+from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
+from kdpipe_stages.project import Project
+
+HERE = Path(__file__).parent
+TRAIN: Mapping[int, Mapping[str, float]] = {
+    30: {},
+    100: {"learning_rate": 0.003},
+    500: {"learning_rate": 0.003, "weight_decay": 1.0},
+}
+"""By number of labels: the settings that README.md tells the choice of."""
+ARMS = {"teacher": "teacher", "student": "student", "labels only": "baseline"}
+Found = dict[str, dict[str, list[float]]]
+"""By number of labels and arm: one accuracy per draw."""
+
+
+def project_of(labels: int, draw: int) -> Project:
+    """The project of params.yaml in a folder of its own, with other labels."""
+    params: dict[str, Any] = yaml.safe_load((HERE / "params.yaml").read_text())
+    params["data"]["path"] = str((HERE / params["data"]["path"]).resolve())
+    train = params["student"]["train"] | TRAIN[labels]
+    params["student"] |= {"labelled_rows": labels, "labelled_seed": draw, "seeds": 1, "train": train}
+    path = HERE / "data" / "comparison" / "params.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(params))
+    return Project(path)
+
+
+def metrics(project: Project, draw: int) -> dict[str, Any]:
+    """What `evaluate` finds of a network of its own and the student that learns from its table."""
+    prepare_data.run(project)
+    write(project, seed=draw)
+    train_teacher.run(project, "graph")
+    cache_teacher.run(project, "graph")
+    train_student.run(project)
+    return evaluate.run(project)
+
+
+def compare(draws: int) -> Found:
+    """Accuracies of every arm, draw by draw."""
+    found: Found = {str(labels): {arm: [] for arm in ARMS} for labels in TRAIN}
+    for labels in TRAIN:
+        for draw in range(draws):
+            here = metrics(project_of(labels, draw), draw)
+            for arm, key in ARMS.items():
+                found[str(labels)][arm].append(here[key]["accuracy"])
+            print(f"{labels} labels, draw {draw + 1} of {draws}", file=sys.stderr)
+    return found
+
+
+def show(found: Found) -> None:
+    """The table of README.md: % of the test rows, mean ± standard deviation over draws; points, 95 % interval."""
+    print("| labels | " + " | ".join(ARMS) + " | gain | over the teacher |")
+    for labels, row in found.items():
+        gains = [_gain(row["student"], row[other]) for other in ("labels only", "teacher")]
+        print("| " + " | ".join([labels, *map(_percent, row.values()), *gains]) + " |")
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
+
+
+def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    gain = paired_gain(ours, theirs)
+    return f"{100 * gain.mean:+.1f} [{100 * gain.low:.1f}, {100 * gain.high:.1f}]: {gain.verdict}"
+
+
+if __name__ == "__main__":
+    found = compare(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
+    (HERE / "comparison.json").write_text(json.dumps(found, indent=1) + "\n")
+    show(found)
