@@ -49,7 +49,7 @@ def neighbourhoods(features: np.ndarray) -> sparse.csr_array:
 
 
 def said(features: np.ndarray, labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
-    """Log-probabilities `[N, C]` of a graph convolutional network of two layers, from the labels `[N]` that are not -1."""
+    """Log-probabilities `[N, C]` of a graph convolutional network of two layers; labels `[N]`, -1 where unknown."""
     torch.manual_seed(seed)
     near = neighbourhoods(features)
     first, last = nn.Linear(features.shape[1], HIDDEN), nn.Linear(HIDDEN, num_classes)
