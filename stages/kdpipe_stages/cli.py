@@ -32,8 +32,8 @@ PARAMS = Path("params.yaml")
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _OUT_OF_MEMORY = (
-    "out of memory ({}). What was finished is kept. Set a smaller train.batch_size or train.micro_batch_size for what is "
-    "trained, targets.NAME.batch_size for a teacher, or a smaller ram_budget_mb, and run the same command again."
+    "out of memory ({}). What was finished is kept. Set a smaller train.batch_size or train.micro_batch_size for what "
+    "is trained, targets.NAME.batch_size for a teacher, or a smaller ram_budget_mb, and run the same command again."
 )
 
 
@@ -295,24 +295,28 @@ def run(arguments: Sequence[str]) -> int:
         status = _INTERRUPTED
     except UsageError as error:
         return _fail(str(error), status=2)
-    except KdpipeError as error:
-        if verbose:
-            raise
-        return _fail(str(error))
-    except OSError as error:
-        if verbose or (error.filename is None and error.errno is None):
-            raise
-        return _fail(_explain_os_error(error))
     except Exception as error:
-        if _is_out_of_memory(error) and not verbose:
-            return _fail(_OUT_OF_MEMORY.format(str(error).partition("\n")[0] or "no more to allocate"))
-        if not isinstance(error, _usage_errors()):
+        if isinstance(error, _usage_errors()):
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        message = _explained(error)
+        if verbose or message is None:
             raise
-        error.show()  # type: ignore[attr-defined]
-        return 2
+        return _fail(message)
     if status == _INTERRUPTED:
         return _fail("interrupted. What was finished is kept; run the same command again to go on.")
     return status if isinstance(status, int) else 0
+
+
+def _explained(error: Exception) -> str | None:
+    """What to tell the user of an error that is not a fault of kdpipe; None for any other."""
+    if isinstance(error, KdpipeError):
+        return str(error)
+    if _is_out_of_memory(error):
+        return _OUT_OF_MEMORY.format(str(error).partition("\n")[0] or "no more to allocate")
+    if isinstance(error, OSError) and not (error.filename is None and error.errno is None):
+        return _explain_os_error(error)
+    return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
