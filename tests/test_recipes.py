@@ -109,8 +109,8 @@ def test_a_copied_recipe_is_a_project_of_its_own(recipe, tmp_path, monkeypatch):
         program, *arguments = command.split()
         if program == "kdpipe":
             assert run(arguments) == 0, command
-        elif arguments[0] in ELSEWHERE:
-            ELSEWHERE[arguments[0]](folder)
+        elif arguments[-1] in ELSEWHERE:
+            ELSEWHERE[arguments[-1]](folder)
         else:
             runpy.run_path(str(folder / arguments[0]), run_name="__main__")
     metrics = json.loads((folder / "metrics.json").read_text())
