@@ -9,11 +9,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 
 from kdpipe.config import load_module, resolve
@@ -267,6 +269,106 @@ def test_unbalanced(tmp_path, monkeypatch, capsys):
     assert "no labelled row" in found["plain teacher | 1% | class weights"]
     script.show(found)
     assert capsys.readouterr().out.count("refused: ") == 3
+
+
+def brightness_network(path):
+    """A network that says of images, channels last, how near their brightness is to that of each class of `clothes`."""
+    centres = (25 * np.arange(10) + 5.5) / 255
+    weights = np.repeat(2000 * centres[np.newaxis] / 784, 784, axis=0).astype(np.float32)
+    tensors = {"w": weights, "b": (-1000 * centres**2).astype(np.float32)}
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["rows", 28, 28, 1])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", 10])
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["logits"]),
+    ]
+    held = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
+    graph = helper.make_graph(nodes, "network", [images], [logits], held)
+    path.parent.mkdir()
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+def test_keras_through_onnx(tmp_path):
+    folder = shutil.copytree(EXAMPLES / "keras_onnx", tmp_path / "keras_onnx", ignore=shutil.ignore_patterns("data"))
+    pq.write_table(clothes(), tmp_path / "rows.parquet")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["data"]["path"] = "../rows.parquet"
+    params["student"] |= {"seeds": 1, "train": quick(3)}
+    write_params(folder, params)
+    brightness_network(folder / "data" / "teacher.onnx")
+    metrics = run(project_in(folder))
+    assert metrics["teacher"]["accuracy"] == 1
+    assert metrics["student"]["kl_to_teacher"] < metrics["baseline"]["kl_to_teacher"]
+
+
+def imported_table(folder):
+    return shutil.copytree(EXAMPLES / "imported_table", folder / "table", ignore=shutil.ignore_patterns("data"))
+
+
+def test_a_graph_network_propagates_by_a_symmetric_matrix(tmp_path):
+    script = load_module("graph_network.py:write", imported_table(tmp_path), "test")
+    features = np.random.default_rng(0).normal(size=(30, 4))
+    near = script.neighbourhoods(features)
+    dense = near.toarray().astype(np.float64)
+    np.testing.assert_array_equal(dense, dense.T)
+    assert np.abs(np.linalg.eigvalsh(dense)).max() == pytest.approx(1, abs=1e-6)
+    values = torch.from_numpy(features).requires_grad_()
+    torch.testing.assert_close(script.Propagation.apply(values, near), torch.from_numpy(dense @ features))
+    assert torch.autograd.gradcheck(lambda each: script.Propagation.apply(each, near.astype(np.float64)), (values,))
+
+
+def test_imported_table(tmp_path):
+    folder = imported_table(tmp_path)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["student"] |= {"seeds": 1, "train": quick(20)}
+    write_params(folder, params)
+    project = project_in(folder)
+    prepare_data.run(project)
+    load_module("graph_network.py:write", folder, "test").write(project)
+    metrics = run(project)
+    assert metrics["teacher"]["accuracy"] > 0.75
+    assert metrics["gain"]["over_baseline"]["mean"] > 0.01
+
+
+def test_an_imported_table_is_compared(tmp_path, monkeypatch, capsys):
+    script = load_module("compare.py:compare", imported_table(tmp_path), "test")
+    monkeypatch.setattr(script, "TRAIN", {30: {"epochs": 1}})
+    found = script.compare(2)
+    assert [len(of) for of in found["30"].values()] == [2, 2, 2]
+    assert found["30"]["teacher"][0] != found["30"]["teacher"][1]
+    script.show(found)
+    assert capsys.readouterr().out.count(" | over the teacher |") == 1
+
+
+def test_ensemble(tmp_path, adult):
+    folder = example("ensemble", tmp_path, adult, seeds=1, labelled_fraction=0.1, train=quick(5))
+    project = project_in(folder)
+    metrics = run(project)
+    stores = {name: TargetStore.open(project.store(name)) for name in ("boosting", "network", "rules")}
+    ids = project.prepared_data().inputs.sample_ids.tolist()
+    covered = {name: store.targets(ids).covered for name, store in stores.items()}
+    assert covered["boosting"] is covered["network"] is None
+    assert 0.3 < covered["rules"].float().mean() < 1
+    assert metrics["student"]["auc"] > 0.75
+    assert {"teacher", "teacher_network", "teacher_rules"} <= set(metrics)
+
+
+def test_teachers_are_removed_in_turn(tmp_path, capsys):
+    script = load_module("compare.py:compare", example("ensemble", tmp_path, persons(), train=quick(2)), "test")
+    found = script.compare(1)
+    names = ["boosting", "network", "rules"]
+    assert list(found["auc"]) == [
+        "labels only",
+        "all three",
+        *(f"without {name}" for name in names),
+        *(f"{name} alone" for name in names),
+        *(f"({name} itself)" for name in names),
+    ]
+    assert {len(of) for row in found.values() for of in row.values()} == {1}
+    students = [of for arm, of in found["auc"].items() if not arm.startswith("(")]
+    assert len({tuple(of) for of in students}) == len(students)
+    script.show({metric: {arm: 2 * of for arm, of in row.items()} for metric, row in found.items()})
+    assert capsys.readouterr().out.count(" | over all three |") == 2
 
 
 def test_tabular(tmp_path, adult):

@@ -1,7 +1,7 @@
 """The teacher's owner: trains a Keras model and exports it to ONNX: `python make_teacher.py`.
 
-It runs where Keras and TensorFlow are, without kdpipe; kdpipe reads the file without them. Replace it by an export of
-your own model: `model.export("teacher.onnx", format="onnx")`.
+It runs where requirements.txt is installed, without kdpipe; kdpipe reads the file without Keras. Replace it by an
+export of your own model: `model.export("teacher.onnx", format="onnx")`.
 """
 
 from __future__ import annotations
