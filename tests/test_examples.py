@@ -26,7 +26,7 @@ from kdpipe.targets import FeatureTargets
 from kdpipe_stages import cache_teacher, check, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.building import WEIGHTS
 from projects import REPOSITORY, project_in, write_params
-from toy_datasets import clothes, passengers, persons, photos, play, reviews
+from toy_datasets import clothes, news, passengers, persons, photos, play, reviews
 from toy_text import save_bert, save_tokenizer
 
 EXAMPLES = REPOSITORY / "examples"
@@ -520,3 +520,32 @@ def test_settings_for_a_gpu(tmp_path, path):
         pytest.importorskip("torchvision")
     folder, _ = vision(tmp_path, photos(), path.name)
     assert check.run(project_in(folder))[-1].startswith("features: AttentionTransfer of ")
+
+
+@pytest.fixture(params=["ag_news", "made up"])
+def ag_news(request):
+    """Some rows of both splits, and the least accuracy that a teacher gets from them in no time."""
+    if request.param == "made up":
+        return news(), 0.95
+    rows = pq.read_table(data_set("ag_news_small/ag_news_small.parquet"))
+    some = [np.flatnonzero(np.array(rows["split"]) == split)[:200] for split in ("train", "test")]
+    return rows.take(np.concatenate(some)), 0.3
+
+
+def test_text_lstm(tmp_path, ag_news):
+    rows, least = ag_news
+    small, train = {"factory": "reader.py:Reader", "width": 32, "hidden": 24}, quick(3) | {"learning_rate": 0.01}
+    folder = example(
+        "text_lstm", tmp_path, rows, {"model": small, "train": train}, seeds=1, labelled_fraction=0.1, train=train
+    )
+    project = project_in(folder)
+    metrics = run(project)
+    assert metrics["teacher"]["accuracy"] > least
+    assert metrics["student"]["kl_to_teacher"] < metrics["baseline"]["kl_to_teacher"]
+    store, ids = TargetStore.open(project.store("lstm")), project.prepared_data().inputs.sample_ids[:5].tolist()
+    hidden = store.targets(ids, output="1").values
+    assert hidden.shape == (5, 2 * small["hidden"])
+    weights = load_file(project.teacher_model("lstm") / WEIGHTS)
+    logits = hidden.float() @ weights["head.weight"].T + weights["head.bias"]
+    expected = store.targets(ids).log_probs(1.0)
+    torch.testing.assert_close(logits.log_softmax(dim=-1), expected, rtol=0, atol=0.02)
