@@ -41,7 +41,7 @@ def clean_targets() -> Iterator[None]:
 
 
 def settings(num_seeds: int, epochs: int, teacher_epochs: int, path: Path) -> dict[str, Any]:
-    """A residual network of 2.8 million parameters teaches one of 5 % of that; labels for a tenth of the rows."""
+    """A residual network of 696,618 parameters teaches one of 78,042; labels for a tenth of the rows."""
     pixels = {"factory": "kdpipe.preprocess:ImageTensor"}
     optimise = {"batch_size": 128, "optimizer": "sgd", "weight_decay": 0.0005, "precision": "bfloat16", "threads": 1}
     return {
