@@ -19,7 +19,15 @@ NAMES = [
     "offline_online",
     "gradient_log",
 ]
-LONG = ["peers", "gains.digits", "gains.fashion_mnist", "gains.cifar10_views", "gains.teachers", "gains.features"]
+LONG = [
+    "peers",
+    "gains.digits",
+    "gains.fashion_mnist",
+    "gains.cifar10_views",
+    "gains.cifar10_unseen",
+    "gains.teachers",
+    "gains.features",
+]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)

@@ -24,7 +24,7 @@ from benchmarks import (
     read_store,
     views,
 )
-from benchmarks.gains import cifar10_views, digits, fashion_mnist, features, teachers
+from benchmarks.gains import cifar10_unseen, cifar10_views, digits, fashion_mnist, features, teachers
 from kdpipe.losses import LOSSES
 
 
@@ -144,7 +144,9 @@ def test_gains_on_fashion_mnist(capsys, monkeypatch, tmp_path):
 def test_gains_of_views(capsys, tmp_path):
     rows = pictures(tmp_path / "rows.parquet", 32, 3)
     cifar10_views.main(num_seeds=2, epochs=1, teacher_epochs=1, num_rows=100, path=rows)
-    found = lines_of(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "of the 91 training rows, and of view 1" in printed
+    found = lines_of(printed)
     assert [name for name in found if "view" in name] == [
         "16 cached views",
         "4 cached views",
@@ -152,6 +154,14 @@ def test_gains_of_views(capsys, tmp_path):
         cifar10_views.CLEAN,
         "no views, targets of the clean row",
     ]
+
+
+def test_gains_of_views_of_rows_that_the_teacher_has_not_learnt(capsys, tmp_path):
+    rows = pictures(tmp_path / "rows.parquet", 32, 3)
+    cifar10_unseen.main(num_seeds=2, epochs=1, teacher_epochs=1, num_rows=50, path=rows)
+    printed = capsys.readouterr().out
+    assert "training rows, and of view 1" in printed
+    assert {"16 cached views", "1 cached views", cifar10_views.CLEAN} <= set(lines_of(printed))
 
 
 def test_gains_of_several_teachers(capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """What a student gains from cached targets, on real data: arms that share rows, steps and seeds, compared seed by seed.
 
-A module each: digits, fashion_mnist, cifar10_views, teachers, features. Settings were fixed before the runs; the last
-epoch counts; every arm takes the same number of optimiser steps. Accuracy is that of split `test`.
+A module each: digits, fashion_mnist, cifar10_views, cifar10_unseen, teachers, features. Settings were fixed before the
+runs; the last epoch counts; every arm takes the same number of optimiser steps. Accuracy is that of split `test`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def accuracies(folder: Path, settings: dict[str, Any], arms: Sequence[Arm]) -> d
         changed = {name: {**section, **arm.changes.get(name, {})} for name, section in settings.items()}
         if found:
             changed["student"]["baselines"] = []
-        project = _project(folder, changed)
+        project = project_in(folder, changed)
         prepare_data.run(project)
         for name in changed["teachers"]:
             train_teacher.run(project, name)
@@ -68,7 +68,8 @@ def accuracies(folder: Path, settings: dict[str, Any], arms: Sequence[Arm]) -> d
     return found
 
 
-def _project(folder: Path, settings: Mapping[str, Any]) -> Project:
+def project_in(folder: Path, settings: Mapping[str, Any]) -> Project:
+    """A project of these sections of params.yaml."""
     path = folder / "params.yaml"
     path.write_text(yaml.safe_dump(dict(settings)))
     return Project(path)

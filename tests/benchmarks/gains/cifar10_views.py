@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.gains import DATASETS, LABELS_ONLY, Arm, accuracies, report
+from benchmarks.gains import DATASETS, LABELS_ONLY, Arm, accuracies, project_in, report
 from kdpipe.batches import TargetsByOutput
 from kdpipe.order import Group
+from kdpipe.store import TargetStore
 from kdpipe.store.aligned import AlignedTargets
+from kdpipe_stages import cache_teacher, prepare_data, train_teacher
 
 CLEAN = "16 views seen, targets of the clean row"
 SEEN = [{"factory": "kdpipe.transforms:PadAndCrop", "padding": 4}, {"factory": "kdpipe.transforms:Flip"}]
@@ -97,6 +99,18 @@ def some_rows(path: Path, num_rows: int, written: Path) -> Path:
     return written
 
 
+def echo(folder: Path, base: dict[str, Any]) -> str:
+    """How often the teacher is right about the rows that students learn from: as they are, and as view 1 shows them."""
+    project = project_in(folder, {**base, "views": {**base["views"], "count": 1}})
+    prepare_data.run(project)
+    train_teacher.run(project, "resnet")
+    cache_teacher.run(project, "resnet")
+    data, store = project.prepared_data(), TargetStore.open(project.store("resnet"))
+    rows = data.rows_of(project.params.student.distil_on)
+    clean, view = (np.mean(store.statistics(rows, view)["top1"] == data.labels[rows]) for view in (0, 1))
+    return f"The teacher is right about {clean:.1%} of the {len(rows):,} training rows, and of view 1 {view:.1%}."
+
+
 def main(
     num_seeds: int = 5,
     epochs: int = 16,
@@ -115,4 +129,6 @@ def main(
         arms.append(Arm(name=CLEAN, changes={"student": {"label_smoothing": 0.11}}, during=clean_targets))
         arms.append(Arm(name="no views, targets of the clean row", changes={"views": {"count": 0}}))
         found = accuracies(Path(scratch) / "project", base, arms)
+        said = echo(Path(scratch) / "project", base)
     report(f"CIFAR-10, {num_rows:,} rows, labels for 10 %", found, [LABELS_ONLY, CLEAN], began)
+    print(said)
