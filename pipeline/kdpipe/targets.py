@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +27,14 @@ class OutputSpec:
     kind: Literal["logits", "features"] = "logits"
 
 
-def check_temperature(temperature: float) -> None:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is one number, of Python or NumPy, and no bool."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def check_temperature(temperature: object) -> None:
     """Raise `ConfigError` for a temperature that means nothing."""
-    if not 0 < temperature < math.inf:
+    if not (is_number(temperature) and 0 < temperature < math.inf):
         raise ConfigError(f"temperature is {temperature}; expected a number above 0")
 
 
@@ -43,6 +49,12 @@ class DenseTargets:
     values: Tensor
     row_max: Tensor
     covered: Tensor | None = None
+
+    @classmethod
+    def of(cls, logits: Tensor) -> DenseTargets:
+        """Of a teacher's logits `[B, ..., C]` in memory."""
+        row_max = logits.amax(dim=-1)
+        return cls(values=logits - row_max.unsqueeze(-1), row_max=row_max)
 
     @property
     def shape(self) -> tuple[int, ...]:

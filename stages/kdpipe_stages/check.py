@@ -11,7 +11,7 @@ import torch
 
 from kdpipe.checkpoint import load_weights, read_weights
 from kdpipe.data.columns import Columns, take
-from kdpipe.data.prepared import PreparedData
+from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.data.preparing import column_of
 from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, DataError, KdpipeError
@@ -23,7 +23,14 @@ from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task, TokenTask, rows_of
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher
-from kdpipe_stages.building import ModelSpec, check_class_weights, check_vocabulary, encodings_of, model_offers
+from kdpipe_stages.building import (
+    ModelSpec,
+    check_class_weights,
+    check_vocabulary,
+    encodings_of,
+    label_loss,
+    model_offers,
+)
 from kdpipe_stages.lesson import known_labels
 from kdpipe_stages.params import LossSection, source_columns
 from kdpipe_stages.prepare_data import source_of
@@ -41,11 +48,13 @@ from kdpipe_stages.teachers import (
 from kdpipe_stages.terms import (
     Stored,
     check_batches,
+    check_known_labels,
     check_logits_learn,
     check_mixing,
     check_term,
     loss_term,
     no_classifier,
+    terms_of,
 )
 from kdpipe_stages.workplace import check_url
 
@@ -347,6 +356,10 @@ def _check_splits(project: Project) -> str:
         for name in names:
             if name not in data.split_names:
                 raise ConfigError(f"{where}: there is no split {name!r}; prepared are {', '.join(data.split_names)}")
-    rows = data.rows_of(project.params.student.distil_on)
-    known = known_labels(data, rows, project.params.student)
-    return f"{', '.join(data.split_names)}; the student may know {int(np.sum(known[rows] >= 0)):,} labels"
+    section = project.params.student
+    rows = data.rows_of(section.distil_on)
+    known = known_labels(data, rows, section)
+    num_known = int(np.sum(known[rows] != MISSING_LABEL))
+    check_known_labels(section, terms_of(project, known), num_known)
+    label_loss(project.task(), section.train, known[rows], "student.train")
+    return f"{', '.join(data.split_names)}; the student may know {num_known:,} labels"

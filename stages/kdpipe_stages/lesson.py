@@ -15,7 +15,6 @@ from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.errors import ConfigError, StaleStoreError, StoreNotFoundError
 from kdpipe.fingerprint import digest, digest_file, uniform_by_id
 from kdpipe.losses import (
-    needs_labels,
     reuses_classifier,
 )
 from kdpipe.store import TargetStore
@@ -34,11 +33,12 @@ from kdpipe_stages.terms import (
     Shape,
     Stored,
     check_batches,
+    check_known_labels,
     check_logits_learn,
     check_mixing,
     check_term,
-    loss_term,
     no_classifier,
+    terms_of,
 )
 
 STUDENT = "student"
@@ -62,9 +62,7 @@ class Lesson:
             preprocess=self.section.preprocess,
             logits=self.section.logits,
         )
-        known = self.labels[self.labels != MISSING_LABEL]
-        counts = np.bincount(known, minlength=self.task.num_classes).tolist()
-        self.terms = [loss_term(project, index, each, counts) for index, each in enumerate(self.section.losses)]
+        self.terms = terms_of(project, self.labels)
         self.stores = {name: open_checked_store(project, name) for name in teachers_of(self.section)}
         self.views = project.views_of(self.data.inputs)
         for name, store in self.stores.items():
@@ -78,7 +76,7 @@ class Lesson:
         check_logits_learn(self.terms, self.section)
         self._project = project
         self._check_classifiers()
-        self._check_labels()
+        check_known_labels(self.section, self.terms, len(self.labelled))
         self.label_loss = label_loss(self.task, self.section.train, self.labels[self.rows], "student.train")
 
     @property
@@ -156,25 +154,6 @@ class Lesson:
             for name in term.teachers if reuses_classifier(term.loss) else ():
                 if self.stores[name].manifest.classifier is None:
                     raise ConfigError(no_classifier(index, term, name))
-
-    def _check_labels(self) -> None:
-        if len(self.labelled):
-            return
-        if self.section.learns_labels:
-            raise ConfigError("student.label_weight is above 0 but no row has a label that it may know; set it to 0")
-        for index, term in enumerate(self.terms):
-            if term.mix == "confidence":
-                raise ConfigError(
-                    f"student.losses.{index}.mix: confidence is in a row's label, and the student may know none; use "
-                    "mean, or a weight for each teacher"
-                )
-            if needs_labels(term.loss):
-                raise ConfigError(
-                    f"student.losses.{index}: {type(term.loss).__name__} learns from labelled rows only, and the "
-                    "student may know no label; use kdpipe.losses:ForwardKL"
-                )
-        if self.section.baselines:
-            raise ConfigError("student.baselines learn from labels, and there are none; set baselines: []")
 
 
 def teachers_of(section: StudentSection) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING
+from typing import Any
 
 from kdpipe.config import did_you_mean
 from kdpipe.errors import ConfigError
@@ -145,6 +147,12 @@ def _check_student(params: Params) -> None:
         where = f"student.losses.{index}"
         schedule_of(loss.schedule, f"{where}.schedule")
         _check_mix(where, loss)
+        if loss.projector is not None and not loss.student_output:
+            raise ConfigError(
+                f"{where}.projector: it would stand between the student's logits and the loss, and is not kept, so the "
+                "logits themselves would learn nothing; name the output that it projects as student_output, or leave "
+                "it out"
+            )
         for name in loss.teachers:
             if name not in params.teachers:
                 choices = ", ".join(params.teachers)
@@ -163,3 +171,15 @@ def _check_mix(where: str, loss: LossSection) -> None:
             f"{where}.mix: it weighs {', '.join(loss.mix)}, the teachers are {', '.join(loss.teachers)}; expected a "
             "weight for each of them"
         )
+
+
+def check_finite(value: Any, where: str = "") -> None:
+    """Raise `ConfigError` for a number of params.yaml, at any depth, that is none or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value}; expected a finite number")
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            check_finite(each, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for index, each in enumerate(value):
+            check_finite(each, f"{where}.{index}")

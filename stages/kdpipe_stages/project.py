@@ -27,7 +27,7 @@ from kdpipe_stages.params import (
     prepared_sections,
     with_loss_arguments,
 )
-from kdpipe_stages.params_checks import check_params
+from kdpipe_stages.params_checks import check_finite, check_params
 
 
 class Project:
@@ -44,6 +44,7 @@ class Project:
             )
         self.params = parse(Params, with_loss_arguments(raw), self.params_file.name)
         check_params(self.params)
+        check_finite(raw)
 
     @property
     def prepared(self) -> Path:

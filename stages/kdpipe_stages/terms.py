@@ -8,8 +8,10 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdpipe.config import Factory
+from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.distributed import world_size
 from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError
@@ -59,6 +61,33 @@ def loss_term(
         student_output=section.student_output,
         projector=section.projector,
     )
+
+
+def terms_of(project: Project, labels: NDArray[np.int64]) -> list[LossTerm]:
+    """All entries of student.losses, where the student knows these labels (-1: not)."""
+    counts = np.bincount(labels[labels != MISSING_LABEL], minlength=project.task().num_classes).tolist()
+    return [loss_term(project, index, each, counts) for index, each in enumerate(project.params.student.losses)]
+
+
+def check_known_labels(section: StudentSection, terms: Sequence[LossTerm], num_labelled: int) -> None:
+    """Raise `ConfigError` where something learns from labels and the student may know none."""
+    if num_labelled:
+        return
+    if section.learns_labels:
+        raise ConfigError("student.label_weight is above 0 but no row has a label that it may know; set it to 0")
+    for index, term in enumerate(terms):
+        if term.mix == "confidence":
+            raise ConfigError(
+                f"student.losses.{index}.mix: confidence is in a row's label, and the student may know none; use "
+                "mean, or a weight for each teacher"
+            )
+        if needs_labels(term.loss):
+            raise ConfigError(
+                f"student.losses.{index}: {type(term.loss).__name__} learns from labelled rows only, and the "
+                "student may know no label; use kdpipe.losses:ForwardKL"
+            )
+    if section.baselines:
+        raise ConfigError("student.baselines learn from labels, and there are none; set baselines: []")
 
 
 def _mix_of(section: LossSection) -> Mix:

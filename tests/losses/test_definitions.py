@@ -20,7 +20,7 @@ from kdpipe.losses import (
     vocabularies,
 )
 from loss_definitions import DEFINED, assert_defined, random_logits, softmax
-from toy_targets import dense_of
+from toy_targets import dense_of, sparse_of
 
 
 @pytest.mark.parametrize("name", DEFINED)
@@ -65,6 +65,19 @@ def assert_balanced(losses):
     ratio = weighed / weighed.sum(dim=-1, keepdim=True) / softmax(student, 2.0)
     loss = losses.BalancedKL(class_counts=(500, 100, 50, 10, 1), beta=0.99)
     torch.testing.assert_close(loss(student, dense_of(teacher)), 4 * (weighed * ratio.log()).sum(dim=-1))
+
+
+def assert_kept_head(losses):
+    """`TopKRenormKL`: T^2 KL over the kept classes, both sides renormalised there."""
+    student, teacher = random_logits(5, 6, 5), random_logits(6, 6, 5)
+    targets = sparse_of(teacher, 3, (1.0,))
+    p, q = (softmax(each.gather(-1, targets.ids), 2.0) for each in (teacher, student))
+    expected = 4 * (p * (p / q).log()).sum(dim=-1)
+    torch.testing.assert_close(losses.TopKRenormKL(temperature=2.0)(student, targets), expected)
+
+
+def test_the_kept_head_alone_is_its_definition():
+    assert_kept_head(kdpipe_losses)
 
 
 def test_kd_loss_is_the_mean_over_covered_rows():
@@ -157,6 +170,10 @@ MUTANTS = {
     ],
 }  # fmt: skip
 ELSEWHERE = [
+    (assert_kept_head, divergences, "TopKRenormKL", f"return {T_SQUARED}", "return "),
+    (assert_kept_head, divergences, "TopKRenormKL", "kl_of(log_p, log_q)", "kl_of(log_q, log_p)"),
+    (assert_kept_head, divergences, "TopKRenormKL", "kept / self.temperature", "kept"),
+    (assert_kept_head, divergences, "TopKRenormKL", "to(log_q.dtype) / self.temperature", "to(log_q.dtype)"),
     (assert_mean_of_covered, by_name, "def kd_loss", "/ max(1, values.numel())", ""),
     (assert_mean_of_covered, by_name, "def kd_loss", "values.numel()", "logits.numel()"),
     (assert_mean_of_covered, by_name, "def kd_loss", "/ valid.sum().clamp(min=1)", "/ valid.numel()"),

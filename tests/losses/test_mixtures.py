@@ -273,9 +273,24 @@ def test_weights_are_one_positive_number_per_teacher(mix):
         mixed(everybody(), mix)
 
 
+@pytest.mark.parametrize("mix", ["means", {"big": 2, "small": 1}, 1.0, ("1", "2", "3")])
+def test_another_mix_is_refused(mix):
+    with pytest.raises(ConfigError, match=r"mix is .*; expected mean, confidence, or one number above 0"):
+        mixed(everybody(), mix)
+
+
+def test_what_is_no_targets_cannot_be_mixed():
+    with pytest.raises(ConfigError, match="there are no targets to mix"):
+        mixed([])
+    with pytest.raises(ConfigError, match=r"target 2 of 2 are a tensor of torch\.float64"):
+        mixed([everybody()[0], TEACHERS[1]])
+    with pytest.raises(ConfigError, match="mix: confidence got the label 99"):
+        mixed(everybody(), "confidence", torch.full_like(LABELS, 99))
+
+
 @pytest.mark.parametrize("labels", [None, LABELS[:2]])
 def test_confidence_needs_labels(labels):
-    with pytest.raises(ConfigError, match=r"mix: confidence needs a label per row \[6\]"):
+    with pytest.raises(ConfigError, match=r"mix: confidence (needs|got) labels.*shape \[6\], a label per row"):
         mixed(everybody(), "confidence", labels)
 
 

@@ -17,7 +17,9 @@ from kdpipe.losses import (
     DKD,
     LOSSES,
     NKD,
+    RKD,
     ULD,
+    AttentionTransfer,
     DistillLoss,
     ForwardKL,
     GeneralisedJSD,
@@ -26,6 +28,7 @@ from kdpipe.losses import (
     SoftTargetCE,
     TopKRenormKL,
     TotalVariation,
+    class_weighted,
     cross_entropy,
     forward_kl,
     kd_loss,
@@ -33,7 +36,7 @@ from kdpipe.losses import (
     reverse_kl,
     standardised,
 )
-from kdpipe.targets import FeatureTargets, SampledTargets, SparseTargets
+from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, SparseTargets
 from loss_definitions import DEFINED, mean_loss, random_logits, value_and_gradient
 from toy_targets import dense_of, sparse_of
 
@@ -73,7 +76,7 @@ def test_jsd_goes_to_0_at_its_ends():
         with pytest.raises(ConfigError, match="set normalise: true, which gives forward KL at 0 and reverse KL at 1"):
             GeneralisedJSD(beta=beta)
     for beta in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ConfigError, match="expected a number from 0 to 1"):
+        with pytest.raises(ConfigError, match=f"beta is {beta}; expected a number from 0"):
             GeneralisedJSD(beta=beta, normalise=True)
 
 
@@ -123,8 +126,12 @@ def test_a_student_certain_of_the_label_still_learns_from_the_others(gap):
 def test_labels_must_be_given_and_fit(loss):
     with pytest.raises(ConfigError, match=f"{type(loss).__name__} needs labels, and got none"):
         loss(STUDENT, dense_of(TEACHER))
-    with pytest.raises(ConfigError, match=r"labels of shape \[5\] with logits of shape \[6, 5\]"):
+    with pytest.raises(ConfigError, match=r"got labels that are a tensor of torch.int64 \[5\]; .*shape \[6\]"):
         loss(STUDENT, dense_of(TEACHER), LABELS[:5])
+    with pytest.raises(ConfigError, match=r"got the label 5; expected 0 to 4, or -1 for none"):
+        loss(STUDENT, dense_of(TEACHER), LABELS.clone().fill_(5))
+    with pytest.raises(ConfigError, match=r"got labels that are a tensor of torch.float64 \[6\]"):
+        loss(STUDENT, dense_of(TEACHER), LABELS.double())
 
 
 # DIST
@@ -253,9 +260,29 @@ def test_features_and_other_shapes_are_refused(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_temperature_that_means_nothing_is_refused(name):
     assert isinstance(LOSSES[name](), DistillLoss)
-    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+    for wrong in (0.0, -1.0, float("inf"), float("nan"), "4", None, True):
         with pytest.raises(ConfigError, match="temperature is"):
             LOSSES[name](temperature=wrong)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DKD(beta=float("nan")), "beta is nan; expected a number from 0"),
+        (lambda: DKD(beta=-3), "beta is -3; expected a number from 0"),
+        (lambda: NKD(gamma=float("inf")), "gamma is inf; expected a number from 0"),
+        (lambda: DIST(beta="1"), "beta is 1; expected a number from 0"),
+        (lambda: RKD(distance_weight=float("nan")), "distance_weight is nan"),
+        (lambda: AttentionTransfer(p=float("inf")), "p is inf"),
+        (lambda: AttentionTransfer(form="papr"), "form is 'papr'; the choices are paper, code"),
+        (lambda: LogitMSE(class_reduction="men"), "class_reduction is 'men'; the choices are sum, mean"),
+        (lambda: LogitMSE(of="probs"), "of is 'probs'; the choices are logits, probabilities"),
+        (lambda: ForwardKL(standardise="yes"), "standardise is 'yes'; expected true or false"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("kind", [SoftTargetCE, GeneralisedJSD, TotalVariation, ULD, ForwardKL, ReverseKL])
@@ -291,6 +318,42 @@ def test_kd_loss_leaves_out_what_is_not_covered_or_not_labelled():
         close(found, kd_loss(STUDENT[rows], dense_of(TEACHER[rows]), loss=name, labels=labels[rows]), 1e-12)
     with pytest.raises(ConfigError, match="DKD needs labels"):
         kd_loss(STUDENT, dense_of(TEACHER), loss="dkd")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"targets": TEACHER},
+            r"targets are a tensor of torch.float64 \[6, 5\]; .* a store gives.*DenseTargets",
+        ),
+        ({"logits": STUDENT.numpy()}, "the student's logits are a ndarray; expected a float tensor"),
+        ({"logits": STUDENT.long()}, r"the student's logits are a tensor of torch.int64"),
+        ({"loss": ForwardKL}, r"expected one of forward_kl, .* or a loss object"),
+        ({"loss": None}, "loss is None"),
+        ({"temperature": "4"}, "temperature is 4; expected a number above 0"),
+        ({"loss": "dkd", "labels": LABELS.tolist()}, "DKD got labels that are a list; expected an integer tensor"),
+    ],
+)
+def test_kd_loss_says_what_does_not_fit(wrong, message):
+    arguments = {"logits": STUDENT, "targets": dense_of(TEACHER), **wrong}
+    with pytest.raises(ConfigError, match=message):
+        kd_loss(arguments.pop("logits"), arguments.pop("targets"), **arguments)
+
+
+def test_kd_loss_takes_logits_in_memory_and_labels_of_any_integer():
+    close(kd_loss(STUDENT, DenseTargets.of(TEACHER)), kd_loss(STUDENT, dense_of(TEACHER)), 1e-12)
+    found = kd_loss(STUDENT, DenseTargets.of(TEACHER), loss="dkd", labels=LABELS.int())
+    close(found, kd_loss(STUDENT, dense_of(TEACHER), loss="dkd", labels=LABELS), 1e-12)
+
+
+def test_label_losses_say_what_does_not_fit():
+    with pytest.raises(ConfigError, match=r"class_counts are \[1, 0\]; expected a number above 0 for each class"):
+        logit_adjusted(cross_entropy, torch.tensor([1, 0]))
+    with pytest.raises(ConfigError, match=r"class_counts have shape \[2\]; expected one for each of 5 classes"):
+        logit_adjusted(cross_entropy, torch.tensor([1, 2]))(STUDENT, LABELS)
+    with pytest.raises(ConfigError, match=r"weights have shape \[2\]; expected one for each of 5 classes"):
+        class_weighted(cross_entropy, torch.ones(2))(STUDENT, LABELS)
 
 
 class Quadratic:

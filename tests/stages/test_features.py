@@ -454,7 +454,7 @@ def test_an_interrupted_reuse_ends_as_an_uninterrupted_one(reusable, tmp_path_fa
     [
         ([SIMKD, SIMKD], {}, "so does another loss; leave one"),
         (
-            [SIMKD | {"student_output": "", "projector": "linear"}],
+            [SIMKD | {"student_output": "", "projector": None}],
             {},
             "name what goes into that layer as student_output",
         ),

@@ -108,6 +108,47 @@ def test_a_loss_that_does_not_fit_is_refused_by_check(folder, loss, targets, mes
         check.run(project_in(folder))
 
 
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            named("forward_kl", projector="linear"),
+            r"student\.losses\.0\.projector: .* name the output .* student_output",
+        ),
+        (named("dkd", beta=float("nan")), r"student\.losses\.0\.beta: nan; expected a finite number"),
+        (named("nkd", gamma=float("inf")), r"student\.losses\.0\.gamma: inf; expected a finite number"),
+        (named("dkd", beta=-3), r"student\.losses\.0: beta is -3\.0; expected a number from 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_by_check(folder, loss, message):
+    write_params(folder, settings(loss))
+    with pytest.raises(ConfigError, match=message):
+        check.run(project_in(folder))
+
+
+@pytest.mark.parametrize(
+    ("loss", "student", "train", "message"),
+    [
+        (named("forward_kl"), {"labelled_rows": 0}, {}, "label_weight is above 0 but no row has a label"),
+        (named("dkd"), {"labelled_rows": 0, "label_weight": 0}, {}, "DKD learns from labelled rows only"),
+        (
+            named("forward_kl"),
+            {"labelled_rows": 0, "label_weight": 0, "baselines": ["labels_only"]},
+            {},
+            "set baselines",
+        ),
+        (named("forward_kl"), {"labelled_rows": 3}, {"class_weights": "balanced"}, r"student\.train\.class_weights"),
+        ({**named("forward_kl"), "factory": "kdpipe.losses:BalancedKL"}, {"labelled_rows": 3}, {}, "no labelled row of class"),
+    ],
+)
+def test_check_knows_what_labels_the_student_may_know(folder, loss, student, train, message):
+    changed = settings(loss, train)
+    changed["student"] |= student
+    write_params(folder, changed)
+    with pytest.raises(ConfigError, match=message):
+        check.run(project_in(folder))
+
+
 # Labels of rare classes
 
 

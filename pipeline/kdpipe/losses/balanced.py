@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
+from kdpipe.losses.checking import check_arguments
 from kdpipe.losses.distributions import student_softened, with_every_class
-from kdpipe.targets import Targets, check_temperature
+from kdpipe.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class BalancedKL:
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing, and classes without a row."""
-        check_temperature(self.temperature)
+        check_arguments(self)
         if not 0 <= self.beta < 1:
             raise ConfigError(f"beta is {self.beta}; expected 0 <= beta < 1")
         counts = torch.as_tensor(self.class_counts, dtype=torch.float64)

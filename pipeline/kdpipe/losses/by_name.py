@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
-from kdpipe.losses.base import DistillLoss, valid_rows, values_of
+from kdpipe.losses.base import DistillLoss, needs_labels, valid_rows, values_of
+from kdpipe.losses.checking import check_labels, check_logits, check_targets
 from kdpipe.losses.decoupled import DKD, NKD
 from kdpipe.losses.divergences import ForwardKL, GeneralisedJSD, ReverseKL, SoftTargetCE, TopKRenormKL, TotalVariation
 from kdpipe.losses.logits import LogitMSE
@@ -51,6 +52,10 @@ def kd_loss(
     `ConfigError`.
     """
     loss = _loss(loss, temperature, allow_interpolation)
+    check_logits(logits)
+    check_targets(targets)
+    if labels is not None and needs_labels(loss):
+        labels = check_labels(type(loss).__name__, labels, tuple(logits.shape[:-1]), logits.shape[-1])
     values, valid = values_of(loss, logits, targets, labels), valid_rows(loss, targets, labels)
     if valid is None:
         return values.sum() / max(1, values.numel())
@@ -62,6 +67,11 @@ def _loss(loss: str | DistillLoss, temperature: float | None, allow_interpolatio
     if allow_interpolation:
         asked["allow_interpolation"] = True
     if not isinstance(loss, str):
+        if isinstance(loss, type) or not isinstance(loss, DistillLoss):
+            raise ConfigError(
+                f"loss is {loss!r}; expected one of {', '.join(LOSSES)}, or a loss object such as "
+                "ForwardKL(temperature=2)"
+            )
         if asked:
             raise ConfigError(
                 f"kd_loss got {', '.join(asked)} and a {type(loss).__name__}, which has its own; set it there"

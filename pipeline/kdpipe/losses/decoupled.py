@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdpipe.losses.distributions import check_labels, check_shape, widened, with_every_class
+from kdpipe.losses.checking import check_arguments, check_labels
+from kdpipe.losses.distributions import check_shape, widened, with_every_class
 from kdpipe.losses.divergences import kl_of
-from kdpipe.targets import DenseTargets, MixedTargets, Targets, check_temperature
+from kdpipe.targets import DenseTargets, MixedTargets, Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,8 @@ class DKD:
     beta: float = 8.0
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that means nothing."""
-        check_temperature(self.temperature)
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
 
     def __call__(self, logits: Tensor, targets: Targets, labels: Tensor | None = None) -> Tensor:
         """One value per row `[B, ...]`, 0 where the label `[B, ...]` is below 0."""
@@ -60,8 +61,8 @@ class NKD:
     gamma: float = 1.5
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that means nothing."""
-        check_temperature(self.temperature)
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
 
     def __call__(self, logits: Tensor, targets: Targets, labels: Tensor | None = None) -> Tensor:
         """One value per row `[B, ...]`, 0 where the label `[B, ...]` is below 0."""
@@ -86,7 +87,7 @@ def _checked(
     """Student logits `[B, ..., C]`, what the teacher says of every class, and labels `[B, ...]`."""
     teacher = with_every_class(targets, name)
     check_shape(logits, teacher.shape)
-    return widened(logits), teacher, check_labels(name, logits, labels)
+    return widened(logits), teacher, check_labels(name, labels, tuple(logits.shape[:-1]), logits.shape[-1])
 
 
 def _split(softened: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

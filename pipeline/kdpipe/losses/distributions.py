@@ -109,18 +109,6 @@ def check_shape(logits: Tensor, expected: tuple[int, ...]) -> None:
         )
 
 
-def check_labels(name: str, logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Labels `[B, ...]`. Raises `ConfigError` where they are absent or shaped otherwise."""
-    if labels is None:
-        raise ConfigError(f"{name} needs labels, and got none; expected one per row, -1 where there is none")
-    if labels.shape != logits.shape[:-1]:
-        raise ConfigError(
-            f"{name} got labels of shape {list(labels.shape)} with logits of shape {list(logits.shape)}; "
-            "expected one label per row"
-        )
-    return labels
-
-
 def widened(logits: Tensor) -> Tensor:
     """In float32, or float64 where they are."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import log_probs_at
+from kdpipe.losses.checking import check_arguments
 from kdpipe.losses.distributions import check_shape, log_probs_of_both, student_softened, teacher_log_probs, widened
-from kdpipe.targets import SampledTargets, SparseTargets, Targets, check_temperature
+from kdpipe.targets import SampledTargets, SparseTargets, Targets
 
 _LOWEST = -1e30
 """Stands for the log of 0 where a difference of two of them must be a number."""
@@ -34,8 +35,8 @@ class ForwardKL:
     standardise: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that means nothing."""
-        check_temperature(self.temperature)
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`."""
@@ -59,8 +60,8 @@ class ReverseKL:
     standardise: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that means nothing."""
-        check_temperature(self.temperature)
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`."""
@@ -87,8 +88,8 @@ class SoftTargetCE:
     standardise: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that means nothing."""
-        check_temperature(self.temperature)
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`."""
@@ -120,9 +121,9 @@ class GeneralisedJSD:
     standardise: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a temperature or a beta that means nothing."""
-        check_temperature(self.temperature)
-        if not 0 <= self.beta <= 1:
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
+        if self.beta > 1:
             raise ConfigError(f"beta is {self.beta}; expected a number from 0 to 1")
         if self.beta in (0, 1) and not self.normalise:
             raise ConfigError(
@@ -161,8 +162,8 @@ class TotalVariation:
     allow_interpolation: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that means nothing."""
-        check_temperature(self.temperature)
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`."""
@@ -185,8 +186,8 @@ class TopKRenormKL:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that means nothing."""
-        check_temperature(self.temperature)
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
+from kdpipe.losses.checking import check_arguments
 from kdpipe.losses.distributions import root, widened
 from kdpipe.targets import FeatureTargets, Targets
 
@@ -92,6 +93,7 @@ class AttentionTransfer:
 
     def __post_init__(self) -> None:
         """Refuse a power without a gradient at 0."""
+        check_arguments(self)
         if not self.p >= 1:
             raise ConfigError(f"p is {self.p}; expected a number from 1")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kdpipe.errors import ConfigError
 from kdpipe.losses.distributions import widened
 
 _NONE = -1
@@ -35,6 +36,7 @@ def class_weighted(loss: LabelLoss, weights: Tensor) -> LabelLoss:
     """
 
     def weighted(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        _check_per_class("weights", weights, logits)
         values = loss(logits, labels, smoothing)
         return values * weights.to(values)[labels.clamp(min=0)]
 
@@ -48,9 +50,20 @@ def logit_adjusted(loss: LabelLoss, class_counts: Tensor, tau: float = 1.0) -> L
     class must have a count above 0.
     """
 
+    if not bool((class_counts > 0).all()):
+        raise ConfigError(f"class_counts are {class_counts.tolist()}; expected a number above 0 for each class")
+
     def adjusted(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        _check_per_class("class_counts", class_counts, logits)
         wide = widened(logits)
         counts = class_counts.to(wide)
         return loss(wide + tau * (counts / counts.sum()).log(), labels, smoothing)
 
     return adjusted
+
+
+def _check_per_class(name: str, values: Tensor, logits: Tensor) -> None:
+    if values.shape != logits.shape[-1:]:
+        raise ConfigError(
+            f"{name} have shape {list(values.shape)}; expected one for each of {logits.shape[-1]} classes"
+        )

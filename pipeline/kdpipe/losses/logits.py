@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kdpipe.losses.checking import check_arguments
 from kdpipe.losses.distributions import check_shape, log_probs_of_both, only_dense, root, widened
-from kdpipe.targets import Targets, check_temperature
+from kdpipe.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ class LogitMSE:
     allow_interpolation: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that means nothing."""
-        check_temperature(self.temperature)
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`."""

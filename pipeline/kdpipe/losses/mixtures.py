@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
-from kdpipe.targets import DenseTargets, FeatureTargets, MixedTargets, SampledTargets, Targets
+from kdpipe.losses.checking import check_labels, check_targets
+from kdpipe.targets import DenseTargets, FeatureTargets, MixedTargets, SampledTargets, Targets, is_number
 
 Mix = Literal["mean", "confidence"] | tuple[float, ...]
 """What each teacher's probabilities are weighted with: the same, by its confidence in the row's label, or a number."""
@@ -35,6 +36,8 @@ def mixed(targets: Sequence[Targets], mix: Mix = "mean", labels: Tensor | None =
     Raises `ConfigError` for targets other than dense ones: what top-k targets keep are classes of their own, and draws
     have no logarithm.
     """
+    if not targets:
+        raise ConfigError("there are no targets to mix; expected those of one teacher or more")
     parts = [_checked(index, each, targets) for index, each in enumerate(targets)]
     covered = torch.stack([_covered(each) for each in parts], dim=-1)
     if mix == "confidence":
@@ -56,6 +59,7 @@ def covered_by_any(targets: Sequence[Targets]) -> Tensor | None:
 
 def _checked(index: int, targets: Targets, beside: Sequence[Targets]) -> DenseTargets:
     which = f"target {index + 1} of {len(beside)}"
+    check_targets(targets, which)
     if not isinstance(targets, DenseTargets):
         raise ConfigError(
             f"{which} cannot be mixed exactly: it holds {_kind(targets)}. Cache with encoding: dense or int8, or give "
@@ -86,19 +90,18 @@ def _covered(targets: DenseTargets) -> Tensor:
 def _numbers(mix: Literal["mean"] | tuple[float, ...], num_parts: int) -> tuple[float, ...]:
     """One weight per teacher."""
     weights = (1.0,) * num_parts if mix == "mean" else mix
-    if len(weights) != num_parts or not all(0 < each < math.inf for each in weights):
+    is_numbers = isinstance(weights, Sequence) and all(map(is_number, weights))
+    if not is_numbers or len(weights) != num_parts or not all(0 < each < math.inf for each in weights):
         raise ConfigError(
-            f"mix is {list(weights)}; expected mean, confidence, or one number above 0 for each of {num_parts} teachers"
+            f"mix is {mix!r}; expected mean, confidence, or one number above 0 for each of {num_parts} teachers"
         )
     return weights
 
 
 def _confidence(parts: Sequence[DenseTargets], covered: Tensor, labels: Tensor | None) -> Tensor:
     """Weights `[B, ..., K]`, of the covering teachers alone where `covered [B, ..., K]`; equal ones without a label."""
-    rows = parts[0].row_max.shape
-    if labels is None or labels.shape != rows:
-        found = "none" if labels is None else f"labels of shape {list(labels.shape)}"
-        raise ConfigError(f"mix: confidence needs a label per row {list(rows)}, -1 where there is none; found {found}")
+    first = parts[0].values
+    labels = check_labels("mix: confidence", labels, tuple(first.shape[:-1]), first.shape[-1])
     place = labels.clamp(min=0).unsqueeze(-1)
     cross_entropy = torch.cat([-each.log_probs().gather(-1, place) for each in parts], dim=-1).clamp(max=_HOPELESS)
     share = torch.softmax(cross_entropy.masked_fill(~covered, -torch.inf), dim=-1)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
+from kdpipe.losses.checking import check_arguments
 from kdpipe.losses.distributions import check_shape, log_probs_of_both, root, with_every_class
-from kdpipe.targets import Targets, check_temperature
+from kdpipe.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class DIST:
 
     def __post_init__(self) -> None:
         """Refuse a temperature or an eps that means nothing."""
-        check_temperature(self.temperature)
+        check_arguments(self)
         if not self.eps > 0:
             raise ConfigError(f"eps is {self.eps}; expected a number above 0")
 

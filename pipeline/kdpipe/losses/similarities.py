@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from kdpipe.errors import ConfigError
+from kdpipe.losses.checking import check_arguments
 from kdpipe.losses.distributions import widened
 from kdpipe.losses.features import found, of_features, unit
 from kdpipe.targets import Targets
@@ -65,6 +66,7 @@ class RKD:
 
     def __post_init__(self) -> None:
         """Refuse weights of which nothing is left."""
+        check_arguments(self)
         if min(self.distance_weight, self.angle_weight) < 0 or self.distance_weight + self.angle_weight == 0:
             raise ConfigError(
                 f"distance_weight is {self.distance_weight:g} and angle_weight {self.angle_weight:g}; expected numbers "

@@ -10,8 +10,9 @@ from torch.nn.functional import pad
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import bucket_log_probs
+from kdpipe.losses.checking import check_arguments
 from kdpipe.losses.distributions import teacher_log_probs, widened
-from kdpipe.targets import SparseTargets, Targets, check_temperature
+from kdpipe.targets import SparseTargets, Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class ULD:
     allow_interpolation: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that means nothing."""
-        check_temperature(self.temperature)
+        """Refuse arguments that mean nothing."""
+        check_arguments(self)
 
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]` for student logits `[B, ..., C]` of any C."""
