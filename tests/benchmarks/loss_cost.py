@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,12 +14,37 @@ from torch import Tensor
 from benchmarks.measuring import cpu_s, machine, shown
 from kdpipe.encodings import Dense, Sampled, TargetEncoding, TopK
 from kdpipe.errors import ConfigError
-from kdpipe.losses import LOSSES, DistillLoss, cross_entropy, needs_labels, values_of
-from kdpipe.targets import OutputSpec, SampledTargets, Targets
+from kdpipe.losses import (
+    LOSSES,
+    RKD,
+    AttentionTransfer,
+    BalancedKL,
+    CosineFeature,
+    DistillLoss,
+    HintMSE,
+    SimilarityPreserving,
+    cross_entropy,
+    needs_labels,
+    values_of,
+)
+from kdpipe.targets import FeatureTargets, OutputSpec, SampledTargets, Targets
 from kdpipe.views import row_keys
 
 PLAIN = "cross-entropy"
-SHAPES = {"images": (256, 10), "many classes": (256, 1000), "tokens": (2, 256, 50_304)}
+FEATURES = {
+    "HintMSE": HintMSE(),
+    "CosineFeature": CosineFeature(),
+    "AttentionTransfer": AttentionTransfer(),
+    "SimilarityPreserving": SimilarityPreserving(),
+    "RKD": RKD(),
+}
+"""Without projector."""
+SHAPES = {
+    "images": (256, 10),
+    "many classes": (256, 1000),
+    "tokens": (2, 256, 50_304),
+    "features": (256, 64, 8, 8),
+}
 K = 64
 
 
@@ -50,6 +76,22 @@ def cases(shape: tuple[int, ...], device: str) -> dict[str, Callable[[Tensor], T
                 found[f"{name}, {kind}"] = lambda logits, loss=loss, targets=targets: values_of(
                     loss, logits, targets, labels if needs_labels(loss) else None
                 )
+        if kind == "dense":
+            balanced = BalancedKL(class_counts=range(1, shape[-1] + 1), temperature=1.0)
+            found["balanced_kl, dense"] = partial(balanced, targets=targets)
+    return found
+
+
+def cases_of_features(shape: tuple[int, ...], device: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The same of features `[B, D, H, W]`, beside cross-entropy of their means over places, as of D classes."""
+    teacher = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.randint(shape[1], shape[:1], generator=torch.Generator().manual_seed(0)).to(device)
+    targets = FeatureTargets(values=teacher)
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        PLAIN: lambda features: cross_entropy(features.mean(dim=(2, 3)), labels)
+    }
+    for name, loss in FEATURES.items():
+        found[name] = lambda features, loss=loss: values_of(loss, features, targets, None)
     return found
 
 
@@ -85,7 +127,7 @@ def main(rounds: int = 15, shapes: dict[str, tuple[int, ...]] = SHAPES, folder: 
     print(f"{device}, {threads} thread{'s' * (threads > 1)} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')})")
     print(machine("torch") + "\n")
     for name, shape in shapes.items():
-        compared = cases(shape, device)
+        compared = cases_of_features(shape, device) if len(shape) == 4 else cases(shape, device)
         logits = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device)
         costs: dict[str, list[float]] = {each: [] for each in compared}
         for number in range(-1, rounds):
@@ -93,7 +135,7 @@ def main(rounds: int = 15, shapes: dict[str, tuple[int, ...]] = SHAPES, folder: 
                 cost = step_ms(values, logits)
                 if number >= 0:  # the first round warms up
                     costs[each].append(cost)
-        print(f"{name}: logits {list(shape)}, {rounds} rounds interleaved\n")
+        print(f"{name}: {list(shape)}, {rounds} rounds interleaved\n")
         print("| loss, targets | ms per step | x cross-entropy |\n| --- | --- | --- |")
         for each, found in costs.items():
             ratios = [cost / base for cost, base in zip(found, costs[PLAIN], strict=True)]
