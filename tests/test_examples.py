@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 
 from kdpipe.config import load_module, resolve
+from kdpipe.data.sources.digits import write_digits
 from kdpipe.losses import AttentionTransfer
 from kdpipe.models.resnet import ResNet
 from kdpipe.store import TargetStore
@@ -302,7 +303,9 @@ def test_keras_through_onnx(tmp_path):
 
 
 def imported_table(folder):
-    return shutil.copytree(EXAMPLES / "imported_table", folder / "table", ignore=shutil.ignore_patterns("data"))
+    copy = shutil.copytree(EXAMPLES / "imported_table", folder / "table", ignore=shutil.ignore_patterns("data"))
+    write_digits(copy / "data" / "raw" / "digits.parquet")
+    return copy
 
 
 def test_a_graph_network_propagates_by_a_symmetric_matrix(tmp_path):

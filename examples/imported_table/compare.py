@@ -1,8 +1,8 @@
 """What the table is worth to the student, and what the graph network itself knows, with 30, 100 and 500 labels.
 
-`python compare.py [DRAWS]` draws the labelled rows 10 times; network and student both learn anew from each draw.
-It prints the table of README.md, and writes every accuracy to comparison.json. It works below data/comparison, and goes
-on where it stopped.
+`python compare.py [DRAWS]`, after `python digits.py`, draws the labelled rows 10 times; network and student both learn
+anew from each draw. It prints the table of README.md, and writes every accuracy to comparison.json. It works below
+data/comparison, and goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+
+import pyarrow as pa
 
 from kdpipe import durable
 from kdpipe.config import resolve
 from kdpipe.data.preparing import Prepared, RowSchema, prepare
 from kdpipe.data.sources import Source
-from kdpipe.errors import ConfigError
+from kdpipe.errors import ConfigError, DataError, KdpipeError
 from kdpipe.fingerprint import canonical_json
 from kdpipe.tasks.base import rows_of
 from kdpipe_stages.params import prepared_sections, source_columns, split_plan
@@ -42,4 +45,20 @@ def source_of(project: Project) -> Source:
     source = project.bind(section.source, "data.source", **offered).make()
     if not isinstance(source, Source):
         raise ConfigError(f"data.source: {section.source.path} is no Source (see kdpipe.data.sources.Source)")
-    return source
+    return _Named(section.source.path, source)
+
+
+class _Named:
+    """A source whose own errors name it."""
+
+    def __init__(self, name: str, source: Source) -> None:
+        self._name, self._source = name, source
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The source's. Raises `DataError` for whatever its code raises but kdpipe's errors and the system's."""
+        try:
+            yield from self._source.batches()
+        except (KdpipeError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise DataError(f"data.source: {self._name} fails: {type(error).__name__}: {error}") from error

@@ -30,7 +30,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "missing_shards": len(missing),
         "num_bytes": store.num_bytes,
         "num_bytes_with_ids_and_log": sum(store.file_size(name) or 0 for name in store.file_names()),
-        "bytes_per_row": store.num_bytes / max(1, store.num_rows * store.num_views),
+        "bytes_per_row": store.num_bytes / max(1, store.num_answers),
         "recorded": dict(manifest.recorded),
     }
     if not missing:

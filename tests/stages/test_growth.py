@@ -15,6 +15,7 @@ from kdpipe.store import open_store
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.cache_teacher import build_teacher
+from kdpipe_stages.stores import inspect
 from projects import (
     cache,
     digits,
@@ -179,6 +180,10 @@ def test_views_of_some_splits_only(folder):
     data = PreparedData(project.prepared)
     train, test = data.rows_of(["train"]), data.rows_of(["test"])
     assert rows_shown(folder) == NUM_ROWS + 2 * len(train)
+    made = open_store(store_path)
+    assert (
+        inspect(store_path)["bytes_per_row"] == made.num_bytes / made.num_answers == made.num_bytes / rows_shown(folder)
+    )
     check_targets(folder, rows=test, views=[0])
     check_targets(folder, rows=train)
     store = open_store(store_path)

@@ -138,7 +138,12 @@ def test_settings_that_mean_nothing_are_refused_by_check(folder, loss, message):
             "set baselines",
         ),
         (named("forward_kl"), {"labelled_rows": 3}, {"class_weights": "balanced"}, r"student\.train\.class_weights"),
-        ({**named("forward_kl"), "factory": "kdpipe.losses:BalancedKL"}, {"labelled_rows": 3}, {}, "no labelled row of class"),
+        (
+            {**named("forward_kl"), "factory": "kdpipe.losses:BalancedKL"},
+            {"labelled_rows": 3},
+            {},
+            "no labelled row of class",
+        ),
     ],
 )
 def test_check_knows_what_labels_the_student_may_know(folder, loss, student, train, message):

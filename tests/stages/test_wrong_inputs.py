@@ -460,3 +460,27 @@ def test_a_student_that_needs_more_memory_than_there_is(tmp_path, capsys, monkey
     assert "out of memory" in message
     assert "can't allocate memory" in message
     assert "train.micro_batch_size" in message
+
+
+OWN_SOURCE = """
+from kdpipe.data.sources import Table
+
+
+class Halved(Table):
+    def batches(self):
+        for batch in super().batches():
+            yield batch.filter(batch["kind"])
+"""
+
+
+def test_a_source_of_ones_own_that_fails_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN_SOURCE)
+    changed = params()
+    changed["data"]["source"] = {"factory": "own.py:Halved"}
+    make_project(tmp_path)
+    write_params(tmp_path, changed)
+    monkeypatch.chdir(tmp_path)
+    for command in ("check", "prepare-data"):
+        message = fails(capsys, command)
+        assert "data.source: own.py:Halved fails: KeyError" in message
+        assert "kind" in message
