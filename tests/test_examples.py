@@ -537,7 +537,7 @@ def ag_news(request):
 
 def test_text_lstm(tmp_path, ag_news):
     rows, least = ag_news
-    small, train = {"factory": "reader.py:Reader", "width": 32, "hidden": 24}, quick(3) | {"learning_rate": 0.01}
+    small, train = {"factory": "reader.py:Reader", "width": 32, "hidden": 24}, quick(6) | {"learning_rate": 0.01}
     folder = example(
         "text_lstm", tmp_path, rows, {"model": small, "train": train}, seeds=1, labelled_fraction=0.1, train=train
     )

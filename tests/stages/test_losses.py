@@ -268,6 +268,7 @@ def test_the_guides_own_loop_runs(folder):
     student_logits, labels = torch.randn(8, 10), torch.arange(8)
     (loop,) = [each for each in blocks("python") if "kd_loss(student_logits" in each]
     names = {"student_logits": student_logits, "targets": targets, "others_targets": targets, "labels": labels}
+    names["teacher_logits"] = targets.logits()
     exec(loop, names)
     assert names["loss"] == kd_loss(student_logits, targets, loss=names["DKD"](beta=2.0), labels=labels)
 

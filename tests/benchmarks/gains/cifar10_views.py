@@ -21,6 +21,7 @@ from kdpipe.store import TargetStore
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe_stages import cache_teacher, prepare_data, train_teacher
 
+VIEWS = (16, 4, 1)
 CLEAN = "16 views seen, targets of the clean row"
 SEEN = [{"factory": "kdpipe.transforms:PadAndCrop", "padding": 4}, {"factory": "kdpipe.transforms:Flip"}]
 
@@ -68,7 +69,7 @@ def settings(num_seeds: int, epochs: int, teacher_epochs: int, path: Path) -> di
         },
         "targets": {"resnet": {"temperatures": [1, 2], "threads": 1}},
         "views": {
-            "count": 16,
+            "count": VIEWS[0],
             "seed": 17,
             "splits": ["train"],
             "transform": {"factory": "kdpipe.transforms:Compose", "transforms": SEEN},
@@ -124,7 +125,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         rows = some_rows(path, num_rows, Path(scratch) / "rows.parquet")
         base = settings(num_seeds, epochs, teacher_epochs, rows)
-        arms = [Arm(name=f"{count} cached views", changes={"views": {"count": count}}) for count in (16, 4, 1)]
+        arms = [Arm(name=f"{count} cached views", changes={"views": {"count": count}}) for count in VIEWS]
         # The smoothing is the baselines', so no number changes by it, but these students are trained anew.
         arms.append(Arm(name=CLEAN, changes={"student": {"label_smoothing": 0.11}}, during=clean_targets))
         arms.append(Arm(name="no views, targets of the clean row", changes={"views": {"count": 0}}))
