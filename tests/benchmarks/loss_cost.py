@@ -43,7 +43,7 @@ SHAPES = {
     "images": (256, 10),
     "many classes": (256, 1000),
     "tokens": (2, 256, 50_304),
-    "features": (256, 64, 8, 8),
+    "features": (256, 64, 2, 2),
 }
 K = 64
 
