@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kdpipe.errors import ConfigError
+from kdpipe.targets import is_number
 
 
 def check_probability(transform: object, name: str = "probability") -> None:
@@ -19,7 +20,7 @@ def check_range(transform: object, name: str, low: float, high: float) -> None:
     """
     found = getattr(transform, name)
     if isinstance(found, tuple | list):
-        fits = len(found) == 2 and all(map(_is_number, found)) and low < found[0] <= found[1] <= high
+        fits = len(found) == 2 and all(map(is_number, found)) and low < found[0] <= found[1] <= high
         _refuse(
             transform,
             name,
@@ -27,7 +28,7 @@ def check_range(transform: object, name: str, low: float, high: float) -> None:
             fits,
         )
     else:
-        _refuse(transform, name, f"a number from {low:g} to {high:g}", _is_number(found) and low <= found <= high)
+        _refuse(transform, name, f"a number from {low:g} to {high:g}", is_number(found) and low <= found <= high)
 
 
 def check_whole(transform: object, name: str, low: int, high: int) -> None:
@@ -35,10 +36,6 @@ def check_whole(transform: object, name: str, low: int, high: int) -> None:
     found = getattr(transform, name)
     fits = isinstance(found, int) and not isinstance(found, bool) and low <= found <= high
     _refuse(transform, name, f"a whole number from {low} to {high}", fits)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _refuse(transform: object, name: str, expected: str, fits: Any) -> None:

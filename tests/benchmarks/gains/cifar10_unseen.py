@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.gains import DATASETS, LABELS_ONLY, Arm, accuracies, cifar10_views, report
-from benchmarks.gains.cifar10_views import CLEAN, clean_targets, echo, settings, some_rows
+from benchmarks.gains import DATASETS, cifar10_views
+from benchmarks.gains.cifar10_views import arms_of, compare, settings, some_rows
 
 TEACHERS_OWN = "teacher"
 
@@ -40,13 +40,6 @@ def main(
         rows = dealt(path, num_rows, Path(scratch) / "rows.parquet")
         base = settings(num_seeds, epochs, teacher_epochs, rows)
         base["teachers"]["resnet"]["train"]["split"] = TEACHERS_OWN
-        arms = [
-            Arm(name=f"{count} cached views", changes={"views": {"count": count}})
-            for count in (cifar10_views.VIEWS[0], cifar10_views.VIEWS[-1])
-        ]
-        # As in `cifar10_views`: a baseline's number, so that these students are trained anew.
-        arms.append(Arm(name=CLEAN, changes={"student": {"label_smoothing": 0.11}}, during=clean_targets))
-        found = accuracies(Path(scratch) / "project", base, arms)
-        said = echo(Path(scratch) / "project", base)
-    report(f"CIFAR-10, {num_rows:,} rows that the teacher has not learnt", found, [LABELS_ONLY, CLEAN], began)
-    print(said)
+        arms = arms_of((cifar10_views.VIEWS[0], cifar10_views.VIEWS[-1]))
+        title = f"CIFAR-10, {num_rows:,} rows that the teacher has not learnt"
+        compare(title, Path(scratch) / "project", base, arms, began)

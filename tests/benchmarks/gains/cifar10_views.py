@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,21 @@ def echo(folder: Path, base: dict[str, Any]) -> str:
     return f"The teacher is right about {clean:.1%} of the {len(rows):,} training rows, and of view 1 {view:.1%}."
 
 
+def arms_of(counts: Sequence[int]) -> list[Arm]:
+    """Students of so many cached views; and of the targets of the clean row, whatever view they see."""
+    arms = [Arm(name=f"{count} cached views", changes={"views": {"count": count}}) for count in counts]
+    # The smoothing is the baselines', so no number changes by it, but these students are trained anew.
+    return [*arms, Arm(name=CLEAN, changes={"student": {"label_smoothing": 0.11}}, during=clean_targets)]
+
+
+def compare(title: str, folder: Path, base: dict[str, Any], arms: Sequence[Arm], began: float) -> None:
+    """Print the table of the arms, and what the teacher knows of the rows that they learn from."""
+    found = accuracies(folder, base, arms)
+    said = echo(folder, base)
+    report(title, found, [LABELS_ONLY, CLEAN], began)
+    print(said)
+
+
 def main(
     num_seeds: int = 5,
     epochs: int = 16,
@@ -125,11 +140,5 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         rows = some_rows(path, num_rows, Path(scratch) / "rows.parquet")
         base = settings(num_seeds, epochs, teacher_epochs, rows)
-        arms = [Arm(name=f"{count} cached views", changes={"views": {"count": count}}) for count in VIEWS]
-        # The smoothing is the baselines', so no number changes by it, but these students are trained anew.
-        arms.append(Arm(name=CLEAN, changes={"student": {"label_smoothing": 0.11}}, during=clean_targets))
-        arms.append(Arm(name="no views, targets of the clean row", changes={"views": {"count": 0}}))
-        found = accuracies(Path(scratch) / "project", base, arms)
-        said = echo(Path(scratch) / "project", base)
-    report(f"CIFAR-10, {num_rows:,} rows, labels for 10 %", found, [LABELS_ONLY, CLEAN], began)
-    print(said)
+        arms = [*arms_of(VIEWS), Arm(name="no views, targets of the clean row", changes={"views": {"count": 0}})]
+        compare(f"CIFAR-10, {num_rows:,} rows, labels for 10 %", Path(scratch) / "project", base, arms, began)
