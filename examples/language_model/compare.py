@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,7 @@ class LiveTargets:
     def read(self, rows: NDArray[np.int64], view: int = 0) -> dict[str, DenseTargets]:
         """The logits of row numbers `[B]`, float32."""
         said = self._teacher.predict(self._inputs.read(rows))
-        row_max = said["logits"].amax(dim=-1)
-        values = said["logits"] - row_max.unsqueeze(-1)
-        return {"logits": DenseTargets(values=values, row_max=row_max, covered=said["covered"].clone())}
+        return {"logits": replace(DenseTargets.of(said["logits"]), covered=said["covered"].clone())}
 
     def read_ahead(self, groups: Iterable[tuple[int, Group]]) -> Iterator[dict[str, DenseTargets]]:
         """One batch after the other; nothing is read ahead."""

@@ -338,8 +338,7 @@ def _unencoded(said: Tensor, own: Targets) -> Targets:
     """What the teacher says `[B, ..., C]` or `[B, ..., D]`, as targets that lose nothing."""
     if isinstance(own, FeatureTargets):
         return FeatureTargets(values=said)
-    row_max = said.amax(dim=-1)
-    return DenseTargets(values=said - row_max.unsqueeze(-1), row_max=row_max)
+    return DenseTargets.of(said)
 
 
 def _cross_entropy(log_probs: Tensor, targets: SampledTargets) -> Tensor:
