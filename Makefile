@@ -26,8 +26,7 @@ lint: install
 	$(BIN)/lint-imports
 
 recipes: install
-	export PATH="$(CURDIR)/$(BIN):$$PATH"; for name in $(RECIPES); do (cd examples/$$name && dvc repro) || exit 1; done
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.recipes $(RECIPES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/python -m benchmarks.recipes $(RECIPES)
 
 bench: install
 	PYTHONPATH=tests $(BIN)/python -m benchmarks $(ONLY)

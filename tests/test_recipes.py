@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks import recipes
 from kdpipe_stages.cli import run
 from projects import REPOSITORY, write_params
-from real_dvc import commit, git_init, repro, shell
+from real_dvc import commit, git_init, shell
 from toy_datasets import write_dataset
 
 EXAMPLES = REPOSITORY / "examples"
@@ -117,7 +120,7 @@ def test_a_copied_recipe_is_a_project_of_its_own(recipe, tmp_path, monkeypatch, 
     assert 0 <= metrics["student"]["accuracy"] <= 1
     assert {path.name for path in folder.glob("*.json")} == {"metrics.json", "per_seed.json", "timings.json"}
     capsys.readouterr()
-    recipes.main([folder])
+    recipes.show_results([folder])
     names, _, values = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
     cells = dict(zip(names, values, strict=True))
     assert f"{100 * metrics['student']['accuracy']:.2f}" in cells["student, %"]
@@ -125,12 +128,17 @@ def test_a_copied_recipe_is_a_project_of_its_own(recipe, tmp_path, monkeypatch, 
     assert all(cells[name] for name in ("teacher, %", "bytes per row", "s per epoch of the student"))
 
 
-def test_under_dvc(tmp_path):
+def test_under_dvc(tmp_path, monkeypatch, capsys):
     folder = copied(EXAMPLES / "fashion_mnist", tmp_path)
     git_init(folder)
-    of_teacher = ["train_teacher@resnet", "cache_teacher@resnet"]
-    assert repro(folder) == ["prepare_data", *of_teacher, "train_student", "evaluate"]
-    assert repro(folder) == []
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    seconds = recipes.reproduce(folder)
+    assert tuple(seconds) == (*recipes.STAGES, "dvc repro", "CPU")
+    assert sum(seconds[stage] for stage in recipes.STAGES) < seconds["dvc repro"]
+    assert tuple(recipes.reproduce(folder)) == ("dvc repro", "CPU")
+    capsys.readouterr()
+    recipes.show_seconds({"fashion_mnist": seconds})
+    assert f"| {seconds['cache_teacher']:.1f} | {seconds['train_student']:.1f} |" in capsys.readouterr().out
     commit(folder)
     kept = shell(folder, "git", "ls-files").split()
     assert {"dvc.lock", "metrics.json", "per_seed.json"} <= set(kept)

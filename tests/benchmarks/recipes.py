@@ -1,12 +1,17 @@
-"""`make recipes`, or `python -m benchmarks.recipes NAME ...`: what each recipe of examples/ came to, as Markdown.
+"""`make recipes`, or `python -m benchmarks.recipes NAME ...`: `dvc repro` in folders of examples/, and what it came to.
 
-`dvc repro` has run there; everything is read from what it left: metrics.json, per_seed.json, timings.json, the stores.
+Two tables, as Markdown: results, read from what `dvc repro` left (metrics.json, per_seed.json, timings.json, the
+stores); and the seconds of each stage that it ran.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import resource
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,43 @@ COLUMNS = (
     "s of its pass",
     "s per epoch of the student",
 )
+STAGES = ("prepare_data", "train_teacher", "cache_teacher", "train_student", "evaluate")
+RUNNING = re.compile(r"Running stage '(\w+)")
+OVER = re.compile(r"Running stage '|Stage '|'.+' didn't change")
+
+
+def reproduce(folder: Path) -> dict[str, float]:
+    """Run `dvc repro`: seconds by stage that ran (`foreach` stages together), of all as `dvc repro`, and of CPU.
+
+    Raises `subprocess.CalledProcessError` where it fails.
+    """
+    seconds: dict[str, float] = {}
+    begun, spent, stage = time.perf_counter(), _cpu_seconds(), None
+    since = begun
+    with subprocess.Popen(
+        ["dvc", "repro"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr, flush=True)
+            if OVER.match(line):
+                _add(seconds, stage, since)
+                running, since = RUNNING.match(line), time.perf_counter()
+                stage = running[1] if running else None
+    _add(seconds, stage, since)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return seconds | {"dvc repro": time.perf_counter() - begun, "CPU": _cpu_seconds() - spent}
+
+
+def _add(seconds: dict[str, float], stage: str | None, since: float) -> None:
+    if stage is not None:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - since
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def row(folder: Path) -> list[str]:
@@ -82,12 +124,30 @@ def _seconds(noted: Mapping[str, float], key: str) -> str:
     return f"{noted[key]:,.2f}" if key in noted else ""
 
 
-def main(folders: Sequence[Path]) -> None:
-    """Print the table."""
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    for folder in folders:
-        print(f"| {' | '.join(row(folder))} |")
+def show_results(folders: Sequence[Path]) -> None:
+    """Print the table of results."""
+    _table(COLUMNS, [row(folder) for folder in folders])
+
+
+def show_seconds(seconds: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the table of seconds, by recipe; a stage that did not run is left out."""
+    rows = []
+    for name, of in seconds.items():
+        own = [stage for stage in of if stage not in (*STAGES, "dvc repro", "CPU")]
+        cells = [f"{of[stage]:.1f}" if stage in of else "" for stage in (*STAGES, "dvc repro", "CPU")]
+        rows.append([name, ", ".join(f"{stage} {of[stage]:.1f}" for stage in own), *cells])
+    _table(["recipe", "stages of its own, s", *(f"{stage}, s" for stage in (*STAGES, "dvc repro", "CPU"))], rows)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for cells in rows:
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    main([EXAMPLES / name for name in sys.argv[1:]])
+    names = sys.argv[1:]
+    seconds = {name: reproduce(EXAMPLES / name) for name in names}
+    show_results([EXAMPLES / name for name in names])
+    print()
+    show_seconds(seconds)
