@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kdpipe.batches import Batch, Rows
 from kdpipe.data.prepared import MISSING_LABEL
+from kdpipe.devices import compute_device
 from kdpipe.errors import ConfigError, TrainingError
 from kdpipe.inputs import Head, call, trimmed
 from kdpipe.losses import forward_kl, reverse_kl
@@ -111,7 +112,7 @@ class Distance:
 @torch.inference_mode()
 def predict(model: nn.Module, rows: Rows, batch_size: int, head: Head) -> Iterator[tuple[Batch, Tensor]]:
     """Batches of `rows` in their order, with the model's logits `[B, C]` or `[B, T, C]` in float32, on its device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     model = model.eval().to(device)
     for part in _parts(rows.rows, batch_size):
         batch = rows.batch(part).to(device)

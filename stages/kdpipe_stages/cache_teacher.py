@@ -14,6 +14,7 @@ import torch
 from kdpipe import durable
 from kdpipe.caching import WHOLE, CacheProgress, Captured, Share, capture
 from kdpipe.data.prepared import PreparedInputs
+from kdpipe.devices import compute_device
 from kdpipe.distributed import cpu_threads
 from kdpipe.errors import ConfigError, UsageError
 from kdpipe.store import TargetStore
@@ -21,7 +22,6 @@ from kdpipe.store.classifier import TeacherClassifier
 from kdpipe.store.layout import choose_shard_rows
 from kdpipe.store.manifest import COVERED, Manifest
 from kdpipe.teachers.base import Teacher, abstains
-from kdpipe.teachers.torch import device
 from kdpipe_stages.building import encodings_of
 from kdpipe_stages.params import store_sections, views_identity
 from kdpipe_stages.project import Project
@@ -195,6 +195,6 @@ def manifest_of(
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
-            "device": device(),
+            "device": compute_device().type,
         },
     )

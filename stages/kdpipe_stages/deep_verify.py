@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kdpipe.caching import read_intact, refuse_nonfinite, zero_where_abstained
 from kdpipe.data.prepared import PreparedInputs
+from kdpipe.devices import compute_device
 from kdpipe.distributed import cpu_threads
 from kdpipe.errors import ConfigError, CorruptStoreError, StaleStoreError, TeacherError
 from kdpipe.estimating import kl_to_targets
@@ -37,7 +38,6 @@ from kdpipe.store.manifest import COVERED
 from kdpipe.store.rows import SampleIndex
 from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, Targets
 from kdpipe.teachers.base import CLASS_IDS, Teacher
-from kdpipe.teachers.torch import device
 from kdpipe.views import ViewSpec, row_keys
 from kdpipe_stages.cache_teacher import manifest_of
 from kdpipe_stages.project import Project
@@ -360,12 +360,14 @@ def _per_row(values: Tensor, targets: Targets, own: Targets) -> Tensor:
 
 def _here() -> dict[str, str]:
     """What a store records of where it was captured, as it is now."""
-    return {"torch": torch.__version__, "machine": platform.machine(), "device": device()}
+    return {"torch": torch.__version__, "machine": platform.machine(), "device": compute_device().type}
 
 
 def _is_elsewhere(store: TargetStore) -> bool:
     """Whether a store may have been captured on another kind of device; of a GPU its record has no model."""
-    return device() == "cuda" or any(store.manifest.recorded.get(key) != each for key, each in _here().items())
+    return compute_device().type == "cuda" or any(
+        store.manifest.recorded.get(key) != each for key, each in _here().items()
+    )
 
 
 def _what_is_wrong(path: Path | str, store: TargetStore, name: str) -> str:

@@ -201,7 +201,7 @@ def test_two_swapped_rows_are_found_and_named(published, tmp_path, name):
 def test_last_bits_of_another_device_pass(published, tmp_path, name, monkeypatch):
     """Noise as large as the rounding of the teacher's precision, in every logit: no byte need be the same."""
     project = published(tmp_path, name)
-    monkeypatch.setattr(deep_verify, "device", lambda: "another")
+    monkeypatch.setattr(deep_verify, "compute_device", lambda: torch.device("meta"))
     generator, step = torch.Generator().manual_seed(0), 2.0**-8 if name == "bfloat16" else 2.0**-20
 
     def noisy(logits):

@@ -387,7 +387,7 @@ def test_tf32_makes_other_targets_where_there_is_a_gpu(folder, monkeypatch):
             matmul.allow_tf32 = before
 
     assert fingerprint(tf32=True) == fingerprint(tf32=False)
-    monkeypatch.setattr("kdpipe.teachers.torch.device", lambda: "cuda")
+    monkeypatch.setattr("kdpipe.teachers.torch.compute_device", lambda: torch.device("cuda"))
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.nn.Module, "to", lambda module, _: module)
         monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _: tensor)

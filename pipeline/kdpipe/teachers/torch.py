@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdpipe.data.columns import Columns
+from kdpipe.devices import compute_device
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.fingerprint import brief
 from kdpipe.inputs import LOGITS, Head, Outputs, about_classes, changed, described, kind, num_rows
@@ -27,12 +28,7 @@ _STORED_ANYWAY = (COVERED, "statistics")
 
 def _first_device(model: nn.Module) -> torch.device:
     """Where a model that is placed takes its inputs; weights that are loaded when they are used lie nowhere."""
-    return next((each.device for each in model.parameters() if each.device.type != "meta"), torch.device(device()))
-
-
-def device() -> str:
-    """Where teachers run: cuda where there is one, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return next((each.device for each in model.parameters() if each.device.type != "meta"), compute_device())
 
 
 class TorchTeacher:
@@ -59,7 +55,7 @@ class TorchTeacher:
         logits: str | None = None,
     ) -> None:
         is_placed = hasattr(model, "hf_device_map")  # by Transformers, on one device or several
-        self._device = _first_device(model) if is_placed else torch.device(device())
+        self._device = _first_device(model) if is_placed else compute_device()
         model = model.eval() if is_placed else model.eval().to(self._device)
         features = [name for name in dict.fromkeys(outputs) if name != LOGITS]
         self._forward = Outputs(model, features, Head(logits, num_classes))

@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.data.columns import Columns
+from kdpipe.devices import compute_device
 from kdpipe.errors import ConfigError
 from kdpipe.random_numbers import uniform
 from kdpipe.transforms import pixels
 from kdpipe.transforms.checking import check_probability, check_range, check_whole
 
 IMAGE = "image"
-_AT_ONCE = 2**17
-"""Values that are worked on at a time: they stay in a core's cache."""
+_AT_ONCE = {"cpu": 2**17, "cuda": 2**24}
+"""Values that are worked on at a time: in a core's cache; enough of them to keep a GPU busy."""
 _CANDIDATES = 10
 """Boxes that are drawn; the first one that lies within the image is taken."""
 
@@ -226,13 +227,15 @@ def change(
 ) -> None:
     """Put what `operation(images, *parameters)` makes of some `rows` in their place.
 
-    It sees a few rows at a time, uint8 `[b, H, W, C]`, with their part of each of `parameters [B, …]`.
+    It sees some rows at a time, uint8 `[b, H, W, C]`, with their part of each of `parameters [B, …]`, on the compute
+    device.
     """
-    at_once = max(1, _AT_ONCE // max(1, images[:1].size))
+    device = compute_device()
+    at_once = max(1, _AT_ONCE[device.type] // max(1, images[:1].size))
     for start in range(0, len(rows), at_once):
         some = rows[start : start + at_once]
-        drawn = (torch.from_numpy(each[some]) for each in parameters)
-        images[some] = operation(torch.from_numpy(images[some]), *drawn).numpy()
+        drawn = (torch.from_numpy(each[some]).to(device) for each in parameters)
+        images[some] = operation(torch.from_numpy(images[some]).to(device), *drawn).cpu().numpy()
 
 
 def pixels_of(columns: Columns) -> NDArray[np.uint8]:

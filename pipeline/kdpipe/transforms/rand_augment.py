@@ -59,7 +59,7 @@ class RandAugment:
         return {**columns, IMAGE: images}
 
     def _operate(self, operation: Operation, images: Tensor, signs: Tensor) -> Tensor:
-        return operation(images, signs.numpy(), self.magnitude / MOST, self.fill)
+        return operation(images, signs.cpu().numpy(), self.magnitude / MOST, self.fill)
 
 
 def _shear_x(images: Tensor, signs: NDArray[np.int64], strength: float, fill: int) -> Tensor:
@@ -91,27 +91,27 @@ def _moved(images: Tensor, fill: int, **given: NDArray[Any] | float) -> Tensor:
     matrix = np.tile([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], (len(images), 1))
     for name, values in given.items():
         matrix[:, "abcdef".index(name)] = values
-    return pixels.affine(images, torch.from_numpy(fixed(matrix)), fill)
+    return pixels.affine(images, torch.from_numpy(fixed(matrix)).to(images.device), fill)
 
 
 def _brightness(images: Tensor, signs: NDArray[np.int64], strength: float, fill: int) -> Tensor:
-    return pixels.blended(images, 0, _factor(signs, strength))
+    return pixels.blended(images, 0, _factor(images, signs, strength))
 
 
 def _colour(images: Tensor, signs: NDArray[np.int64], strength: float, fill: int) -> Tensor:
-    return pixels.blended(images, pixels.luma(images), _factor(signs, strength))
+    return pixels.blended(images, pixels.luma(images), _factor(images, signs, strength))
 
 
 def _contrast(images: Tensor, signs: NDArray[np.int64], strength: float, fill: int) -> Tensor:
-    return pixels.blended(images, pixels.mean_luma(images), _factor(signs, strength))
+    return pixels.blended(images, pixels.mean_luma(images), _factor(images, signs, strength))
 
 
 def _sharpness(images: Tensor, signs: NDArray[np.int64], strength: float, fill: int) -> Tensor:
-    return pixels.blended(images, pixels.smoothed(images), _factor(signs, strength))
+    return pixels.blended(images, pixels.smoothed(images), _factor(images, signs, strength))
 
 
-def _factor(signs: NDArray[np.int64], strength: float) -> Tensor:
-    return torch.from_numpy(fixed(1 + signs * _MOST_CONTRAST * strength))
+def _factor(images: Tensor, signs: NDArray[np.int64], strength: float) -> Tensor:
+    return torch.from_numpy(fixed(1 + signs * _MOST_CONTRAST * strength)).to(images.device)
 
 
 def _posterize(images: Tensor, signs: NDArray[np.int64], strength: float, fill: int) -> Tensor:
