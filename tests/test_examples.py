@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -190,20 +192,29 @@ def test_text_students_are_compared(tmp_path, capsys):
     assert capsys.readouterr().out.count(" | ") == 5 * 4
 
 
-def test_a_checkpoint_in_place_of_the_config(tmp_path):
-    words = sorted({word for text in reviews()["text"].to_pylist() for word in text.split()})
-    save_tokenizer(save_bert(tmp_path / "checkpoint", num_classes=2, vocab_size=5 + len(words)), words)
-    begun = {
-        "model": {"factory": "kdpipe.models.pretrained:sequence_classifier", "path": "../checkpoint"},
-        "preprocess": {"factory": "kdpipe.preprocess:PretrainedTokenizer", "path": "../checkpoint", "max_length": 64},
-        "train": quick(1) | {"learning_rate": 1e-9},
-    }
-    project = project_in(example("text_transformer", tmp_path, reviews(), begun))
-    prepare_data.run(project)
-    train_teacher.run(project, "bert")
-    trained = load_file(project.teacher_model("bert") / WEIGHTS)
-    for name, weights in load_file(tmp_path / "checkpoint" / "model.safetensors").items():
-        torch.testing.assert_close(trained[name], weights, rtol=0, atol=1e-6)
+def test_a_checkpoint_of_the_hub_is_one_parameter(tmp_path):
+    """As if it had been fetched before: in the cache of Transformers, which is told that there is no network."""
+    rows = reviews()
+    words = sorted({word for text in rows["text"].to_pylist() for word in text.split()})
+    settings = (EXAMPLES / "text_transformer" / "checkpoint.yaml").read_text()
+    params = yaml.safe_load(settings)
+    teacher = params["teachers"]["bert"]
+    hub = teacher["model"]["hub"]
+    assert settings.count(hub) == 1
+    name, commit = hub.split("@")
+    kept = tmp_path / "home" / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / commit
+    save_tokenizer(save_bert(kept, num_classes=2, vocab_size=5 + len(words)), words)
+    teacher["train"] |= quick(1) | {"learning_rate": 1e-9}
+    folder = example(
+        "text_transformer", tmp_path, rows, {key: teacher[key] for key in ("model", "preprocess", "train")}
+    )
+    code = "from kdpipe_stages.cli import run; assert not run(['prepare-data']) and not run(['train-teacher', 'bert'])"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    trained = load_file(project_in(folder).teacher_model("bert") / WEIGHTS)
+    for key, weights in load_file(kept / "model.safetensors").items():
+        torch.testing.assert_close(trained[key], weights, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(params=["tinyshakespeare", "made up"])
