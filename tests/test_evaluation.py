@@ -21,7 +21,9 @@ from kdpipe.evaluation import (
     check_metrics,
     distance_metrics,
     expected_calibration_error,
+    gain_text,
     keeps_probabilities,
+    mean_text,
     paired_gain,
     reliability,
 )
@@ -295,3 +297,12 @@ def test_pairing_matters():
     theirs = [0.5, 0.6, 0.7, 0.8]
     assert paired_gain([0.52, 0.62, 0.72, 0.821], theirs).verdict == "BEATS"
     assert paired_gain([0.821, 0.72, 0.62, 0.52], theirs).verdict == "NO DIFFERENCE"
+
+
+def test_gains_and_means_as_text():
+    gain = paired_gain([0.5, 0.7, 0.6], [0.4, 0.5, 0.4])
+    assert gain_text([0.5, 0.7, 0.6], [0.4, 0.5, 0.4]) == "+16.67 [2.32, 31.01]: BEATS"
+    assert gain.interval(scale=1, digits=1) == "+0.2 [0.0, 0.3]"
+    assert gain_text([0.5], [0.75], digits=0) == "-25: UNDECIDED"
+    assert mean_text([0.5, 0.7, 0.6]) == "60.00 ± 10.00"
+    assert mean_text([0.5], scale=1, digits=1) == "0.5"

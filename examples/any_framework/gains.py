@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdpipe.evaluation import paired_gain
+from kdpipe.evaluation import gain_text, mean_text
 
 METRICS = ("accuracy", "balanced_accuracy", "auc")
 ARMS = ("student", "baseline")
@@ -30,10 +30,8 @@ def show(files: Sequence[Path]) -> None:
     """Mean ± standard deviation of both, %; the gain in points with its 95 % interval."""
     for metric in METRICS:
         found = values(files, metric)
-        shown = [f"{arm} {100 * np.mean(of):.2f} ± {100 * np.std(of, ddof=1):.2f}" for arm, of in found.items()]
-        gain = paired_gain(found["student"], found["baseline"])
-        interval = f"{100 * gain.mean:+.2f} [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]"
-        print(f"{metric}: {', '.join(shown)}, gain {interval} {gain.verdict}")
+        shown = [f"{arm} {mean_text(of)}" for arm, of in found.items()]
+        print(f"{metric}: {', '.join(shown)}, gain {gain_text(found['student'], found['baseline'])}")
 
 
 if __name__ == "__main__":

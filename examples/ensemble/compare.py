@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from kdpipe.evaluation import paired_gain
+from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.project import Project
 
@@ -87,17 +86,8 @@ def show(found: Found) -> None:
     for metric, values in found.items():
         print(f"| {metric} of the student of | | over labels only | over all three |")
         for arm, of in values.items():
-            gains = [_gain(of, values[other]) if arm != other else "" for other in (LABELS_ONLY, ALL)]
-            print("| " + " | ".join([arm, _percent(of), *gains]) + " |")
-
-
-def _percent(values: Sequence[float]) -> str:
-    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}"
-
-
-def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    gain = paired_gain(ours, theirs)
-    return f"{100 * gain.mean:+.2f} [{100 * gain.low:.2f}, {100 * gain.high:.2f}]: {gain.verdict}"
+            gains = [gain_text(of, values[other]) if arm != other else "" for other in (LABELS_ONLY, ALL)]
+            print("| " + " | ".join([arm, mean_text(of), *gains]) + " |")
 
 
 if __name__ == "__main__":

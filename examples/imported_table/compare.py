@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from graph_network import write
 
-from kdpipe.evaluation import paired_gain
+from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.project import Project
 
@@ -71,17 +70,8 @@ def show(found: Found) -> None:
     """The table of README.md: % of the test rows, mean ± standard deviation over draws; points, 95 % interval."""
     print("| labels | " + " | ".join(ARMS) + " | gain | over the teacher |")
     for labels, row in found.items():
-        gains = [_gain(row["student"], row[other]) for other in ("labels only", "teacher")]
-        print("| " + " | ".join([labels, *map(_percent, row.values()), *gains]) + " |")
-
-
-def _percent(values: Sequence[float]) -> str:
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
-
-
-def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    gain = paired_gain(ours, theirs)
-    return f"{100 * gain.mean:+.1f} [{100 * gain.low:.1f}, {100 * gain.high:.1f}]: {gain.verdict}"
+        gains = [gain_text(row["student"], row[other], digits=1) for other in ("labels only", "teacher")]
+        print("| " + " | ".join([labels, *(mean_text(of, digits=1) for of in row.values()), *gains]) + " |")
 
 
 if __name__ == "__main__":

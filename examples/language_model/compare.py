@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from kdpipe.batches import Rows, shuffle_of
 from kdpipe.checkpoint import load_weights, save_weights
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import cpu_threads
-from kdpipe.evaluation import answer_metrics, paired_gain
+from kdpipe.evaluation import answer_metrics, mean_text, paired_gain
 from kdpipe.order import BatchOrder, Group
 from kdpipe.store import TargetStore
 from kdpipe.store.aligned import AlignedTargets
@@ -181,18 +181,10 @@ def show(compared: Mapping[str, Any]) -> None:
     for name, found in losses.items():
         cells = [name]
         for split in SPLITS:
-            cells += [_mean(found[split]), "" if name == LIVE else _above(found[split], losses[LIVE][split])]
+            above = paired_gain(found[split], losses[LIVE][split]).interval(1, 4)
+            cells += [mean_text(found[split], 1, 4), "" if name == LIVE else above]
         size = compared["bytes per token"].get(name)
         print("| " + " | ".join([*cells, "" if size is None else f"{size:.1f}"]) + " |")
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-
-
-def _above(ours: Sequence[float], live: Sequence[float]) -> str:
-    above = paired_gain(ours, live)
-    return f"{above.mean:+.4f} [{above.low:+.4f}, {above.high:+.4f}]"
 
 
 if __name__ == "__main__":

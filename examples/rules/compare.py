@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from initial_weights import FILE, write_weights
 
-from kdpipe.evaluation import paired_gain
+from kdpipe.evaluation import gain_text, mean_text
 from kdpipe.store import TargetStore
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.project import Project
@@ -103,26 +102,19 @@ def compare(draws: int) -> dict[str, Any]:
 def show(comparison: Mapping[str, Any]) -> None:
     """The tables of README.md: % of the test rows, mean ± standard deviation over draws; points, 95 % interval."""
     for name, values in comparison["rules alone"].items():
-        print(f"{name}: {_percent(values)}")
+        print(f"{name}: {mean_text(values, digits=1)}")
     print("\n| | labels only | vote, gain | label model, gain |")
     for name, row in comparison["students"].items():
         only = row["labels only"]
-        cells = [name, _percent(only)]
-        cells += [f"{_percent(row[arm])}, {_gain(row[arm], only)}" for arm in ("vote", "label model")]
+        cells = [name, mean_text(only, digits=1)]
+        for arm in ARMS[1:]:
+            cells.append(f"{mean_text(row[arm], digits=1)}, {gain_text(row[arm], only, digits=1)}")
         print("| " + " | ".join(cells) + " |")
     print("\nfirst weights from the rules over zero:")
     for labels in LABELS:
         zero, rules = (comparison["students"][f"{labels or 'all'} labels, from {each}"] for each in BEGINNINGS)
-        print("| " + " | ".join([str(labels or "all"), *(_gain(rules[arm], zero[arm]) for arm in ARMS)]) + " |")
-
-
-def _percent(values: Sequence[float]) -> str:
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
-
-
-def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    gain = paired_gain(ours, theirs)
-    return f"{100 * gain.mean:+.1f} [{100 * gain.low:.1f}, {100 * gain.high:.1f}] {gain.verdict}"
+        gains = [gain_text(rules[arm], zero[arm], digits=1) for arm in ARMS]
+        print("| " + " | ".join([str(labels or "all"), *gains]) + " |")
 
 
 if __name__ == "__main__":

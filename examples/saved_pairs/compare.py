@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from save_pairs import FILE, save, settings_in
 
-from kdpipe.evaluation import paired_gain
+from kdpipe.evaluation import mean_text, paired_gain
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.project import Project
 
@@ -79,21 +77,12 @@ def show(found: Found) -> None:
     """The tables of README.md: mean ± standard deviation over draws, and differences to `real` with 95 % intervals."""
     print("| | " + " | ".join(METRICS) + " |")
     for name, of in found.items():
-        print("| " + " | ".join([name, *(_shown(of[metric], scale) for metric, scale in METRICS.items())]) + " |")
+        print("| " + " | ".join([name, *(mean_text(of[metric], scale) for metric, scale in METRICS.items())]) + " |")
     print(f"\nover {REAL}:")
     for name, of in found.items():
         if name not in ("network", REAL):
-            cells = [_difference(of[metric], found[REAL][metric], scale) for metric, scale in METRICS.items()]
+            cells = [paired_gain(of[metric], found[REAL][metric]).interval(scale) for metric, scale in METRICS.items()]
             print("| " + " | ".join([name, *cells]) + " |")
-
-
-def _shown(values: Sequence[float], scale: float) -> str:
-    return f"{scale * np.mean(values):.2f} ± {scale * np.std(values, ddof=1):.2f}"
-
-
-def _difference(ours: Sequence[float], theirs: Sequence[float], scale: float) -> str:
-    gain = paired_gain(ours, theirs)
-    return f"{scale * gain.mean:+.2f} [{scale * gain.low:.2f}, {scale * gain.high:.2f}]"
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from kdpipe.evaluation import paired_gain
+from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.project import Project
 
@@ -83,17 +82,8 @@ def show(found: Found) -> None:
     print("| labels | | " + " | ".join(ARMS) + " | gain |")
     for share, metrics in found.items():
         for metric, values in metrics.items():
-            cells = [share, metric, *(_percent(of) for of in values.values())]
-            print("| " + " | ".join([*cells, _gain(values["student"], values["labels only"])]) + " |")
-
-
-def _percent(values: Sequence[float]) -> str:
-    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}"
-
-
-def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    gain = paired_gain(ours, theirs)
-    return f"{100 * gain.mean:+.2f} [{100 * gain.low:.2f}, {100 * gain.high:.2f}]: {gain.verdict}"
+            cells = [share, metric, *(mean_text(of) for of in values.values())]
+            print("| " + " | ".join([*cells, gain_text(values["student"], values["labels only"])]) + " |")
 
 
 if __name__ == "__main__":

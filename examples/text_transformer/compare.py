@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from kdpipe.evaluation import paired_gain
+from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import evaluate, train_student
 from kdpipe_stages.project import Project
 
@@ -89,14 +88,10 @@ def show(compared: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """The table of README.md: % of the test rows, mean ± standard deviation; points, 95 % interval."""
     print("| student, labels | labels only | with targets | gain | n |")
     for name, row in compared.items():
-        gain = paired_gain(row["student"], row["baseline"])
-        interval = f"{100 * gain.mean:+.1f} [{100 * gain.low:.1f}, {100 * gain.high:.1f}]: {gain.verdict}"
-        cells = [name, _percent(row["baseline"]), _percent(row["student"]), interval, str(len(row["student"]))]
+        only, taught = row["baseline"], row["student"]
+        cells = [name, mean_text(only, digits=1), mean_text(taught, digits=1), gain_text(taught, only, digits=1)]
+        cells.append(str(len(taught)))
         print("| " + " | ".join(cells) + " |")
-
-
-def _percent(values: Sequence[float]) -> str:
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
 
 
 if __name__ == "__main__":

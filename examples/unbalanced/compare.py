@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from kdpipe.errors import ConfigError
-from kdpipe.evaluation import paired_gain
+from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.project import Project
 
@@ -101,18 +100,9 @@ def show(found: Mapping[str, Any]) -> None:
             print(f"| {teacher} | {share} | {way} | refused: {here} | | | |")
             continue
         plain = found[f"{teacher} | {share} | {PLAIN}"]["student"]
-        cells = [_percent(here["baseline"]), _percent(here["student"]), _gain(here["student"], here["baseline"])]
-        cells.append("" if way == PLAIN else _gain(here["student"], plain))
+        cells = [mean_text(here["baseline"]), mean_text(here["student"]), gain_text(here["student"], here["baseline"])]
+        cells.append("" if way == PLAIN else gain_text(here["student"], plain))
         print(f"| {teacher}, {100 * here['teacher'][0]:.2f} % | {share} | {way} | {' | '.join(cells)} |")
-
-
-def _percent(values: Sequence[float]) -> str:
-    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}"
-
-
-def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    gain = paired_gain(ours, theirs)
-    return f"{100 * gain.mean:+.2f} [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}] {gain.verdict}"
 
 
 if __name__ == "__main__":

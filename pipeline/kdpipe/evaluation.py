@@ -107,6 +107,11 @@ class Gain:
     high: float
     verdict: str
 
+    def interval(self, scale: float = 100, digits: int = 2) -> str:
+        """As text, in points: "+3.15 [2.84, 3.45]"; the mean alone where there is no interval."""
+        between = f" [{scale * self.low:.{digits}f}, {scale * self.high:.{digits}f}]"
+        return f"{scale * self.mean:+.{digits}f}{'' if math.isnan(self.low) else between}"
+
 
 def paired_gain(ours: Sequence[float], theirs: Sequence[float]) -> Gain:
     """How much `ours` exceeds `theirs`, seed by seed.
@@ -123,6 +128,18 @@ def paired_gain(ours: Sequence[float], theirs: Sequence[float]) -> Gain:
     low, high = mean - half, mean + half
     verdict = "BEATS" if low > 0 else "WORSE" if high < 0 else "NO DIFFERENCE"
     return Gain(mean=mean, low=low, high=high, verdict=verdict)
+
+
+def gain_text(ours: Sequence[float], theirs: Sequence[float], scale: float = 100, digits: int = 2) -> str:
+    """`paired_gain` for a table: "+3.15 [2.84, 3.45]: BEATS"."""
+    gain = paired_gain(ours, theirs)
+    return f"{gain.interval(scale, digits)}: {gain.verdict}"
+
+
+def mean_text(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
+    """Mean and standard deviation for a table, in %: "85.46 ± 0.03"; the mean alone of a single value."""
+    spread = f" ± {scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * np.mean(values):.{digits}f}{spread}"
 
 
 def _macro_f1(labelled: Answers) -> float:

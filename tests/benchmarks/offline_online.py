@@ -140,8 +140,7 @@ def trained_both_ways(folder: Path, params: dict[str, Any]) -> tuple[Trained, Tr
 
 
 def _apart(cached: Trained, live: Trained) -> str:
-    gain = paired_gain([100 * each["accuracy"] for each in cached], [100 * each["accuracy"] for each in live])
-    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+    return paired_gain(*([each["accuracy"] for each in run] for run in (cached, live))).interval(digits=3)
 
 
 def main(num_seeds: int = 3, epochs: int = 60, steps: int = 50, folder: Path | None = None) -> None:

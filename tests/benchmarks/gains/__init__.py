@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from benchmarks.measuring import machine
-from kdpipe.evaluation import paired_gain
+from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.project import Project
 
@@ -82,17 +81,10 @@ def table(found: Mapping[str, Sequence[float]], against: Sequence[str]) -> str:
         f"| --- | --- |{' --- |' * len(against)}",
     ]
     for name, values in found.items():
-        cells = [_gain(values, found[each]) if name != each else "" for each in against]
-        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        lines.append(f"| {name} | {np.mean(values):.2f}{spread} | {' | '.join(cells)} |")
+        others = [found[each] if name != each and len(found[each]) == len(values) else None for each in against]
+        cells = ["" if theirs is None else gain_text(values, theirs, scale=1) for theirs in others]
+        lines.append(f"| {name} | {mean_text(values, scale=1)} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    if len(ours) != len(theirs):
-        return ""
-    gain = paired_gain(ours, theirs)
-    return f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] {gain.verdict}"
 
 
 def report(title: str, found: Mapping[str, Sequence[float]], against: Sequence[str], began: float) -> None:
