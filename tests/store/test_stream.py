@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -295,6 +296,17 @@ def test_a_damaged_chunk_is_found_when_it_is_streamed(tmp_path, compact):
         with pytest.raises(CorruptStoreError, match=r"c\.0\.2\.0"):
             for _ in TargetStream(TargetStore.open(tmp_path), batch_size=64, ram_budget_bytes=budget):
                 pass
+
+
+def test_a_shard_that_is_cut_off_between_epochs(tmp_path):
+    store = store_of(tmp_path / "store")
+    stream = TargetStream(store, batch_size=50, views=ViewSpec(count=1))
+    for rows, targets in stream:
+        check(rows, targets, view=1)
+    path = store.path / store.layouts["logits"].shard_path(1, 2)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CorruptStoreError, match=f"{path.name} ends within chunk 0"):
+        list(stream)
 
 
 def test_leaving_a_stream_early_leaves_no_thread(store):

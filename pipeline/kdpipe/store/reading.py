@@ -20,6 +20,8 @@ from kdpipe.store.shard_file import ShardFile
 MAX_OPEN_SHARDS = 1024
 DENSE = 1 / 8
 """A chunk of which at least this share is wanted is read whole; of others the wanted rows are read."""
+WIDE_ROW_BYTES = 512
+"""A row from which on copying it costs more than counting where it goes."""
 _UNSHARED = 2
 """References of an array that only a local variable and `getrefcount` know."""
 
@@ -103,21 +105,39 @@ class RowPool:
         return {name: buffer[stop - num_rows : stop].copy() for name, buffer in self._buffers.items()}
 
     def _fill(self, buffer: NDArray[Any], layout: ArrayLayout, view: int, rows: NDArray[np.int64], first: int) -> None:
-        chunk_of, position = np.divmod(rows[first:], layout.chunk_rows)
+        chunk_of = rows[first:] // layout.chunk_rows
+        position = rows[first:] - chunk_of * layout.chunk_rows
         for chunk, here in grouped(chunk_of):
             shard, inner = divmod(chunk, layout.num_chunks)
             file = self._reader.shard(layout, view, shard)
             if len(here) < DENSE * file.rows_of(inner):
                 buffer[here + first] = file.read(inner * layout.chunk_rows + position[here])
                 continue
-            content = file.read_chunk(inner, self._scratch_for(layout), self._verify)
-            taken, places = position[here], here + first
-            place = np.full(len(content), len(rows))  # one spare row takes what is not wanted
-            place[taken] = places
-            buffer[place] = content
-            repeated = place[taken] != places
-            if repeated.any():
-                buffer[places[repeated]] = content[taken[repeated]]
+            if layout.row_bytes < WIDE_ROW_BYTES:
+                content = file.read_chunk(inner, self._scratch_for(layout), self._verify)
+                buffer[here + first] = content[position[here]]
+            else:
+                self._place(file, inner, buffer[: len(rows) + 1], layout, position[here], here + first)
+
+    def _place(
+        self,
+        file: ShardFile,
+        chunk: int,
+        buffer: NDArray[Any],
+        layout: ArrayLayout,
+        taken: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> None:
+        """Rows `taken` of a chunk to their `places` in `buffer`, whose last row takes what is not wanted."""
+        place = np.full(file.rows_of(chunk), len(buffer) - 1)
+        place[taken] = places
+        if layout.compressed or self._verify or not file.is_verified(chunk):
+            buffer[place] = file.read_chunk(chunk, self._scratch_for(layout), self._verify)
+        else:
+            file.scatter_chunk(chunk, buffer, place)
+        repeated = place[taken] != places
+        if repeated.any():
+            buffer[places[repeated]] = buffer[place[taken[repeated]]]
 
     def _buffer_for(self, layout: ArrayLayout) -> NDArray[Any]:
         buffer = self._buffers.pop(layout.name)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kdpipe.errors import CorruptStoreError, IncompleteStoreError
 from kdpipe.store.layout import COMPRESSION, CRC_BYTES, ArrayLayout
 from kdpipe.store.rows import grouped
+from kdpipe.store.scattering import MOST_ROWS, Scattered
 
 REPAIR = "Run `kdpipe cache-teacher NAME --repair` to compute it again, or fetch the store again."
 _ABSENT = np.uint64(2**64 - 1)
@@ -114,11 +115,25 @@ class ShardFile:
             return self._decode(chunk)[: self.rows_of(chunk)]
         content = scratch[: int(self._sizes[chunk])]
         with open(self._path, "rb", buffering=0) as file:
-            os.preadv(file.fileno(), [content.data], int(self._offsets[chunk]))
+            num_bytes = os.preadv(file.fileno(), [content.data], int(self._offsets[chunk]))
+        if num_bytes != len(content):
+            raise CorruptStoreError(f"{self._path} ends within chunk {chunk}. {REPAIR}")
         if verify or not self._verified[chunk]:
             self._compare(chunk, crc32c(content[:-CRC_BYTES]), content[-CRC_BYTES:])
         rows = content[:-CRC_BYTES].view(self._layout.numpy_dtype).reshape(-1, *self._layout.shape)
         return rows[: self.rows_of(chunk)]
+
+    def is_verified(self, chunk: int) -> bool:
+        """Whether a chunk's checksum has been compared."""
+        return bool(self._verified[chunk])
+
+    def scatter_chunk(self, chunk: int, out: NDArray[Any], places: NDArray[np.int64]) -> None:
+        """An uncompressed chunk's rows, each straight to its place in `out [N, …]`; `places [rows_of(chunk)]`."""
+        width, offset, rows = self._layout.row_bytes, int(self._offsets[chunk]), Scattered(out, places)
+        with open(self._path, "rb", buffering=0) as file:
+            for start in range(0, len(places), MOST_ROWS):
+                if not rows.read(file.fileno(), offset + start * width, start, start + MOST_ROWS):
+                    raise CorruptStoreError(f"{self._path} ends within chunk {chunk}. {REPAIR}")
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Rows by their position in the shard, `[N, …]`, in the given order."""
