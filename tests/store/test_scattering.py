@@ -8,6 +8,7 @@ import pytest
 from kdpipe.encodings import ArraySpec
 from kdpipe.store.layout import ArrayLayout
 from kdpipe.store.scattering import MOST_ROWS, Scattered
+from kdpipe.store.shard_file import ShardFile, encode_shard
 
 
 @pytest.fixture
