@@ -132,7 +132,7 @@ def readers(layouts: Layouts) -> list[Reader]:
     return [Reader(name=name, batches=batches) for name, batches in zip(NAMES, ways, strict=True)]
 
 
-def main(num_rows: int = 200_000, num_classes: int = 1000, rounds: int = 9, folder: Path | None = None) -> None:
+def main(num_rows: int = 200_000, num_classes: int = 1000, rounds: int = 25, folder: Path | None = None) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         layouts = build(Path(scratch), num_rows, num_classes)
