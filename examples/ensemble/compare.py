@@ -33,8 +33,7 @@ class Draw:
     def __init__(self, number: int) -> None:
         self._folder = HERE / "data" / "comparison" / f"draw-{number}"
         self._folder.mkdir(parents=True, exist_ok=True)
-        for name in ("adult.py", "rules.yaml"):
-            shutil.copyfile(HERE / name, self._folder / name)
+        shutil.copyfile(HERE / "rules.yaml", self._folder / "rules.yaml")
         self._params = yaml.safe_load((HERE / "params.yaml").read_text())
         self._params["data"]["path"] = str((HERE / self._params["data"]["path"]).resolve())
         self._params["student"] |= {"labelled_seed": number, "seeds": 1}

@@ -16,17 +16,13 @@ class Adult(Table):
     """The table with a column `row`; about half of the rows of `train`, drawn by `seed`, are of `transfer` instead."""
 
     def __init__(self, path: Path, seed: int = 0) -> None:
-        super().__init__(path)
+        super().__init__(path, number_as="row")
         self._seed = seed
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The rows in order."""
-        first = 0
         for batch in super().batches():
-            rows = range(first, first + len(batch))
-            split = np.array(batch["split"].to_pylist())
-            is_moved = (split == "train") & (uniform_by_id(list(map(str, rows)), self._seed, "transfer") < 0.5)
-            columns = {name: batch[name] for name in batch.schema.names}
-            columns |= {"row": pa.array(rows), "split": pa.array(np.where(is_moved, "transfer", split))}
-            yield pa.RecordBatch.from_pydict(columns)
-            first += len(batch)
+            rows, split = map(str, batch["row"].to_pylist()), np.array(batch["split"].to_pylist())
+            is_moved = (split == "train") & (uniform_by_id(list(rows), self._seed, "transfer") < 0.5)
+            place = batch.schema.get_field_index("split")
+            yield batch.set_column(place, "split", pa.array(np.where(is_moved, "transfer", split)))

@@ -347,3 +347,28 @@ def test_digits_are_written_once_and_whole(tmp_path):
     first_five = pq.read_table(path).slice(0, 5)
     pq.write_table(first_five, path)
     assert read(Digits(path)) == first_five
+
+
+def marked(folder, kind):
+    """Three rows of a name and a number, in two files, some of them unknown."""
+    folder.mkdir()
+    for number, rows in enumerate([[("a", "1"), ("?", "?")], [("", "3"), ("-", "4")]]):
+        if kind == "csv":
+            lines = [",".join(row) for row in [("name", "count"), *rows]]
+            (folder / f"{number}.csv").write_text("\n".join(lines) + "\n")
+        else:
+            columns = {"name": [name for name, _ in rows], "count": [None if n == "?" else int(n) for _, n in rows]}
+            pq.write_table(pa.table(columns), folder / f"{number}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_marks_of_missing_values_and_row_numbers(tmp_path, kind):
+    source = Table(marked(tmp_path / "rows", kind), batch_rows=1, null_values=["?", "-"], number_as="row")
+    assert read(source).to_pydict() == {"row": [0, 1, 2, 3], "name": ["a", None, "", None], "count": [1, None, 3, 4]}
+    assert read(source).to_pydict() == read(source).to_pydict()
+
+
+def test_a_row_number_takes_no_columns_place(tmp_path):
+    with pytest.raises(ConfigError, match="has a column 'count' already; give another name"):
+        read(Table(marked(tmp_path / "rows", "parquet"), number_as="count"))

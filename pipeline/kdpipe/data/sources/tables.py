@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -19,11 +20,12 @@ from kdpipe.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """How files are read: most rows of a block, types by column, bytes parsed at a time, the first file's schema."""
+    """How files are read: rows of a block, types by column, bytes parsed at a time, nulls, the first file's schema."""
 
     batch_rows: int
     types: Mapping[str, Any]
     block_bytes: int
+    null_values: Sequence[str]
     first: pa.Schema | None = None
 
 
@@ -35,6 +37,9 @@ class Table:
     `block_bytes` unless `types` names them by column (`string`, `int64`, `float64`, `date32`, …), and no row
     may be longer than `block_bytes`. Files of a folder come in the order of their names and have the same columns;
     those that match a pattern of `ignore` are left out.
+
+    `null_values` are texts that stand for a missing value, such as `?`, in columns of text and, of CSV, in any column.
+    `number_as` names a further column, of row numbers from 0 on over all files: ids where rows repeat and have no key.
     """
 
     def __init__(
@@ -44,16 +49,20 @@ class Table:
         types: Mapping[str, str] | None = None,
         ignore: Sequence[str] = (),
         block_bytes: int = BLOCK_BYTES,
+        null_values: Sequence[str] = (),
+        number_as: str | None = None,
     ) -> None:
         self.path = path
         self.batch_rows = batch_rows
-        self._ignore = ignore
+        self._ignore, self._number_as = ignore, number_as
         arrow_types = {name: _type(name, alias) for name, alias in (types or {}).items()}
-        self._options = _Options(batch_rows=batch_rows, types=arrow_types, block_bytes=block_bytes)
+        self._options = _Options(
+            batch_rows=batch_rows, types=arrow_types, block_bytes=block_bytes, null_values=null_values
+        )
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The rows in order. Raises `DataError` where a file is absent, damaged or of other columns than the first."""
-        options, paths = self._options, self._files()
+        options, paths, first = self._options, self._files(), 0
         for path in paths:
             with reading(path):
                 for block in _READERS[_kind(path)](path, options):
@@ -65,7 +74,17 @@ class Table:
                                 f"{path} has other columns than the first of {len(paths)} files: {differing}. All "
                                 "files must have the same columns and types."
                             )
-                        yield batch
+                        yield self._numbered(_without_marks(batch, options.null_values), first)
+                        first += len(batch)
+
+    def _numbered(self, batch: pa.RecordBatch, first: int) -> pa.RecordBatch:
+        if self._number_as is None:
+            return batch
+        if self._number_as in batch.schema.names:
+            raise ConfigError(
+                f"data.source.number_as: {self.path} has a column {self._number_as!r} already; give another name"
+            )
+        return batch.add_column(0, self._number_as, pa.array(range(first, first + len(batch)), pa.int64()))
 
     def _files(self) -> list[Path]:
         if self.path.is_dir():
@@ -83,6 +102,17 @@ class Table:
         if self._options.types and not kinds.keys() & {".csv", ".jsonl", ".ndjson"}:
             raise ConfigError(f"data.source.types: {paths[0].name} has types of its own; leave them out")
         return paths
+
+
+def _without_marks(batch: pa.RecordBatch, marks: Sequence[str]) -> pa.RecordBatch:
+    """With nulls where a column of text has one of `marks`."""
+    columns = [
+        pc.if_else(pc.is_in(each, pa.array(marks, each.type)), pa.scalar(None, each.type), each)
+        if marks and (pa.types.is_string(each.type) or pa.types.is_large_string(each.type))
+        else each
+        for each in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
 
 
 def _type(column: str, alias: str) -> Any:
@@ -129,7 +159,7 @@ def _read_csv(path: Path, options: _Options) -> Iterator[pa.RecordBatch]:
             path,
             pyarrow.csv.ReadOptions(block_size=options.block_bytes),
             pyarrow.csv.ParseOptions(newlines_in_values=True),
-            pyarrow.csv.ConvertOptions(column_types=types),
+            pyarrow.csv.ConvertOptions(column_types=types, null_values=[*_NULLS_OF_CSV, *options.null_values]),
         ) as reader,
     ):
         unknown = sorted(options.types.keys() - set(reader.schema.names))
@@ -186,6 +216,8 @@ def _parsing(path: Path, options: _Options) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {reason}.{advice}") from error
 
 
+_NULLS_OF_CSV = pyarrow.csv.ConvertOptions().null_values
+"""What Arrow takes for a missing number."""
 _READERS = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
