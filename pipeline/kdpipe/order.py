@@ -65,6 +65,10 @@ class Shuffle:
             yield generator.permutation(np.concatenate(pool))
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def balanced(rows: Rows, classes: NDArray[np.int64], seed: int, epoch: int) -> Rows:
     """One epoch's `rows [N]`, as many of each class as of any other, by one or less; rows of class -1 stay as they are.
 
@@ -130,10 +134,10 @@ class BatchOrder:
 
     def __post_init__(self) -> None:
         """Refuse batches of nothing, seeds that no generator takes and ranks that do not exist."""
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; expected 1 or more")
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"seed is {self.seed}; expected a whole number from 0 to 2^64 - 1")
+        if not (_is_whole(self.batch_size) and self.batch_size >= 1):
+            raise ConfigError(f"batch_size is {self.batch_size!r}; expected a whole number, 1 or more")
+        if not (_is_whole(self.seed) and 0 <= self.seed < 2**64):
+            raise ConfigError(f"seed is {self.seed!r}; expected a whole number from 0 to 2^64 - 1")
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank {self.rank} of {self.world_size} processes does not exist (RANK, WORLD_SIZE)")
 

@@ -35,7 +35,7 @@ def is_number(value: object) -> TypeGuard[float]:
 def check_temperature(temperature: object) -> None:
     """Raise `ConfigError` for a temperature that means nothing."""
     if not (is_number(temperature) and 0 < temperature < math.inf):
-        raise ConfigError(f"temperature is {temperature}; expected a number above 0")
+        raise ConfigError(f"temperature is {temperature!r}; expected a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ def test_bytes_are_within_half_a_step(seed, scale, offset):
 
 
 def test_refuses_what_float16_cannot_hold():
-    with pytest.raises(ConfigError, match="Set dtype: float32"):
+    with pytest.raises(ConfigError, match="Set features: float32"):
         Features().encode(torch.tensor([[7e4]]))
 
 

@@ -89,6 +89,29 @@ def test_every_epoch_meets_every_row_once_with_its_own_targets(store, held):
     assert not np.array_equal(orders[0], orders[1])
 
 
+def test_kept_rows_are_placed_some_at_a_time(store, monkeypatch):
+    monkeypatch.setattr("kdpipe.store.reading.PLACED_AT_ONCE", 700)
+    rows = np.random.default_rng(0).integers(0, NUM_ROWS, 2000)
+    for chosen in (None, rows):
+        met = [check(rows, targets) or rows for rows, targets in TargetStream(store, batch_size=50, rows=chosen)]
+        assert sorted(np.concatenate(met)) == sorted(range(NUM_ROWS) if chosen is None else chosen)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"batch_size": 2.5}, "batch_size is 2.5; expected a whole number"),
+        ({"batch_size": "5"}, "batch_size is '5'; expected a whole number"),
+        ({"batch_size": 0}, "batch_size is 0; expected a whole number, 1 or more"),
+        ({"batch_size": 5, "seed": 1.5}, "seed is 1.5; expected a whole number"),
+        ({"batch_size": 5, "ram_budget_bytes": -5}, "ram_budget_bytes is -5; expected 0 or more"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(store, settings, named):
+    with pytest.raises(ConfigError, match=named):
+        TargetStream(store, **settings)
+
+
 def test_memory_changes_nothing(store):
     small = TargetStream(store, batch_size=50, seed=3, ram_budget_bytes=SMALL, views=ViewSpec(count=1))
     kept = TargetStream(store, batch_size=50, seed=3)
@@ -270,6 +293,9 @@ def test_few_rows_need_a_budget_for_themselves_only(store, batch_size):
 
 @pytest.mark.parametrize("rows", [np.ones(NUM_ROWS, np.bool_), [0.0, 1.0], [[1, 2]]], ids=["mask", "floats", "axes"])
 def test_what_is_no_row_number_is_refused(store, rows):
+    for read in (store.read, store.read_arrays, store.statistics):
+        with pytest.raises(ConfigError, match="expected row numbers"):
+            read(rows)
     with pytest.raises(ConfigError, match="expected row numbers"):
         TargetStream(store, batch_size=8, rows=rows)
 
@@ -350,6 +376,12 @@ def test_a_dataset_of_ones_own_gets_the_targets_of_its_samples(store, num_worker
     example, targets = data[7]
     assert example["key"] == keys[7]
     check(np.array([keys[7]]), {"logits": targets}, data.view)
+
+
+def test_torchs_own_collate_is_not_for_targets(store):
+    data = WithTargets([0, 1], store, store.sample_ids[:2])
+    with pytest.raises(ConfigError, match=r"the DataLoader lacks collate_fn=data.collate"):
+        next(iter(DataLoader(data, batch_size=2)))
 
 
 def test_a_dataset_of_another_length_is_refused(store):

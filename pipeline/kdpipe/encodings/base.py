@@ -87,7 +87,7 @@ def widened(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def narrowed(dtype: str, values: Tensor) -> Tensor:
-    """Values in a float dtype: a finite number below its range is its lowest one, so that -inf stays a mask's mark."""
+def narrowed(dtype: str, values: Tensor, masked: Tensor) -> Tensor:
+    """Values in a float dtype: what is below its range is its lowest number, and -inf the mark of what is `masked`."""
     narrow = FLOATS[dtype]
-    return torch.where(torch.isneginf(values), values, values.clamp(min=torch.finfo(narrow).min)).to(narrow)
+    return torch.where(masked, values, values.clamp(min=torch.finfo(narrow).min)).to(narrow)

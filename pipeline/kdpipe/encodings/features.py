@@ -47,7 +47,7 @@ class Features:
         if bool((values.abs() > largest).any()):
             raise ConfigError(
                 f"a feature is {float(values.abs().max()):.3g}; {self.dtype} holds up to {largest:g}. "
-                "Set dtype: float32 or normalise the teacher's output"
+                "Set features: float32 (in your own code dtype) or normalise the teacher's output"
             )
         return {"": values.to(FLOATS[self.dtype]).cpu().numpy()}
 

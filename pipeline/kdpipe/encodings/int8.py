@@ -88,8 +88,9 @@ def quantised(above: Tensor, num_steps: int = NUM_STEPS) -> tuple[Tensor, Tensor
     largest = above.amax(dim=-1, keepdim=True)
     if bool((largest > _MEANT_AS_MASK).any()):
         raise ConfigError(
-            f"a row spans {float(largest.max()):.3g}, which one byte per number cannot hold. If the teacher masks "
-            "classes by a large negative number, let it say -inf and set masked_classes: true"
+            f"a row spans {float(largest.max()):.3g}, which one byte per number cannot hold. Take float16 or float32; "
+            "if the teacher masks classes by a large negative number, let it say -inf (and, of encoding int8, set "
+            "masked_classes: true)"
         )
     scale = (largest / num_steps).float()
     codes = torch.where(scale > 0, above / scale, 0.0).round().clamp(max=num_steps)

@@ -20,6 +20,10 @@ class Fetched:
     examples: Sequence[Any]
     targets: Targets
 
+    def __getitem__(self, index: int) -> Any:
+        """What torch's own collate does with a batch. Raises `ConfigError`: it is not for this one."""
+        raise ConfigError("the DataLoader lacks collate_fn=data.collate, data being the WithTargets")
+
 
 class WithTargets(Dataset[tuple[Any, Targets]]):
     """`dataset[i]` together with the targets of sample `sample_ids[i]`; a batch's targets are read at once.

@@ -22,6 +22,8 @@ DENSE = 1 / 8
 """A chunk of which at least this share is wanted is read whole; of others the wanted rows are read."""
 WIDE_ROW_BYTES = 512
 """A row from which on copying it costs more than counting where it goes."""
+PLACED_AT_ONCE = 2**20
+"""Rows whose places are known at a time: some 50 bytes for each."""
 _UNSHARED = 2
 """References of an array that only a local variable and `getrefcount` know."""
 
@@ -88,7 +90,8 @@ class RowPool:
             if carried:
                 first = len(carried[layout.name])
                 buffer[:first] = carried[layout.name]
-            self._fill(buffer, layout, view, rows, first)
+            for start in range(first, len(rows), PLACED_AT_ONCE):
+                self._fill(buffer, layout, view, rows, slice(start, min(start + PLACED_AT_ONCE, len(rows))))
         self._reader.release()
 
     def view(self, positions: slice) -> Arrays:
@@ -104,9 +107,10 @@ class RowPool:
         stop = self._num_rows
         return {name: buffer[stop - num_rows : stop].copy() for name, buffer in self._buffers.items()}
 
-    def _fill(self, buffer: NDArray[Any], layout: ArrayLayout, view: int, rows: NDArray[np.int64], first: int) -> None:
-        chunk_of = rows[first:] // layout.chunk_rows
-        position = rows[first:] - chunk_of * layout.chunk_rows
+    def _fill(self, buffer: NDArray[Any], layout: ArrayLayout, view: int, rows: NDArray[np.int64], some: slice) -> None:
+        first = some.start
+        chunk_of = rows[some] // layout.chunk_rows
+        position = rows[some] - chunk_of * layout.chunk_rows
         for chunk, here in grouped(chunk_of):
             shard, inner = divmod(chunk, layout.num_chunks)
             file = self._reader.shard(layout, view, shard)

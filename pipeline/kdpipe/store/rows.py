@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,17 @@ from kdpipe.views import partner_blocks
 
 SPLIT = "split"
 """Column of rows.parquet where views mix rows."""
+
+
+def row_numbers(rows: Any) -> NDArray[np.int64]:
+    """Row numbers `[B]`. Raises `ConfigError` for a mask, and for what is no whole number."""
+    found = np.asarray(rows)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise ConfigError(
+            f"rows are {found.dtype} of shape {list(found.shape)}; expected row numbers [N], such as those of a mask: "
+            "np.flatnonzero(mask)"
+        )
+    return found.astype(np.int64, copy=False)
 
 
 def grouped(keys: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.intp]]]:

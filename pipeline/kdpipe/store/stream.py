@@ -19,6 +19,7 @@ from kdpipe.distributed import rank, world_size
 from kdpipe.errors import ConfigError
 from kdpipe.order import BatchOrder, Group, Shuffle
 from kdpipe.store.reading import RowPool
+from kdpipe.store.rows import row_numbers
 from kdpipe.store.target_store import TargetStore
 from kdpipe.targets import Targets
 from kdpipe.views import CLEAN, ViewSpec
@@ -48,7 +49,7 @@ class TargetPools:
     ) -> None:
         self._store, self._outputs, self._verify_always = store, outputs, verify_always
         self._layouts = [store.layouts[name] for name in store.array_names(outputs)]
-        self._kept = None if kept is None else np.unique(kept)
+        self._kept = None if kept is None else _ascending(kept)
         self._memory: RowPool | None = None
         self._free: list[RowPool] = []
 
@@ -127,7 +128,9 @@ class TargetStream(IterableDataset[StreamedBatch]):
         A budget of 0 keeps nothing but the two pools. Raises `ConfigError` for a budget that the pools do not fit in,
         and for a mask of rows.
         """
-        wanted = np.arange(store.num_rows) if rows is None else _row_numbers(rows)
+        if ram_budget_bytes < 0:
+            raise ConfigError(f"ram_budget_bytes is {ram_budget_bytes}; expected 0 or more")
+        wanted = np.arange(store.num_rows) if rows is None else row_numbers(rows)
         for view in range(1, views.num_views) if views.count else (0,):
             store.check_rows(wanted, view)
         width = store.row_bytes(outputs)
@@ -202,17 +205,12 @@ class TargetStream(IterableDataset[StreamedBatch]):
         return {
             "batch_size": int(order.batch_size),
             "seed": int(order.seed),
-            "rows": hashlib.blake2b(order.rows.tobytes(), digest_size=8).hexdigest(),
+            "rows": hashlib.blake2b(np.ascontiguousarray(order.rows).data, digest_size=8).hexdigest(),
             "block_rows": order.shuffle.block_rows,
             "views": self._views.count,
         }
 
 
-def _row_numbers(rows: RowNumbers) -> RowNumbers:
-    found = np.asarray(rows)
-    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
-        raise ConfigError(
-            f"rows are {found.dtype} of shape {list(found.shape)}; expected row numbers [N], such as those of a mask: "
-            "np.flatnonzero(mask)"
-        )
-    return found.astype(np.int64)
+def _ascending(rows: RowNumbers) -> RowNumbers:
+    """Each row once; the rows themselves where they ascend already."""
+    return rows if bool((rows[1:] > rows[:-1]).all()) else np.unique(rows)

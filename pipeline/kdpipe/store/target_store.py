@@ -28,7 +28,7 @@ from kdpipe.store.objects import is_url
 from kdpipe.store.reading import ShardReader
 from kdpipe.store.records import CommitLog, CommitRecord, Key, bits_of
 from kdpipe.store.remote import LOG, LOG_DIGEST, RemoteFolder, url_of
-from kdpipe.store.rows import StoredRows, rows_table
+from kdpipe.store.rows import StoredRows, row_numbers, rows_table
 from kdpipe.store.shard_file import ShardFile, encode_shard
 from kdpipe.store.uploading import Uploading
 from kdpipe.store.verification import Problem, problems_of
@@ -352,7 +352,7 @@ class TargetStore:
         self, rows: NDArray[np.int64], view: int = 0, names: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Stored arrays for row numbers `[B]`, in the given order; all arrays unless `names` says which."""
-        rows = np.asarray(rows, np.int64)
+        rows = row_numbers(rows)
         self.check_rows(rows, view)
         return self.reader.read([self.layouts[name] for name in names or self.layouts], view, rows)
 
