@@ -154,15 +154,15 @@ def _class_counts(task: Task, labels: NDArray[np.int64], where: str) -> NDArray[
     if isinstance(task, TokenTask):
         raise ConfigError(
             f"{where}: it counts labelled rows per class, but here every token has a label; leave it out, or give "
-            "class_weights as a list"
+            "class_weights as a list in its place"
         )
     counts = np.bincount(labels[labels != MISSING_LABEL], minlength=task.num_classes)
     absent = np.flatnonzero(counts == 0)
     if len(absent):
         shown = ", ".join(str(each) for each in absent[:5]) + (", …" if len(absent) > 5 else "")
         raise ConfigError(
-            f"{where}: class {shown} has no labelled row to learn from, so its share is unknown; label one, or give "
-            "class_weights as a list"
+            f"{where}: class {shown} has no labelled row to learn from, so its share is unknown; label one, leave it "
+            "out, or give class_weights as a list in its place"
         )
     return counts
 

@@ -196,7 +196,7 @@ MixField = Annotated[Literal["mean", "confidence"] | dict[str, float] | None, Be
 class ScheduleSection:
     """`schedule` of a term: how its weight changes over the training, see `kdpipe.losses.Schedule`."""
 
-    kind: Literal["warmup", "linear", "cosine"]
+    kind: Literal["constant", "warmup", "linear", "cosine"]
     fraction: float | None = None
     to: float | None = None
 

@@ -20,6 +20,7 @@ from kdpipe.losses import (
     LossTerm,
     Mix,
     make_projector,
+    name_of,
     needs_labels,
     needs_whole_batch,
     reuses_classifier,
@@ -127,13 +128,21 @@ def check_term(where: str, term: LossTerm, stored: Mapping[str, Stored], heard: 
                 f"{type(term.loss).__name__} is not linear in the teacher's probabilities, so sampled targets would "
                 "bias it; use forward KL, or cache with encoding: topk or dense"
             )
-        student = torch.zeros(1, *heard)
+        student = torch.zeros(1, *heard, requires_grad=True)
         if term.projector is not None:
             wanted = stored[term.teachers[0]].output.shape
             student = make_projector(term.projector, heard, wanted, seed=0)(student)
-        values_of(term.loss, student, targets, torch.zeros(student.shape[:-1], dtype=torch.int64))
+        with torch.enable_grad():
+            values = values_of(term.loss, student, targets, torch.zeros(student.shape[:-1], dtype=torch.int64))
+        if not values.requires_grad:
+            raise ConfigError(f"{name_of(term.loss)} has no gradient in the student's numbers, so it teaches nothing")
     except ConfigError as error:
         raise ConfigError(f"{where}: on {term.output} of {', '.join(term.teachers)}: {error}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: {name_of(term.loss)} fails on one made-up row of {term.output} of {', '.join(term.teachers)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def check_mixing(where: str, term: LossTerm, views: ViewSpec) -> None:

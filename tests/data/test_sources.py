@@ -15,7 +15,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from kdpipe.data.sources import Digits, Table, write_digits
+from kdpipe.data.sources import Digits, NumPy, Table, write_digits
 from kdpipe.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -372,3 +372,13 @@ def test_marks_of_missing_values_and_row_numbers(tmp_path, kind):
 def test_a_row_number_takes_no_columns_place(tmp_path):
     with pytest.raises(ConfigError, match="has a column 'count' already; give another name"):
         read(Table(marked(tmp_path / "rows", "parquet"), number_as="count"))
+
+
+def test_a_numpy_header_that_is_none_is_named(tmp_path):
+    np.save(tmp_path / "rows.npy", np.zeros((3, 2)))
+    content = bytearray((tmp_path / "rows.npy").read_bytes())
+    content[10:20] = b"{'descr': "
+    content[40:60] = b"(((((((((((((((((((("
+    (tmp_path / "rows.npy").write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"rows\.npy cannot be read"):
+        list(NumPy(tmp_path / "rows.npy").batches())

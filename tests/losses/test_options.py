@@ -331,7 +331,7 @@ def test_kd_loss_leaves_out_what_is_not_covered_or_not_labelled():
         ({"logits": STUDENT.long()}, r"the student's logits are a tensor of torch.int64"),
         ({"loss": ForwardKL}, r"expected one of forward_kl, .* or a loss object"),
         ({"loss": None}, "loss is None"),
-        ({"temperature": "4"}, "temperature is 4; expected a number above 0"),
+        ({"temperature": "4"}, "temperature is '4'; expected a number above 0"),
         ({"loss": "dkd", "labels": LABELS.tolist()}, "DKD got labels that are a list; expected an integer tensor"),
     ],
 )
@@ -373,6 +373,24 @@ def test_kd_loss_takes_a_loss_of_ones_own():
     covered = torch.tensor([True, True, False, True, False, True])
     expected = (STUDENT - TEACHER).square().mean(dim=-1)[covered].mean()
     close(kd_loss(STUDENT, dense_of(TEACHER, covered), loss=Quadratic(), labels=LABELS), expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (lambda values: values.unsqueeze(1), r"gives float64 \[6, 1\]; expected one number per row, \[6\]"),
+        (lambda values: values.mean(), r"gives float64 \[\]; expected"),
+        (lambda values: values[:5], r"gives float64 \[5\]; expected"),
+        (lambda values: values > 0, r"gives bool \[6\]; expected a tensor of floats"),
+        (lambda values: 3.0, "gives a float; expected a tensor of floats, one per row"),
+    ],
+)
+def test_a_loss_of_ones_own_gives_one_number_per_row(monkeypatch, wrong, named):
+    right = Quadratic.__call__
+    monkeypatch.setattr(Quadratic, "__call__", lambda self, *given: wrong(right(self, *given)))
+    covered = torch.tensor([True, True, False, True, False, True])
+    with pytest.raises(ConfigError, match="Quadratic " + named):
+        kd_loss(STUDENT, dense_of(TEACHER, covered), loss=Quadratic(), labels=LABELS)
 
 
 def test_kd_loss_refuses_what_would_not_count():

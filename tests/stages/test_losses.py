@@ -308,3 +308,30 @@ def test_the_guides_own_loss_trains_a_student(folder):
     project = project_in(folder)
     check.run(project)
     assert train_student.run(project).trained
+
+
+WRONG_LOSS = """
+class Wrong:
+    temperature = 1.0
+
+    def __call__(self, logits, targets):
+        {body}
+
+    def unscaled(self, values):
+        return values
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ("return logits.sum(dim=-1, keepdim=True)", r"student.losses.0: .*Wrong gives float32 \[1, 1\]; expected"),
+        ("return logits.detach().sum(dim=-1)", "student.losses.0: .*Wrong has no gradient in the student's numbers"),
+        ("return {}['key']", "student.losses.0: Wrong fails on one made-up row of logits of big: KeyError: 'key'"),
+    ],
+)
+def test_a_loss_of_ones_own_that_cannot_teach_is_refused(folder, body, named):
+    (folder / "my_losses.py").write_text(WRONG_LOSS.format(body=body))
+    write_params(folder, settings({}, losses=[{"factory": "my_losses.py:Wrong", "teacher": "big"}]))
+    with pytest.raises(ConfigError, match=named):
+        check.run(project_in(folder))

@@ -24,7 +24,7 @@ from sklearn.svm import SVC
 from completions_server import CLASSES, running
 from kdpipe.data.prepared import PreparedData
 from kdpipe.huggingface import quietly
-from kdpipe.models.pretrained import causal_lm, sequence_classifier
+from kdpipe.models.pretrained import causal_lm, image_classifier, sequence_classifier
 from kdpipe.skops_files import dumps
 from kdpipe.store import TargetStore
 from kdpipe.targets import DenseTargets
@@ -183,17 +183,12 @@ def test_a_module_with_features(tmp_path):
     torch.testing.assert_close(stored.values, live)
 
 
-def test_a_convolution_that_sees_images_of_digits(tmp_path):
+def write_images(folder):
+    """Some of scikit-learn's digits as Parquet; the sections of params.yaml that read it, and all digits."""
     bunch = datasets.load_digits()
     images = pa.FixedSizeListArray.from_arrays(pa.array(bunch.data.astype(np.uint8).ravel()), 64)
     split = ["test" if row % 4 == 0 else "train" for row in range(len(images))]
-    pq.write_table(pa.table({"image": images, "label": bunch.target, "split": split})[:800], tmp_path / "rows.parquet")
-    pixels = {"factory": "kdpipe.preprocess:ImageTensor", "scale": 16}
-    teacher = {
-        "model": {"factory": "kdpipe.models.resnet:ResNet", "depth": 8, "width": 4},
-        "preprocess": pixels,
-        "train": {"epochs": 3, "batch_size": 32, "learning_rate": 0.02},
-    }
+    pq.write_table(pa.table({"image": images, "label": bunch.target, "split": split})[:800], folder / "rows.parquet")
     sections = {
         "data": {
             "source": {"factory": "kdpipe.data.sources:Table"},
@@ -201,6 +196,17 @@ def test_a_convolution_that_sees_images_of_digits(tmp_path):
             "columns": {"label": "label", "split": "split"},
         },
         "task": {"factory": "kdpipe.tasks.image:ImageClassification", "num_classes": 10, "shape": [8, 8, 1]},
+    }
+    return sections, bunch
+
+
+def test_a_convolution_that_sees_images_of_digits(tmp_path):
+    sections, _ = write_images(tmp_path)
+    pixels = {"factory": "kdpipe.preprocess:ImageTensor", "scale": 16}
+    teacher = {
+        "model": {"factory": "kdpipe.models.resnet:ResNet", "depth": 8, "width": 4},
+        "preprocess": pixels,
+        "train": {"epochs": 3, "batch_size": 32, "learning_rate": 0.02},
     }
     student = {"model": {"factory": "kdpipe.models.mlp:MLP", "hidden": [32]}, "preprocess": pixels}
     project = write(tmp_path, sections, {"big": teacher}, student | {"train": {**TRAIN, "learning_rate": 0.01}})
@@ -413,6 +419,34 @@ def test_a_checkpoint_that_classifies_texts(tmp_path):
     metrics = distil(project)
     check_agreement(project, metrics, least=0.4)
     assert metrics["teacher"]["accuracy"] > 0.65
+
+
+VIT = {**BERT, "model_type": "vit", "hidden_size": 32, "patch_size": 4}
+
+
+def test_a_checkpoint_that_classifies_images(tmp_path):
+    sections, digits = write_images(tmp_path)
+    torch.manual_seed(0)
+    model = image_classifier(10, config=VIT, input_shape=(1, 8, 8))
+    inputs, target = {"pixel_values": torch.from_numpy(digits.data / 16).float().view(-1, 1, 8, 8)}, digits.target
+    known = torch.from_numpy(target)
+    with quietly():
+        trained(model, inputs, lambda logits, rows: torch.nn.functional.cross_entropy(logits, known[rows]), 300, 0.005)
+        model.save_pretrained(tmp_path / "vit")
+    pixels = {"factory": "kdpipe.preprocess:ImageTensor", "scale": 16}
+    teacher = {
+        "teacher": {
+            "factory": "kdpipe.teachers.pretrained:PretrainedTeacher",
+            "path": "vit",
+            "auto": "image_classification",
+        },
+        "preprocess": {**pixels, "mean": [0.0], "std": [1.0]},
+    }
+    student = {"model": {"factory": "kdpipe.models.mlp:MLP", "hidden": [32]}, "preprocess": pixels}
+    project = write(tmp_path, sections, {"big": teacher}, student | {"train": {**TRAIN, "learning_rate": 0.01}})
+    metrics = distil(project)
+    check_agreement(project, metrics, least=0.5)
+    assert metrics["teacher"]["accuracy"] > 0.8
 
 
 BIGRAM = """

@@ -163,6 +163,18 @@ def rows_of(column):
     return [(column.row(row) if isinstance(column, Ragged) else column[row]).tobytes() for row in range(len(column))]
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+def test_a_row_that_is_not_mixed_keeps_its_numbers(probability):
+    columns = table()
+    found = shown(Mixup(probability=probability), columns)
+    itself = found.share == 1
+    assert itself.sum() >= 0.3 * NUM_ROWS
+    np.testing.assert_array_equal(found.columns["features"][itself], columns["features"][itself])
+    missing, own = np.isnan(columns["features"]), found.share[:, None]
+    expected = (missing & (own > 0)) | (missing[found.partners] & (own < 1))
+    assert np.array_equal(np.isnan(found.columns["features"]), expected)
+
+
 def test_a_tables_numbers_are_mixed_and_its_categories_are_of_the_larger_share():
     columns = table()
     found = shown(Mixup(alpha=1), columns)

@@ -30,6 +30,7 @@ from kdpipe.losses.balanced import BalancedKL
 from kdpipe.losses.base import (
     DistillLoss,
     LossTerm,
+    name_of,
     needs_labels,
     needs_whole_batch,
     reuses_classifier,
@@ -95,6 +96,7 @@ __all__ = [
     "logit_adjusted",
     "make_projector",
     "mixed",
+    "name_of",
     "needs_labels",
     "needs_whole_batch",
     "reuses_classifier",

@@ -8,10 +8,11 @@ from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
+from kdpipe.errors import ConfigError
 from kdpipe.losses.mixtures import Mix, covered_by_any, mixed
 from kdpipe.losses.projectors import Projector
 from kdpipe.losses.schedules import CONSTANT, Schedule
-from kdpipe.targets import Targets
+from kdpipe.targets import FeatureTargets, Targets
 
 
 @runtime_checkable
@@ -91,10 +92,30 @@ def needs_whole_batch(loss: DistillLoss) -> bool:
 
 
 def values_of(loss: DistillLoss, logits: Tensor, targets: Targets, labels: Tensor | None) -> Tensor:
-    """One value per row `[B, ...]`, of a loss that is given labels `[B, ...]` where it needs them."""
-    if needs_labels(loss):
-        return cast("LabelledLoss", loss)(logits, targets, labels=labels)
-    return loss(logits, targets)
+    """One value per row `[B, ...]`, of a loss that is given labels `[B, ...]` where it needs them.
+
+    Raises `ConfigError` where the loss gives something else.
+    """
+    with_labels = {"labels": labels} if needs_labels(loss) else {}
+    values = cast("LabelledLoss", loss)(logits, targets, **with_labels)
+    of_features = isinstance(targets, FeatureTargets)  # `[B, D]`, `[B, T, D]` or maps `[B, C, H, W]`
+    rows = logits.shape[:1] if of_features else logits.shape[:-1]
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        raise ConfigError(f"{name_of(loss)} gives {_described(values)}; expected a tensor of floats, one per row")
+    if (values.shape[:1] if of_features else values.shape) != rows:
+        raise ConfigError(f"{name_of(loss)} gives {_described(values)}; expected one number per row, {list(rows)}")
+    return values
+
+
+def name_of(loss: DistillLoss) -> str:
+    """A loss's own name, for messages."""
+    return str(getattr(loss, "__name__", type(loss).__name__))
+
+
+def _described(values: object) -> str:
+    if isinstance(values, Tensor):
+        return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
+    return f"a {type(values).__name__}"
 
 
 def valid_rows(loss: DistillLoss, targets: Targets, labels: Tensor | None) -> Tensor | None:

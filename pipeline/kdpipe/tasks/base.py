@@ -89,8 +89,8 @@ def class_labels(
     """Class ids `[B]` of a label column of integers, or of `class_names`; nulls and empty text become -1."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return _ids_of_names(values, class_names, name_of)
+    if any(is_text(values.type) for is_text in _TEXTS):
+        return _ids_of_names(_as_text(values), class_names, name_of)
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
     try:
@@ -106,6 +106,23 @@ def class_labels(
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
     return ids
+
+
+_TEXTS = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)
+
+
+def _as_text(values: pa.Array) -> pa.Array:
+    try:
+        return values.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        raise DataError(f"labels of type {values.type} are no text in UTF-8, and no class numbers") from None
 
 
 def _ids_of_names(values: pa.Array, class_names: Sequence[str] | None, name_of: NameOf) -> NDArray[np.int64]:

@@ -70,7 +70,7 @@ class OnnxTeacher:
         self._session = _session(path)
         self._inputs = {each.name: _DTYPES[each.type] for each in self._session.get_inputs() if each.type in _DTYPES}
         found = [each.name for each in self._session.get_outputs()]
-        self._names = {LOGITS: logits or (LOGITS if LOGITS in found else found[0])}
+        self._names = {LOGITS: logits or self._only(found, outputs)}
         self._names |= {name: name for name in outputs if name != LOGITS}
         for name in self._names.values():
             if name not in found:
@@ -86,6 +86,16 @@ class OnnxTeacher:
             for name, each in said.items()
         )
         self.description = {"size_bytes": self._path.stat().st_size}
+
+    def _only(self, found: Sequence[str], features: Sequence[str]) -> str:
+        """The output `logits`, or the one that is no feature."""
+        others = [name for name in found if name not in features]
+        if LOGITS in found or len(others) == 1:
+            return LOGITS if LOGITS in found else others[0]
+        raise ConfigError(
+            f"OnnxTeacher: {self._path} has the outputs {', '.join(found)}; say which of them holds the logits, such "
+            f"as logits: {found[0]}"
+        )
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:

@@ -29,7 +29,8 @@ class Mixup:
     """`share x row + (1 - share) x partner`, with `probability` (Zhang et al. 2018, "mixup", equation 1).
 
     The share is drawn from Beta(`alpha`, `alpha`), a multiple of 1/65536. Pixels are rounded to whole steps, halves up.
-    Of a table the numbers are mixed, missing where either is; categories are those of the row with the larger share.
+    Of a table the numbers are mixed, missing where a part of either is missing; categories are those of the row with
+    the larger share.
     """
 
     mixes = True
@@ -96,7 +97,8 @@ def _mixed(name: str, column: Column, partners: Column, share: NDArray[np.float6
     """A column of a table."""
     if name == FEATURES and isinstance(column, np.ndarray) and isinstance(partners, np.ndarray):
         own = share[:, np.newaxis]
-        numbers: NDArray[np.floating] = (own * column + (1 - own) * partners).astype(column.dtype)
+        mixed = np.where(own == 1, column, np.where(own == 0, partners, own * column + (1 - own) * partners))
+        numbers: NDArray[np.floating] = mixed.astype(column.dtype)
         return numbers
     if name.startswith(CATEGORY):
         place = np.arange(len(share))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from tokenize import TokenError
 from typing import Protocol, runtime_checkable
 from zipfile import BadZipFile
 
@@ -17,6 +18,8 @@ from kdpipe.errors import DataError, KdpipeError
 
 BLOCK_BYTES = 8 * 2**20
 BLOCK_ROWS = 8192
+_OF_HEADERS = (SyntaxError, TokenError)
+"""What NumPy raises for a header that is none."""
 
 
 @runtime_checkable
@@ -59,7 +62,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except KdpipeError:
         raise
-    except (pa.ArrowException, OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError, BadZipFile, zlib.error, *_OF_HEADERS) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} cannot be read: {reason}") from error
 
