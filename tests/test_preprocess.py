@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 import json
 
@@ -13,7 +14,8 @@ from PIL import Image
 
 from kdpipe.data.columns import Ragged
 from kdpipe.errors import ConfigError, DataError
-from kdpipe.preprocess import ImageTensor, Preprocess, Standardize
+from kdpipe.preprocess import ImageTensor, Preprocess, Standardize, offers
+from kdpipe.preprocess.named import NamedPreprocess
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
 GREY = COLOUR[..., :1]
@@ -161,7 +163,88 @@ def test_half_of_the_moments_is_refused(given_one):
         ImageTensor(**given_one)
 
 
+def test_columns_of_another_number_than_mean_and_std_are_refused():
+    for length in (1, 3):
+        with pytest.raises(ConfigError, match=f"{length} numbers as mean and {length} as std, .* 2 columns of numbers"):
+            Standardize([0.0] * length, [1.0] * length)({"features": FEATURES})
+    with pytest.raises(ConfigError, match="2 numbers as mean and 1 as std"):
+        Standardize([0.0, 0.0], [1.0])({"features": FEATURES})
+
+
+def test_rows_of_another_kind_are_refused():
+    with pytest.raises(ConfigError, match=r"a column `features` of numbers; rows here have image uint8 \[5, 6, 4, 3\]"):
+        Standardize().fit([{"image": COLOUR}])
+    with pytest.raises(ConfigError, match=r"a column `image`; rows here have features float32 \[40, 2\]"):
+        ImageTensor().fit([{"features": FEATURES}])
+
+
+# A preprocess by another's name
+
+
+class Own(Standardize):
+    """Gives, or raises, what it is told to."""
+
+    def __init__(self, found):
+        super().__init__([0.0, 0.0], [1.0, 1.0])
+        self._found = found
+        self.offers = {"vocab_size": 7}
+
+    def __call__(self, columns):
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (ValueError("bad row"), r"own fails on features float32 \[40, 2\]: ValueError: bad row"),
+        (DataError("row 3 is bad"), "^row 3 is bad"),
+        (torch.zeros(3, 2), r"own gives \[3, 2\] for features float32 \[40, 2\]; expected one row for each of the 40"),
+        ({"ids": torch.zeros(40, 2), "mask": torch.zeros(39)}, r"own gives ids \[40, 2\], mask \[39\] for"),
+        (torch.tensor(1.0), r"own gives \[\] for"),
+        ([1, 2], "own gives list for .*; expected a tensor with one row for each of the 40"),
+        ({}, "own gives dict for"),
+        (None, "own gives nothing for"),
+    ],
+)
+def test_what_a_preprocess_of_ones_own_does_wrong_is_named(found, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        NamedPreprocess("own", Own(found))({"features": FEATURES})
+
+
+def test_a_fit_that_fails_is_named():
+    class Fails(Standardize):
+        def fit(self, blocks):
+            raise KeyError("age")
+
+    with pytest.raises(ConfigError, match="own fit fails: KeyError: 'age'"):
+        NamedPreprocess("own", Fails()).fit([{"features": FEATURES}])
+
+
+def test_a_named_preprocess_is_the_other_one_by_all_else():
+    named = copy.deepcopy(NamedPreprocess("own", Own(torch.zeros(40))))
+    assert isinstance(named, Preprocess)
+    assert named({"features": FEATURES}).shape == (40,)
+    assert offers(named) == {"vocab_size": 7}
+    assert named.state() == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
+    assert not hasattr(named, "lengths")
+    named.load_state({"mean": [1.0], "std": [2.0]})
+    assert named.state() == {"mean": [1.0], "std": [2.0]}
+
+
 # Images
+
+
+def test_channels_of_another_number_than_mean_and_std_are_refused():
+    for length in (1, 2):
+        with pytest.raises(ConfigError, match=f"{length} numbers as mean and {length} as std, .* have 3 channels"):
+            ImageTensor([0.5] * length, [0.5] * length)({"image": COLOUR})
+
+
+def test_a_size_without_pixels_is_refused():
+    with pytest.raises(ConfigError, match=r"size is \[0, 4\]; expected height and width of at least 1 pixel"):
+        ImageTensor(size=(0, 4))
 
 
 def identity(**arguments):

@@ -6,7 +6,7 @@ Shapes: N rows, B batch, M rows that a batch is made of: with mixing, also its r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.config import takes
-from kdpipe.data.columns import Column, Columns, Ragged, concatenate, take
+from kdpipe.data.columns import Column, Columns, Ragged, concatenate, layout_of, take
 from kdpipe.errors import ConfigError
 from kdpipe.random_numbers import derived_seed, uniform
 
@@ -236,7 +236,7 @@ def taken(columns: Columns, rows: NDArray[np.int64]) -> Columns:
 
 
 def _transformed(transform: Transform, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
-    expected = _layout(columns)
+    expected = layout_of(columns)
     with _naming(transform, expected):
         found = transform(columns, keys, seed)
     _check_layout(transform, found, expected)
@@ -246,7 +246,7 @@ def _transformed(transform: Transform, columns: Columns, keys: NDArray[np.uint64
 def _mixed(
     transform: MixingTransform, columns: Columns, keys: NDArray[np.uint64], seed: int, pairs: Pairs
 ) -> tuple[Columns, NDArray[np.float64]]:
-    expected = _layout(taken(columns, pairs.rows))
+    expected = layout_of(taken(columns, pairs.rows))
     with _naming(transform, expected):
         found, share = transform.mix(columns, keys, seed, pairs)
         if share.shape != pairs.rows.shape or not ((share >= 0) & (share <= 1)).all():
@@ -266,30 +266,15 @@ def _naming(transform: Transform | MixingTransform, given: str) -> Iterator[None
 
 
 def _check_layout(transform: Transform | MixingTransform, found: Any, expected: str) -> None:
-    if _layout(found) != expected:
+    if layout_of(found) != expected:
         raise ConfigError(
-            f"views.transform: {_name_of(transform)} gives {_layout(found)}; expected the layout that it was given: "
+            f"views.transform: {_name_of(transform)} gives {layout_of(found)}; expected the layout that it was given: "
             f"{expected}"
         )
 
 
 def _name_of(transform: Transform | MixingTransform) -> str:
     return getattr(transform, "__name__", type(transform).__name__)
-
-
-def _layout(columns: Any) -> str:
-    """Names, dtypes and shapes, for a message: "image uint8 [64, 28, 28, 1]"."""
-    if not isinstance(columns, Mapping):
-        return "nothing" if columns is None else f"a {type(columns).__name__}"
-    return ", ".join(sorted(f"{name} {_column_layout(column)}" for name, column in columns.items())) or "no columns"
-
-
-def _column_layout(column: Any) -> str:
-    if isinstance(column, Ragged):
-        return f"of {len(column)} ragged rows of {column.values.dtype}"
-    if isinstance(column, np.ndarray):
-        return f"{column.dtype} {list(column.shape)}"
-    return f"as a {type(column).__name__}"
 
 
 def look_the_same(one: Column, other: Column) -> bool:

@@ -15,7 +15,7 @@ from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.data.preparing import column_of
 from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, DataError, KdpipeError
-from kdpipe.inputs import LOGITS, Head, Inputs, call, described, num_rows
+from kdpipe.inputs import LOGITS, Head, Inputs, call, described, num_rows, tensors_of
 from kdpipe.losses import reuses_classifier
 from kdpipe.preprocess import Preprocess
 from kdpipe.store.manifest import Manifest
@@ -74,6 +74,7 @@ def run(project: Project) -> Sequence[str]:
     except KdpipeError as error:
         problems.append(str(error))
     checks: dict[str, Callable[[Project], str]] = {
+        "label": _check_label,
         "splits": _check_splits,
         "views": partial(_check_views, sample=sample),
     }
@@ -104,6 +105,19 @@ class _Met:
 def _data(project: Project) -> str:
     section = project.params.data
     return section.source.path if section.path is None else f"{section.path} by {section.source.path}"
+
+
+def _check_label(project: Project) -> str:
+    """That it is no column that models see."""
+    label = project.params.data.columns.label
+    for key in ("columns", "categorical"):
+        names = project.params.task.arguments.get(key)
+        if label is not None and isinstance(names, list) and label in names:
+            raise ConfigError(
+                f"task.{key} names {label!r}, which is the label (data.columns.label), so models would see what they "
+                "are to learn; leave it out"
+            )
+    return "none" if label is None else f"column {label}"
 
 
 def _first_rows(project: Project, task: Task) -> Columns | None:
@@ -235,13 +249,29 @@ def _check_student(project: Project, task: Task, sample: Columns | None, met: _M
     section = project.params.student
     spec = ModelSpec(where="student", model=section.model, preprocess=section.preprocess, logits=section.logits)
     checked, row = _check_model(project, task, spec, sample, True), _first(sample)
-    if checked is not None and row is not None:
+    left_out: Sequence[str] = ()
+    if checked is not None and sample is not None and row is not None:
         model, preprocess = checked
         met.student = model, preprocess(row)
+        left_out = _left_out(preprocess, sample)
     check_class_weights(task, section.train, "student.train")
     if section.init_from is not None:  # whether its shapes fit may depend on what the preprocess learns of all rows
         read_weights(project.root / section.init_from)
-    return f"{section.model.path}, {section.seeds} seeds"
+    without = f"; columns that its preprocess leaves out: {len(left_out)} ({', '.join(left_out)})" if left_out else ""
+    return f"{section.model.path}, {section.seeds} seeds{without}"
+
+
+def _left_out(preprocess: Preprocess, sample: Columns) -> list[str]:
+    """Columns of rows without which a preprocess makes the same of them."""
+    whole, left_out = tensors_of(preprocess(sample)), []
+    for name in sample if len(sample) > 1 else ():
+        try:
+            found = tensors_of(preprocess({other: each for other, each in sample.items() if other != name}))
+        except KdpipeError:  # it asks for the column
+            continue
+        if len(found) == len(whole) and all(map(torch.equal, found, whole)):
+            left_out.append(name)
+    return left_out
 
 
 def _check_model(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -55,10 +56,26 @@ class _Named:
         self._name, self._source = name, source
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The source's. Raises `DataError` for whatever its code raises but kdpipe's errors and the system's."""
+        """The source's. Raises `DataError` for what are no record batches.
+
+        And for whatever its code raises but kdpipe's errors and the system's.
+        """
         try:
-            yield from self._source.batches()
+            given: Any = self._source.batches()
+            if isinstance(given, Mapping) or not isinstance(given, Iterable):
+                raise self._no_batches(given)
+            for batch in given:
+                if not isinstance(batch, pa.RecordBatch):
+                    raise self._no_batches(batch)
+                yield batch
         except (KdpipeError, OSError, MemoryError):
             raise
         except Exception as error:
             raise DataError(f"data.source: {self._name} fails: {type(error).__name__}: {error}") from error
+
+    def _no_batches(self, given: Any) -> DataError:
+        kind = "nothing" if given is None else type(given).__name__
+        return DataError(
+            f"data.source: {self._name}: batches() gave {kind}; expected pyarrow RecordBatches, one after the other, "
+            "such as pa.RecordBatch.from_pydict({'id': ['a', 'b'], 'x': [1.5, 2.5]}) or those of table.to_batches()"
+        )

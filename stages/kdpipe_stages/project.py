@@ -17,6 +17,7 @@ from kdpipe.data.prepared import PreparedData, PreparedInputs
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.fingerprint import canonical_json, source_digests
 from kdpipe.preprocess import Preprocess
+from kdpipe.preprocess.named import NamedPreprocess
 from kdpipe.tasks.base import Task
 from kdpipe.views import PartnerPlan, ViewSpec, is_transform
 from kdpipe_stages.params import (
@@ -134,13 +135,13 @@ class Project:
         return task
 
     def preprocess(self, factory: Factory | None, task: Task, where: str) -> Preprocess:
-        """A model's own preprocess, or the task's default."""
+        """A model's own preprocess, or the task's default; its own errors name it."""
         if factory is None:
-            return task.default_preprocess()
+            return NamedPreprocess(f"{where}: the default of {self.params.task.path}", task.default_preprocess())
         preprocess = self.bind(factory, where, root=self.root, **getattr(task, "offers", {})).make()
         if not isinstance(preprocess, Preprocess):
             raise ConfigError(f"{where}: {factory.path} is no Preprocess (see kdpipe.preprocess.Preprocess)")
-        return preprocess
+        return NamedPreprocess(f"{where}: {factory.path}", preprocess)
 
     def views(self) -> ViewSpec:
         """The augmented views that teacher and student see."""

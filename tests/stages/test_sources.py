@@ -29,6 +29,14 @@ class Own:
         for number in range(self.count):
             yield pa.record_batch({"id": [number], "image": pa.array([[number] * 64], pa.list_(pa.uint8(), 64))})
 
+class Gives:
+    def __init__(self, what):
+        self.what = what
+
+    def batches(self):
+        table = pa.table({"id": [1]})
+        return {"dicts": iter([{"id": [1]}]), "numbers": [1, 2], "table": table, "dict": {"id": [1]}}.get(self.what)
+
 class NoSource:
     pass
 """
@@ -129,6 +137,16 @@ def test_check_and_prepare_take_a_source_without_a_path(tmp_path, capsys):
         (
             with_source(factory="own.py:Own", number=3),
             "data.source.number: own.py:Own does not take it; it takes count",
+        ),
+        *(
+            (with_source(factory="own.py:Gives", what=what), f"own.py:Gives: batches() gave {found}; expected pyarrow")
+            for what, found in {
+                "dicts": "dict",
+                "numbers": "int",
+                "table": "Table",
+                "dict": "dict",
+                "none": "nothing",
+            }.items()
         ),
         (with_source(factory="kdpipe.data.sources:HuggingFace"), "give either data.path"),
         (

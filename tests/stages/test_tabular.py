@@ -113,3 +113,41 @@ def test_a_transformer_of_ones_own_and_its_code(folder):
     (folder / f"{module}.py").write_text(source.replace("/ 40", "/ 50"))
     with pytest.raises(ConfigError, match=r"trained with other settings, rows or targets than today's"):
         evaluate.run(project_in(folder))
+
+
+def test_check_says_which_columns_the_student_is_not_shown(folder):
+    assert not any("leaves out" in line for line in check.run(project_in(folder)))
+    sections = passengers()
+    sections["student"]["preprocess"] = {"factory": "kdpipe.preprocess:Standardize"}
+    sections["task"] |= {"columns": ["class"], "categorical": ["sex", "deck"]}
+    write_params(folder, sections)
+    (said,) = (line for line in check.run(project_in(folder)) if "leaves out" in line)
+    assert said.endswith("; columns that its preprocess leaves out: 2 (category.sex, category.deck)")
+
+
+@pytest.mark.parametrize(("key", "names"), [("columns", ["age", "survived"]), ("categorical", ["survived"])])
+def test_the_label_is_no_column_of_the_rows(folder, key, names):
+    sections = passengers()
+    sections["task"][key] = names
+    write_params(folder, sections)
+    with pytest.raises(ConfigError, match=rf"task\.{key} names 'survived', which is the label"):
+        check.run(project_in(folder))
+
+
+@pytest.mark.parametrize("where", ["student", "teachers"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [("raise ValueError('bad row')", "ValueError: bad row"), ("return torch.zeros(3, 1)", r"gives \[3, 1\] for")],
+)
+def test_check_names_a_preprocess_that_does_wrong(folder, where, call, message):
+    (folder / "own.py").write_text(
+        "import torch\nfrom kdpipe.preprocess import Standardize\n\nclass Own(Standardize):\n"
+        f"    def __call__(self, columns):\n        {call}\n"
+    )
+    sections = passengers()
+    (sections["student"] if where == "student" else sections["teachers"]["big"])["preprocess"] = {
+        "factory": "own.py:Own"
+    }
+    write_params(folder, sections)
+    with pytest.raises(ConfigError, match=rf"{where}.*\.?preprocess: own\.py:Own .*{message}"):
+        check.run(project_in(folder))

@@ -50,6 +50,21 @@ def take(column: Column, rows: NDArray[np.int64]) -> Column:
     return column.take(rows) if isinstance(column, Ragged) else column[rows]
 
 
+def layout_of(columns: Any) -> str:
+    """Names, dtypes and shapes, for a message: "image uint8 [64, 28, 28, 1]"."""
+    if not isinstance(columns, Mapping):
+        return "nothing" if columns is None else f"a {type(columns).__name__}"
+    return ", ".join(sorted(f"{name} {_column_layout(column)}" for name, column in columns.items())) or "no columns"
+
+
+def _column_layout(column: Any) -> str:
+    if isinstance(column, Ragged):
+        return f"of {len(column)} ragged rows of {column.values.dtype}"
+    if isinstance(column, np.ndarray):
+        return f"{column.dtype} {list(column.shape)}"
+    return f"as a {type(column).__name__}"
+
+
 def concatenate(parts: list[Column]) -> Column:
     """Columns of consecutive rows as one."""
     if len(parts) == 1:

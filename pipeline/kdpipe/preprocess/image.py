@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdpipe.data.columns import Array, Columns, Ragged
+from kdpipe.data.columns import Array, Columns, Ragged, layout_of
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.preprocess.base import Moments, State
 
@@ -35,6 +35,8 @@ class ImageTensor:
     ) -> None:
         if (mean is None) != (std is None):
             raise ConfigError("preprocess: give both mean and std, or neither to learn them from the training rows")
+        if size is not None and min(size) < 1:
+            raise ConfigError(f"preprocess: size is {list(size)}; expected height and width of at least 1 pixel")
         self._mean, self._std, self._size, self._scale = mean, std, size, scale
 
     def fit(self, blocks: Iterable[Columns]) -> None:
@@ -58,15 +60,23 @@ class ImageTensor:
         self._mean, self._std = state["mean"], state["std"]
 
     def __call__(self, columns: Columns) -> Tensor:
-        """`[B, channels, H, W]`."""
+        """`[B, channels, H, W]`. Raises `ConfigError` unless there is one mean and one std per channel."""
         state = self.state()
         pixels = torch.from_numpy(self._pixels(columns).astype(np.float32))
         channels_first = pixels.permute(0, 3, 1, 2) / self._scale
         mean, std = (torch.tensor(state[key], dtype=torch.float32).view(1, -1, 1, 1) for key in ("mean", "std"))
+        channels = channels_first.shape[1]
+        if not channels == mean.numel() == std.numel():
+            raise ConfigError(
+                f"preprocess ImageTensor has {mean.numel()} numbers as mean and {std.numel()} as std, and the images "
+                f"have {channels} channels; expected one per channel"
+            )
         return (channels_first - mean) / std
 
     def _pixels(self, columns: Columns) -> Array:
-        images = columns["image"]
+        images = columns.get("image")
+        if images is None:
+            raise ConfigError(f"preprocess ImageTensor takes a column `image`; rows here have {layout_of(columns)}")
         if isinstance(images, Ragged):
             opened = [self._open(Image.open(io.BytesIO(images.row(i).tobytes()))) for i in range(len(images))]
             shapes = sorted({each.shape for each in opened})

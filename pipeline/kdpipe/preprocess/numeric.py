@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdpipe.data.columns import Columns
+from kdpipe.data.columns import Array, Columns, layout_of
 from kdpipe.errors import ConfigError
 from kdpipe.preprocess.base import Moments, State
 
@@ -33,7 +33,7 @@ class Standardize:
             return
         moments = Moments()
         for block in blocks:
-            moments.add(np.asarray(block["features"], np.float64))
+            moments.add(_features(block).astype(np.float64))
         self._mean, self._std = moments.mean_and_std()
 
     def state(self) -> State:
@@ -47,7 +47,23 @@ class Standardize:
         self._mean, self._std = state["mean"], state["std"]
 
     def __call__(self, columns: Columns) -> Tensor:
-        """`[B, D]`."""
+        """`[B, D]`. Raises `ConfigError` unless there is one mean and one std per column."""
         state = self.state()
-        features = torch.from_numpy(np.array(columns["features"], np.float32))
-        return (features - torch.tensor(state["mean"])) / torch.tensor(state["std"])
+        features = torch.from_numpy(_features(columns).astype(np.float32))
+        mean, std = (torch.tensor(state[key]) for key in ("mean", "std"))
+        if not features.shape[1:] == mean.shape == std.shape:
+            raise ConfigError(
+                f"preprocess Standardize has {mean.numel()} numbers as mean and {std.numel()} as std, and the rows "
+                f"have {features[:1].numel()} columns of numbers; expected one per column"
+            )
+        return (features - mean) / std
+
+
+def _features(columns: Columns) -> Array:
+    """`[B, D]`."""
+    features = columns.get("features")
+    if not isinstance(features, np.ndarray):
+        raise ConfigError(
+            f"preprocess Standardize takes a column `features` of numbers; rows here have {layout_of(columns)}"
+        )
+    return features
