@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -223,8 +224,10 @@ def test_a_fit_that_fails_is_named():
 
 
 def test_a_named_preprocess_is_the_other_one_by_all_else():
-    named = copy.deepcopy(NamedPreprocess("own", Own(torch.zeros(40))))
+    named = pickle.loads(pickle.dumps(copy.deepcopy(NamedPreprocess("own", Own(torch.zeros(40))))))  # noqa: S301 - just written
     assert isinstance(named, Preprocess)
+    assert isinstance(named, Own)
+    assert type(named) is NamedPreprocess
     assert named({"features": FEATURES}).shape == (40,)
     assert offers(named) == {"vocab_size": 7}
     assert named.state() == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}

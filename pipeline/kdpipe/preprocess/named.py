@@ -17,16 +17,22 @@ from kdpipe.preprocess.base import Preprocess, State
 class NamedPreprocess:
     """Another preprocess: what it raises names it, and what it makes has as many rows as it was given.
 
-    All else (`offers`, `lengths`, …) is the other one's.
+    All else (its class, `offers`, `lengths`, …) is the other one's.
     """
 
     def __init__(self, name: str, preprocess: Preprocess) -> None:
         """`name`: its key in params.yaml and its path, say, as messages show it."""
         self._name, self._preprocess = name, preprocess
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The other one's, for `isinstance`."""
+        return type(self._preprocess)
+
+    def __reduce__(self) -> tuple[type, tuple[str, Preprocess]]:
+        return NamedPreprocess, (self._name, self._preprocess)
+
     def __getattr__(self, attribute: str) -> Any:
-        if attribute == "_preprocess":  # of a copy that is being made
-            raise AttributeError(attribute)
         return getattr(self._preprocess, attribute)
 
     def fit(self, blocks: Iterable[Columns]) -> None:
