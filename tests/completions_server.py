@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -44,8 +44,12 @@ class Handler(BaseHTTPRequestHandler):
                 log.write(json.dumps({"time": time.time(), "key": self.headers.get("Authorization")}) + "\n")
         if number > behaviour.get("dies_after", math.inf):
             os._exit(1)
-        if number <= behaviour.get("busy_first", 0):
-            self.answer(429, {"error": "slow down"}, {"Retry-After": "0"})
+        if number > behaviour.get("hangs_after", math.inf):
+            time.sleep(1000)
+        if number > behaviour.get("drips_after", math.inf):
+            self.drip()
+        elif number > behaviour.get("busy_after", math.inf) or number <= behaviour.get("busy_first", 0):
+            self.answer(429, {"error": "slow down"}, {"Retry-After": behaviour.get("retry_after", "0")})
         elif "status" in behaviour:
             self.answer(behaviour["status"], {"error": behaviour.get("error", "no")})
         elif "body" in behaviour:
@@ -67,8 +71,19 @@ class Handler(BaseHTTPRequestHandler):
         if asked.get("logprobs") and isinstance(asked["prompt"], str):
             top = top_of(asked["prompt"])
             top[" the"] = behaviour.get("log_prob", top[" the"])
+            top |= behaviour.get("top", {})
             return {"text": "", "logprobs": {"top_logprobs": [top]}}
         return {"text": ""}
+
+    def drip(self) -> None:
+        """An answer that goes on and never ends."""
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.05)
 
     def answer(self, status: int, body: object, headers: dict | None = None, cut: bool = False) -> None:
         """`cut`: half of the body comes, then the connection ends. A header that is None is left out."""

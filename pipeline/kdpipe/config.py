@@ -14,9 +14,9 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, TypeVar
 
 import yaml
@@ -247,12 +247,21 @@ class Bound:
             raise ConfigError(f"{self.name} fails: {type(error).__name__}: {error}") from error
 
 
-def bind(factory: Factory, root: Path, where: str, beside: Sequence[str] = (), /, **offered: Any) -> Bound:
+def bind(
+    factory: Factory,
+    root: Path,
+    where: str,
+    beside: Sequence[str] = (),
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+    /,
+    **offered: Any,
+) -> Bound:
     """Check a factory's arguments against its signature, without calling it.
 
     `offered` are values that the pipeline knows (class count, input shape): passed when the signature names them and
-    params.yaml does not. `beside` are keys that may stand beside the arguments. Arguments annotated `Path` are files
-    and folders relative to `root`. Raises `ConfigError` for unknown, missing or wrongly typed arguments.
+    params.yaml does not. `beside` are keys that may stand beside the arguments; `elsewhere` are the sections of those
+    arguments that do not stand at `where`. Arguments annotated `Path` are files and folders relative to `root`.
+    Raises `ConfigError` for unknown, missing or wrongly typed arguments.
     """
     target = resolve(factory.path, root, where)
     signature = inspect.signature(target)
@@ -262,14 +271,18 @@ def bind(factory: Factory, root: Path, where: str, beside: Sequence[str] = (), /
     names = [name for name, each in accepts.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     unknown = [] if takes_any else [key for key in arguments if key not in names]
     if unknown:
+        place = f"{elsewhere.get(unknown[0], where)}.{unknown[0]}"
         raise ConfigError(
-            f"{where}.{unknown[0]}: {factory.path} does not take it; it takes {', '.join(names) or 'nothing'}"
+            f"{place}: {factory.path} does not take it; it takes {', '.join(names) or 'nothing'}"
             f"{did_you_mean(unknown[0], [*names, *beside])}"
         )
     missing = [name for name in names if name not in arguments and accepts[name].default is inspect.Parameter.empty]
     if missing:
         raise ConfigError(f"{where}.{missing[0]}: missing; {factory.path} needs it")
-    checked = {key: _below(root, _checked(target, key, value, where)) for key, value in factory.arguments.items()}
+    checked = {
+        key: _below(root, _checked(target, key, value, elsewhere.get(key, where)))
+        for key, value in factory.arguments.items()
+    }
     return Bound(f"{where}: {factory.path}", target, arguments | checked)
 
 
@@ -291,6 +304,8 @@ def _checked(target: Callable[..., Any], name: str, value: Any, where: str) -> A
         return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
+        if is_dataclass(hint) and problem["loc"]:
+            raise ConfigError(f"{where}.{name}.{_explain(hint, problem)}") from None
         place = "".join(f".{part}" for part in problem["loc"] if isinstance(part, int))
         expected = f"missing (found {text})" if problem["type"] == "missing" else _expected(problem)
         raise ConfigError(f"{where}.{name}{place}: {expected}") from None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,17 @@ class Project:
         """What is stored of a teacher."""
         return self.params.targets.get(name, TargetsSection())
 
-    def bind(self, factory: Factory, where: str, beside: Sequence[str] = (), /, **offered: Any) -> Bound:
+    def bind(
+        self,
+        factory: Factory,
+        where: str,
+        beside: Sequence[str] = (),
+        elsewhere: Mapping[str, str] = MappingProxyType({}),
+        /,
+        **offered: Any,
+    ) -> Bound:
         """Check a factory against its signature, without calling it."""
-        return bind(factory, self.root, where, beside, **offered)
+        return bind(factory, self.root, where, beside, elsewhere, **offered)
 
     def sources(self, factory: Factory, where: str) -> dict[str, str]:
         """Digests of the code that a factory reaches, and of what its `reads(arguments, root)` adds, if it has one."""

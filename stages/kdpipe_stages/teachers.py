@@ -32,6 +32,7 @@ from kdpipe.teachers.torch import TorchTeacher
 from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, fit_preprocess, teacher_fingerprint
 from kdpipe_stages.params import TeacherSection
 from kdpipe_stages.project import Project
+from kdpipe_stages.terminal import say
 
 _FIT_ROWS = 4096
 _OF_A_TEACHER = ("outputs", "fingerprint", "predict")
@@ -118,9 +119,12 @@ def bind_teacher(
         "precision": targets.precision,
         "k": targets.k,
         "teacher_of": teacher_of,
+        "say": say,
     }
-    arguments = {**section.teacher.arguments, **(section.runtime or {})}
-    return project.bind(Factory(path=section.teacher.path, arguments=arguments), f"teachers.{name}.teacher", **offered)
+    runtime = section.runtime or {}
+    factory = Factory(path=section.teacher.path, arguments={**section.teacher.arguments, **runtime})
+    elsewhere = dict.fromkeys(runtime, f"teachers.{name}.runtime")
+    return project.bind(factory, f"teachers.{name}.teacher", (), elsewhere, **offered)
 
 
 def checked_teacher(project: Project, name: str, made: Any) -> Teacher:

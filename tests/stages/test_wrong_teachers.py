@@ -6,6 +6,11 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -407,7 +412,7 @@ def write_own(folder, answer=ANSWER):
             "the estimator of `path` is ready; leave fit_on out",
             ("train-teacher",),
         ),
-        ({"big": {**FUNCTION, "runtime": {"sped": 1}}}, r"teachers\.big\.teacher\.sped: .* does not take it", None),
+        ({"big": {**FUNCTION, "runtime": {"sped": 1}}}, r"teachers\.big\.runtime\.sped: .* does not take it", None),
         ({"big": FOREST}, r"there is no trained model in .*big\. Run `kdpipe train-teacher big`", ("cache-teacher",)),
     ],
 )
@@ -582,24 +587,24 @@ def test_rules_are_checked_before_any_work(folder, capsys):
 def served(tmp_path, monkeypatch, tmp_path_factory):
     """Prepared documents, and a teacher behind a real server; the current folder."""
     monkeypatch.chdir(tmp_path)
-    with running(tmp_path_factory.mktemp("server")) as server:
+    with running(tmp_path_factory.mktemp("server")) as process:
         sections = {
             "data": write_texts(tmp_path, [f"{number} fine films" for number in range(24)]),
             "task": {"factory": "kdpipe.tasks.language:LanguageModelling", "block_tokens": 8},
         }
         targets = {"encoding": "topk", "k": 4, "shard_rows": 8, "batch_size": 4}
 
-        def build(**settings):
+        def build(server=MappingProxyType({}), runtime=None, **settings):
             factory = "kdpipe.teachers.server:ServedLanguageModel"
             teacher = {"factory": factory, "model": "toy"}
-            runtime = {"server": server.settings(retries=1, at_once=1)}
+            runtime = runtime or {"server": process.settings(**{"retries": 1, "at_once": 1, **server})}
             student = {"model": {"factory": "kdpipe.models.pretrained:causal_lm", "config": GPT2}}
             big = {"teacher": teacher, "runtime": runtime}
             write(tmp_path, sections, {"big": big}, student, targets | settings)
 
         build()
         assert run(["prepare-data"]) == 0
-        yield server, build
+        yield process, build
 
 
 def test_a_server_that_dies_in_the_middle_and_comes_back(served, tmp_path, capsys):
@@ -643,6 +648,61 @@ def test_a_server_that_cannot_be_asked(served, tmp_path, capsys):
     server.stop()
     build()
     refuses(tmp_path, capsys, "does not answer", "check", "cache-teacher")
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        ({"retrys": 3}, r"runtime\.server\.retrys: unknown key \(the keys here are .*\); did you mean 'retries'\?"),
+        ({"at_once": 0}, r"runtime\.server\.at_once: Input should be greater than 0 \(found 0\)"),
+        ({"at_once": "8"}, r'runtime\.server\.at_once: expected a whole number \(found "8"\)'),
+        ({"url": None}, r"runtime\.server\.url: expected text \(found null\)"),
+    ],
+)
+def test_a_wrong_key_of_a_server_is_named(served, tmp_path, capsys, server, message):
+    _, build = served
+    build(server=server)
+    refuses(tmp_path, capsys, r"teachers\.big\." + message, "check", "cache-teacher")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        ({"server": "http://gpu-box"}, r'runtime\.server: expected a mapping \(found "http://gpu-box"\)'),
+        ({"server": {}}, r"runtime\.server\.url: missing"),
+        ({"sever": {}}, r"runtime\.sever: .* does not take it; it takes .*; did you mean 'server'\?"),
+    ],
+)
+def test_a_wrong_runtime_is_named(served, tmp_path, capsys, runtime, message):
+    _, build = served
+    build(runtime=runtime)
+    refuses(tmp_path, capsys, r"teachers\.big\." + message, "check", "cache-teacher")
+
+
+@pytest.mark.parametrize("behaviour", [{"hangs_after": 30}, {"busy_after": 30, "retry_after": "1000"}])
+def test_ctrl_c_ends_a_capture_that_waits_for_a_server(served, tmp_path, behaviour):
+    server, build = served
+    build(server={"at_once": 4})
+    server.behave(**behaviour)
+    (server.folder / "requests.log").write_text("")
+    # A shell's background jobs are born ignoring Ctrl-C.
+    code = "from signal import *; signal(SIGINT, default_int_handler); from kdpipe_stages.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, "cache-teacher"], stderr=subprocess.PIPE, text=True) as child:
+        try:
+            while child.poll() is None and len(server.requests) < 31:
+                time.sleep(0.01)
+            child.send_signal(signal.SIGINT)
+            _, said = child.communicate(timeout=5)
+        finally:
+            child.kill()
+    assert child.returncode == 1
+    assert "error: interrupted" in said
+    before = list((tmp_path / "data" / ".work").rglob("commits/*.json"))
+    assert before
+    server.behave()
+    (server.folder / "requests.log").write_text("")
+    assert run(["cache-teacher"]) == 0
+    assert len(server.requests) == 1 + len(PreparedData(tmp_path / "data" / "prepared").inputs) - 8 * len(before)
 
 
 def test_classes_of_a_server_that_do_not_fit(folder, capsys, tmp_path_factory):

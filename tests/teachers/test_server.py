@@ -27,8 +27,9 @@ def server(tmp_path):
         yield process
 
 
-def language_model(server, k=K, num_classes=VOCABULARY, probe=PROBE, **settings):
-    return ServedLanguageModel(num_classes, k, probe, "toy", server.section(**settings))
+def language_model(server, said=None, k=K, num_classes=VOCABULARY, probe=PROBE, **settings):
+    say = [] if said is None else said
+    return ServedLanguageModel(num_classes, k, probe, "toy", server.section(**settings), say.append)
 
 
 def test_each_counted_position_gets_the_next_tokens_of_its_own_context(server):
@@ -73,7 +74,7 @@ def test_an_answer_that_is_cut_short_is_asked_for_again(server, headers):
         assert torch.equal(said[name], expected)
 
 
-@pytest.mark.parametrize(("headers", "name"), [({}, "ChunkedEncodingError"), (UNTOLD, "JSONDecodeError")])
+@pytest.mark.parametrize(("headers", "name"), [({}, "ProtocolError"), (UNTOLD, "JSONDecodeError")])
 def test_a_server_that_cuts_every_answer_short_is_an_error(server, headers, name):
     server.behave(cut_every=1, headers=headers)
     with pytest.raises(TeacherError, match=rf"does not answer \({name}\)"):
@@ -86,6 +87,28 @@ def test_a_page_that_is_no_answer_is_not_asked_for_again(server):
     with pytest.raises(TeacherError, match=r"gives no completions: .*log in"):
         language_model(server)
     assert len(server.requests) == 1
+
+
+def test_a_long_wait_is_said_once(server, monkeypatch):
+    monkeypatch.setattr("kdpipe.teachers.server._SAID_S", 0.4)
+    teacher = language_model(server, say := [], at_once=4, retries=5)
+    assert not say
+    server.behave(busy_first=5, retry_after="1")
+    teacher.predict(COLUMNS)
+    assert say == [f"{server.url}/completions answered 429: asking again in 1 s"]
+
+
+def test_a_wait_that_is_too_long_is_refused(server):
+    server.behave(busy_first=1, retry_after="86400")
+    message = r"answered 429 .*\(Retry-After: 86400\), more than the 3,600 s"
+    with pytest.raises(TeacherError, match=message):
+        language_model(server)
+
+
+def test_an_answer_that_never_ends_is_none(server):
+    server.behave(drips_after=0)
+    with pytest.raises(TeacherError, match=r"does not answer \(ReadTimeout\)"):
+        language_model(server, retries=0, timeout_s=0.2)
 
 
 @pytest.mark.filterwarnings("error")
@@ -202,7 +225,27 @@ def test_a_prompt_that_names_no_column_is_refused_before_any_row_is_asked_about(
         ServedClassifier(TASK, "toy", server.section(), "{review}", CLASSES, probe={"rows": np.array([0])})
 
 
-def test_a_server_without_log_probs_is_refused(server):
-    server.behave(body={"choices": [{"text": " good", "logprobs": None}]})
-    with pytest.raises(TeacherError, match=r"no log-probs of the next token .*it gives text, logprobs"):
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({}, "there is no logprobs"),
+        ({"logprobs": None}, "logprobs is null"),
+        ({"logprobs": {"content": [{"token": " bad", "logprob": -0.1}]}}, r"logprobs has the chat format \(content\)"),
+        ({"logprobs": {"top_logprobs": [{" bad": None}]}}, r'logprobs is .*" bad": null'),
+        ({"logprobs": {"top_logprobs": []}}, r'logprobs is \{"top_logprobs": \[\]\}'),
+        ({"logprobs": 3}, "logprobs is 3"),
+    ],
+)
+def test_a_server_without_log_probs_is_refused(server, choice, message):
+    server.behave(body={"choices": [{"text": " good", **choice}]})
+    with pytest.raises(TeacherError, match=rf"no log-probs of the next token: {message}.*; expected .*/v1/completions"):
         classifier(server).predict({"rows": np.array([0])})
+
+
+def test_probabilities_that_are_more_than_1_are_refused(server):
+    server.behave(top={each: math.log(0.9) for each in CLASSES})
+    with pytest.raises(TeacherError, match=r"probabilities sum to 1\.9; expected 1 at most"):
+        classifier(server).predict({"rows": np.array([0])})
+    server.behave(log_prob=math.log(0.8))
+    with pytest.raises(TeacherError, match=r"probabilities sum to 1\.\d+; expected 1 at most"):
+        language_model(server)

@@ -5,13 +5,16 @@ Shapes: B rows, T positions of a block, k classes.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import CancelledError, Future
+from queue import Empty, SimpleQueue
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +33,17 @@ from kdpipe.teachers.base import CLASS_IDS, COVERED, LOG_PROBS, TAIL_LOG_MASS
 _TRY_AGAIN = (408, 409, 429, 500, 502, 503, 504)
 _SHOWN = 300
 _SLACK = 1e-3
+_MOST_MASS = 1.01
+_SAID_S = 10.0
+_LONGEST_WAIT_S = 3600.0
+_PART_BYTES = 2**16
+
+_Choice: TypeAlias = "Future[dict[str, Any]]"
+_Questions: TypeAlias = "SimpleQueue[tuple[Mapping[str, Any], _Choice]]"
+
+
+def _unheard(_: str) -> None:
+    """Where nobody wants to be told of a wait."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -37,7 +51,8 @@ class ServerSection:
     """Where the server is, and how hard it may be asked.
 
     Up to `at_once` requests run at a time; what fails for now is tried again, later each time. The key comes from the
-    environment variable `api_key_env`, and is written nowhere.
+    environment variable `api_key_env`, and is written nowhere. An answer may take `timeout_s` to begin, and
+    as long again to end.
     """
 
     url: str
@@ -49,27 +64,30 @@ class ServerSection:
 
 
 class _Server:
-    """`POST {url}/completions`. A server that says when to come back (Retry-After) is believed."""
+    """`POST {url}/completions`. A server that says when to come back (Retry-After) is believed, up to an hour.
 
-    def __init__(self, section: ServerSection, model: str) -> None:
+    `say` is told of a wait that somebody at the terminal would wonder about.
+    """
+
+    def __init__(self, section: ServerSection, model: str, say: Callable[[str], None]) -> None:
         requests, adapters = package("requests", "server"), package("requests.adapters", "server")
-        self._errors = requests.RequestException
+        urllib3 = package("urllib3.exceptions", "server")
+        self._too_slow = requests.exceptions.ReadTimeout
         self._broken_off = (
-            requests.exceptions.ChunkedEncodingError,
             requests.exceptions.ConnectionError,
-            requests.exceptions.JSONDecodeError,
+            requests.exceptions.Timeout,
+            urllib3.ProtocolError,
+            urllib3.ReadTimeoutError,
+            json.JSONDecodeError,
+            UnicodeDecodeError,
         )
+        self._errors = (requests.RequestException, urllib3.HTTPError, *self._broken_off)
         self._again = package("urllib3.util", "server").Retry(
-            total=section.retries,
-            backoff_factor=0.5,
-            backoff_jitter=0.5,
-            status_forcelist=_TRY_AGAIN,
-            allowed_methods=["POST"],
-            raise_on_status=False,
+            total=section.retries, backoff_factor=0.5, backoff_jitter=0.5, allowed_methods=["POST"]
         )
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, adapters.HTTPAdapter(max_retries=self._again, pool_maxsize=section.at_once))
+            self._session.mount(scheme, adapters.HTTPAdapter(pool_maxsize=section.at_once))
         if section.api_key_env is not None:
             key = os.environ.get(section.api_key_env)
             if not key:
@@ -81,22 +99,48 @@ class _Server:
             section.timeout_s,
         )
         self._at_once, self._pace = section.at_once, _Pace(section.requests_per_minute)
+        self._say, self._said_until, self._lock = say, 0.0, threading.Lock()
 
     def ask(self, questions: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The first choice of each completion, in order. Raises `TeacherError` naming what the server said."""
-        with ThreadPoolExecutor(self._at_once, "server") as threads:
-            yield from threads.map(self._ask, questions)
+        """The first choice of each completion, in order. Raises `TeacherError` naming what the server said.
 
-    def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        self._pace.wait()
+        Nobody who stops listening (Ctrl-C, an error) waits for the rest: threads that sleep end, and those that hear
+        nothing from the server keep no process alive.
+        """
+        stop, choices = threading.Event(), deque[_Choice]()
+        asked: _Questions = SimpleQueue()
+        for question in questions:
+            choices.append(Future())
+            asked.put((question, choices[-1]))
+        for _ in range(min(self._at_once, len(choices))):
+            threading.Thread(target=self._work, args=(asked, stop), name="server", daemon=True).start()
         try:
-            answer, said = self._answer({"model": self._model, **question})
+            while choices:
+                yield choices.popleft().result()
+        finally:
+            stop.set()
+
+    def _work(self, asked: _Questions, stop: threading.Event) -> None:
+        """One thread: question after question, until there is none or nobody listens."""
+        while not stop.is_set():
+            try:
+                question, choice = asked.get_nowait()
+            except Empty:
+                return
+            try:
+                choice.set_result(self._ask(question, stop))
+            except BaseException as error:  # raised where the choice is awaited
+                choice.set_exception(error)
+
+    def _ask(self, question: Mapping[str, Any], stop: threading.Event) -> dict[str, Any]:
+        self._pace.wait(stop)
+        try:
+            answer, text, said = self._answer({"model": self._model, **question}, stop)
         except self._errors as error:
             raise TeacherError(
                 f"{self._url} does not answer ({type(error).__name__}). What was committed stays: start the server, or "
                 "correct url, and run again"
             ) from None
-        text = answer.text[:_SHOWN]
         if not answer.ok:
             raise TeacherError(
                 f"{self._url} answered {answer.status_code}: {text}. What was committed stays: mend it and run again"
@@ -109,23 +153,62 @@ class _Server:
             raise TeacherError(f"{self._url} gives no completions: {text!r}")
         return choice
 
-    def _answer(self, question: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The whole answer, and its JSON where it is an object.
+    def _answer(self, question: Mapping[str, Any], stop: threading.Event) -> tuple[Any, str, Any]:
+        """The answer, the beginning of its text, and its JSON where it is an object.
 
-        One that breaks off is asked for again, `retries` times. Where the server does not say how long an answer is,
-        JSON that does not end is one that broke off.
+        What fails for now or breaks off is asked for again, `retries` times in all.
         """
         again = self._again
         while True:
-            with self._session.post(self._url, json=question, timeout=self._timeout, stream=True) as answer:
-                try:
-                    is_json = answer.content.lstrip()[:1] in (b"", b"{") and answer.ok
-                    return answer, answer.json() if is_json else None
-                except self._broken_off as error:
-                    if not again.total:
-                        raise
-                    again = again.increment("POST", self._url, error=error)
-            again.sleep()
+            try:
+                answer, text, said = self._post(question)
+                if answer.status_code not in _TRY_AGAIN or not again.total:
+                    return answer, text, said
+                why, wanted = f"answered {answer.status_code}", self._wanted_wait(answer)
+                again = again.increment("POST", self._url, response=answer.raw)
+            except self._broken_off as error:
+                if not again.total:
+                    raise
+                why, wanted = f"does not answer ({type(error).__name__})", 0.0
+                again = again.increment("POST", self._url, error=error)
+            self._wait(wanted or again.get_backoff_time(), why, stop)
+
+    def _post(self, question: Mapping[str, Any]) -> tuple[Any, str, Any]:
+        """One try, see `_answer`.
+
+        Where the server does not say how long an answer is, JSON that does not end is one that broke off.
+        """
+        body = bytearray()
+        with self._session.post(self._url, json=question, timeout=self._timeout, stream=True) as answer:
+            until = time.monotonic() + self._timeout
+            while part := answer.raw.read1(_PART_BYTES, decode_content=True):
+                body += part
+                if time.monotonic() > until:
+                    raise self._too_slow
+        is_json = answer.ok and bytes(body[:_PART_BYTES].lstrip()[:1]) in (b"", b"{")
+        return answer, body[: 4 * _SHOWN].decode(errors="replace")[:_SHOWN], json.loads(body) if is_json else None
+
+    def _wanted_wait(self, answer: Any) -> float:
+        """The seconds of an answer's Retry-After, 0 where there is none. Raises `TeacherError` for too many."""
+        seconds: float = self._again.get_retry_after(answer.raw) or 0.0
+        if seconds > _LONGEST_WAIT_S:
+            raise TeacherError(
+                f"{self._url} answered {answer.status_code} and wants to be asked again later (Retry-After: "
+                f"{answer.headers['Retry-After']}), more than the {_LONGEST_WAIT_S:,.0f} s that are waited for. What "
+                "was committed stays: run again then"
+            )
+        return seconds
+
+    def _wait(self, seconds: float, why: str, stop: threading.Event) -> None:
+        """Wait, and say so where it is long; of threads that wait for the same, one does."""
+        until = time.monotonic() + seconds
+        with self._lock:
+            is_news = seconds > _SAID_S and until > self._said_until + _SAID_S
+            if is_news:
+                self._said_until = until
+        if is_news:
+            self._say(f"{self._url} {why}: asking again in {seconds:,.0f} s")
+        _sleep(seconds, stop)
 
 
 class _Pace:
@@ -135,22 +218,52 @@ class _Pace:
         self._seconds = 0.0 if per_minute is None else 60 / per_minute
         self._next, self._lock = 0.0, threading.Lock()
 
-    def wait(self) -> None:
+    def wait(self, stop: threading.Event) -> None:
         """Until it is one's turn."""
         with self._lock:
             turn = max(self._next, time.monotonic())
             self._next = turn + self._seconds
-        time.sleep(max(0.0, turn - time.monotonic()))
+        _sleep(turn - time.monotonic(), stop)
+
+
+def _sleep(seconds: float, stop: threading.Event) -> None:
+    """Raises `CancelledError` where nobody listens any more."""
+    if stop.wait(max(0.0, seconds)):
+        raise CancelledError
 
 
 def _checked(log_probs: Mapping[Any, float]) -> None:
-    """Raise `TeacherError` where a log-prob is NaN or above 0."""
+    """Raise `TeacherError` where a log-prob is NaN or above 0, or the probabilities of a position are more than 1."""
     wrong = [each for each in log_probs.values() if not each <= _SLACK]
     if wrong:
         raise TeacherError(
             f"the server gives a log-prob of {wrong[0]:g}; expected 0 or below. Its model overflows, or it gives "
             "logits: mend the server and run again"
         )
+    total = math.fsum(math.exp(each) for each in log_probs.values())
+    if total > _MOST_MASS:
+        raise TeacherError(
+            f"the server gives log-probs of one token whose probabilities sum to {total:.4g}; expected 1 at most. They "
+            "are not normalised: mend the server and run again"
+        )
+
+
+def _next_token(choice: Mapping[str, Any]) -> dict[str, float]:
+    """Token -> log-prob of the one token of a completion. Raises `TeacherError`."""
+    said = choice.get("logprobs")
+    try:
+        top = said["top_logprobs"][0]  # type: ignore[index]
+        return {str(token): float(each) for token, each in top.items()}
+    except (AttributeError, LookupError, TypeError, ValueError):
+        found = f"logprobs is {json.dumps(said):.200}"
+    if said is None:
+        found = "logprobs is null" if "logprobs" in choice else "there is no logprobs"
+    elif isinstance(said, dict) and "content" in said:
+        found = "logprobs has the chat format (content)"
+    raise TeacherError(
+        f"the server gives no log-probs of the next token: {found}; expected {{top_logprobs: [{{token: log-prob}}]}}. "
+        "Ask a server that gives log-probs of completions, as vLLM does at /v1/completions"
+    )
 
 
 class ServedLanguageModel:
@@ -160,13 +273,24 @@ class ServedLanguageModel:
     T = 1 and no features: store with `encoding: topk`, `temperatures: [1]`. The tail is what is left of 1.
     """
 
-    def __init__(self, num_classes: int, k: int | None, probe: Columns, model: str, server: ServerSection) -> None:
-        """`model`: what the server calls it. Raises `ConfigError`, and `TeacherError` where the server cannot do it."""
+    def __init__(
+        self,
+        num_classes: int,
+        k: int | None,
+        probe: Columns,
+        model: str,
+        server: ServerSection,
+        say: Callable[[str], None] = _unheard,
+    ) -> None:
+        """`model`: what the server calls it; `say` is told of long waits.
+
+        Raises `ConfigError`, and `TeacherError` where the server cannot do it.
+        """
         if k is None:
             raise ConfigError("a served language model gives its most probable tokens: set encoding: topk and k")
         if "tokens" not in probe:
             raise ConfigError("a served language model speaks about tokens; the task must be language modelling")
-        self._server, self._model, self._num_classes = _Server(server, model), model, num_classes
+        self._server, self._model, self._num_classes = _Server(server, model, say), model, num_classes
         self.num_kept = k
         positions = np.asarray(probe["counted"]).shape[1]
         self.outputs = (OutputSpec(name=LOGITS, shape=(positions, num_classes)),)
@@ -249,10 +373,11 @@ class ServedClassifier:
         answers: Sequence[str],
         top: int = 20,
         probe: Columns | None = None,
+        say: Callable[[str], None] = _unheard,
     ) -> None:
         """`task`: one with `column_values` (see `kdpipe.tasks.base.Task`); `probe`: a prepared row to try at once.
 
-        Raises `ConfigError`, and `TeacherError` where the server cannot do it.
+        `say` is told of long waits. Raises `ConfigError`, and `TeacherError` where the server cannot do it.
         """
         if len(answers) != task.num_classes or len(set(answers)) != len(answers):
             raise ConfigError(
@@ -264,7 +389,7 @@ class ServedClassifier:
                 f"{type(task).__name__} has no columns by name, so there is nothing to put into the prompt"
             )
         self._values, self._prompt, self._answers, self._top = values, prompt, list(answers), top
-        self._server, self._model = _Server(server, model), model
+        self._server, self._model = _Server(server, model, say), model
         self.outputs = (OutputSpec(name=LOGITS, shape=(len(answers),)),)
         if probe is not None:
             self.predict(probe)
@@ -292,12 +417,7 @@ class ServedClassifier:
 
     def _logits(self, choice: Mapping[str, Any]) -> NDArray[np.float64]:
         """Of one answer `[C]`; NaN where no class is among its tokens."""
-        try:
-            given = {str(token): float(each) for token, each in choice["logprobs"]["top_logprobs"][0].items()}
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-            raise TeacherError(
-                f"the server gives no log-probs of the next token (logprobs); it gives {', '.join(choice)}"
-            ) from None
+        given = _next_token(choice)
         _checked(given)
         found: NDArray[np.float64] = np.array([given.get(answer, np.nan) for answer in self._answers])
         log_probs = list(given.values())
