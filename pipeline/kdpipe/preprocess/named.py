@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdpipe.data.columns import Columns, layout_of
@@ -69,7 +70,7 @@ class NamedPreprocess:
     def _naming(self, what: str, given: Columns | None = None) -> Iterator[None]:
         try:
             yield
-        except (KdpipeError, OSError, MemoryError):
+        except (KdpipeError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             on = "" if given is None else f" on {layout_of(given)}"
