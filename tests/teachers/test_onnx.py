@@ -156,12 +156,16 @@ def test_a_padded_vocabulary_is_told_apart_from_wrong_classes(tmp_path):
         ({"path": "cut.onnx"}, ConfigError, "no ONNX model that ONNX Runtime can load"),
         ({"logits": "scores"}, ConfigError, "no output 'scores'; it has logits, hidden"),
         ({"outputs": ["logits", "features"]}, ConfigError, "no output 'features'"),
-        ({"path": "two.onnx"}, ConfigError, "has the outputs scores, hidden; say which of them holds the logits"),
+        (
+            {"path": "two.onnx"},
+            ConfigError,
+            "has the outputs probabilities, hidden; say which of them holds the logits",
+        ),
         ({"num_classes": 5}, TeacherError, r"gives logits of shape \[1, 3\] for one row; expected \[1, …, 5\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, arguments, error, message):
-    linear(tmp_path, outputs=("scores", "hidden"))
+    linear(tmp_path, outputs=("probabilities", "hidden"))
     (tmp_path / "net.onnx").rename(tmp_path / "two.onnx")
     linear(tmp_path, outputs=("logits", "hidden"))
     (tmp_path / "text.onnx").write_text("import os")
