@@ -159,7 +159,7 @@ def test_a_padded_vocabulary_is_told_apart_from_wrong_classes(tmp_path):
         (
             {"path": "two.onnx"},
             ConfigError,
-            "has the outputs probabilities, hidden; say which of them holds the logits",
+            "outputs probabilities, hidden; say which of them holds the logits",
         ),
         ({"num_classes": 5}, TeacherError, r"gives logits of shape \[1, 3\] for one row; expected \[1, …, 5\]"),
     ],
