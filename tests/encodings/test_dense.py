@@ -130,3 +130,11 @@ def test_decoding_copies_nothing():
 def test_json_is_the_one_of_older_stores():
     assert Dense().to_json() == {"name": "dense", "dtype": "float16"}
     assert Dense(dtype="float32", compact=True).to_json() == {"name": "dense", "dtype": "float32", "compact": True}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_far_below_the_maximum_is_no_mask(dtype):
+    encoding, output = Dense(dtype=dtype), OutputSpec(name="logits", shape=(4,))
+    logits = torch.tensor([[3e38, -3e38, 0.0, -torch.inf]])
+    values = encoding.decode(encoding.encode(logits), output).values
+    assert torch.isneginf(values).tolist() == [[False, False, False, True]]

@@ -300,6 +300,13 @@ def test_the_guides_several_teachers_are_valid(folder):
         check.run(project_in(folder))
 
 
+@pytest.mark.parametrize("written", ["constant", {"kind": "constant"}])
+def test_a_constant_schedule_may_be_named(folder, written):
+    loss = {"factory": "kdpipe.losses:ForwardKL", "teacher": "big", "schedule": written}
+    write_params(folder, settings({}, losses=[loss]))
+    check.run(project_in(folder))
+
+
 def test_the_guides_own_loss_trains_a_student(folder):
     (source,) = [each for each in blocks("python") if each.startswith("# my_losses.py")]
     (folder / "my_losses.py").write_text(source)
