@@ -20,7 +20,6 @@ from kdpipe.losses import (
     LossTerm,
     Mix,
     make_projector,
-    name_of,
     needs_labels,
     needs_whole_batch,
     reuses_classifier,
@@ -119,13 +118,14 @@ def check_term(where: str, term: LossTerm, stored: Mapping[str, Stored], heard: 
 
     `stored` is by teacher. Raises `ConfigError` when they do not fit each other.
     """
+    name = type(term.loss).__name__
     labels_shape = (1, *stored[term.teachers[0]].output.shape[:-1])
     try:
-        said = {name: {term.output: each.made_up()} for name, each in stored.items()}
+        said = {teacher: {term.output: each.made_up()} for teacher, each in stored.items()}
         targets = term.targets(said, torch.zeros(labels_shape, dtype=torch.int64))
         if isinstance(targets, SampledTargets) and not getattr(term.loss, "linear_in_targets", False):
             raise ConfigError(
-                f"{type(term.loss).__name__} is not linear in the teacher's probabilities, so sampled targets would "
+                f"{name} is not linear in the teacher's probabilities, so sampled targets would "
                 "bias it; use forward KL, or cache with encoding: topk or dense"
             )
         student = torch.zeros(1, *heard, requires_grad=True)
@@ -135,12 +135,12 @@ def check_term(where: str, term: LossTerm, stored: Mapping[str, Stored], heard: 
         with torch.enable_grad():
             values = values_of(term.loss, student, targets, torch.zeros(student.shape[:-1], dtype=torch.int64))
         if not values.requires_grad:
-            raise ConfigError(f"{name_of(term.loss)} has no gradient in the student's numbers, so it teaches nothing")
+            raise ConfigError(f"{name} has no gradient in the student's numbers, so it teaches nothing")
     except ConfigError as error:
         raise ConfigError(f"{where}: on {term.output} of {', '.join(term.teachers)}: {error}") from error
     except Exception as error:
         raise ConfigError(
-            f"{where}: {name_of(term.loss)} fails on one made-up row of {term.output} of {', '.join(term.teachers)}: "
+            f"{where}: {name} fails on one made-up row of {term.output} of {', '.join(term.teachers)}: "
             f"{type(error).__name__}: {error}"
         ) from error
 

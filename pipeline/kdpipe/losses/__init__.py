@@ -30,7 +30,6 @@ from kdpipe.losses.balanced import BalancedKL
 from kdpipe.losses.base import (
     DistillLoss,
     LossTerm,
-    name_of,
     needs_labels,
     needs_whole_batch,
     reuses_classifier,
@@ -96,7 +95,6 @@ __all__ = [
     "logit_adjusted",
     "make_projector",
     "mixed",
-    "name_of",
     "needs_labels",
     "needs_whole_batch",
     "reuses_classifier",

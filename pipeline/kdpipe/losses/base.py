@@ -101,15 +101,12 @@ def values_of(loss: DistillLoss, logits: Tensor, targets: Targets, labels: Tenso
     of_features = isinstance(targets, FeatureTargets)  # `[B, D]`, `[B, T, D]` or maps `[B, C, H, W]`
     rows = logits.shape[:1] if of_features else logits.shape[:-1]
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise ConfigError(f"{name_of(loss)} gives {_described(values)}; expected a tensor of floats, one per row")
-    if (values.shape[:1] if of_features else values.shape) != rows:
-        raise ConfigError(f"{name_of(loss)} gives {_described(values)}; expected one number per row, {list(rows)}")
-    return values
-
-
-def name_of(loss: DistillLoss) -> str:
-    """A loss's own name, for messages."""
-    return str(getattr(loss, "__name__", type(loss).__name__))
+        expected = "a tensor of floats, one per row"
+    elif (values.shape[:1] if of_features else values.shape) != rows:
+        expected = f"one number per row, {list(rows)}"
+    else:
+        return values
+    raise ConfigError(f"{type(loss).__name__} gives {_described(values)}; expected {expected}")
 
 
 def _described(values: object) -> str:
