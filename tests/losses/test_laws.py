@@ -87,6 +87,18 @@ def test_standardised_losses_do_not_see_the_scale_of_either_side(name, seed, sca
     assert abs(mean_loss(LOSSES[name], -student, dense_of(teacher), None) - expected) > 1e-6 * abs(expected)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "standardised_kl", "gjsd", "dkd", "dist"])
+@with_seed
+def test_a_high_temperature_leaves_float32_its_digits(name, seed, num_rows, num_classes):
+    """T^2 = 400 shows what is lost where student and teacher are nearly alike."""
+    loss = replace(LOSSES[name], temperature=20.0)
+    student, teacher, labels = triple(seed, num_rows, num_classes, scale=2.0)
+    exact = values_of(loss, student, dense_of(teacher), labels)
+    found = values_of(loss, student.float(), dense_of(teacher.float()), labels).double()
+    exact, found = (400 * loss.unscaled(each) for each in (exact, found))
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
 @every_loss
 @with_seed
 def test_renaming_classes_renames_the_gradient(name, seed, num_rows, num_classes):

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdpipe.errors import ConfigError
 from kdpipe.losses.checking import check_arguments
 from kdpipe.losses.distributions import student_softened, with_every_class
+from kdpipe.losses.divergences import kl_of
 from kdpipe.targets import Targets
 
 
@@ -51,8 +52,7 @@ class BalancedKL:
             raise ConfigError(f"BalancedKL: {found}; expected one per class")
         log_wp = every_class.log_probs(self.temperature).to(log_q.dtype) + self.weights.to(log_q).log()
         log_total = log_wp.logsumexp(dim=-1, keepdim=True)
-        possible = torch.where(torch.isneginf(log_wp), 0.0, log_wp - log_total - log_q)
-        return self.temperature**2 * (log_wp.exp() * possible).sum(dim=-1)
+        return self.temperature**2 * log_total.squeeze(-1).exp() * kl_of(log_wp - log_total, log_q)
 
     def unscaled(self, values: Tensor) -> Tensor:
         """Without T^2."""

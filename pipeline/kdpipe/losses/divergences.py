@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import log_probs_at
@@ -137,11 +138,9 @@ class GeneralisedJSD:
             kl = reverse_kl if self.beta else forward_kl
             return kl(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
         log_p, log_q = log_probs_of_both(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
-        # log(m / p) and log(m / q) from log(p / q) alone: no difference of nearly equal numbers at a small beta.
         gap = log_p.clamp(min=_LOWEST) - log_q.clamp(min=_LOWEST)
-        log_beta, log_rest = (gap.new_tensor(each) for each in (math.log(self.beta), math.log1p(-self.beta)))
-        of_teacher = -(log_p.exp() * torch.logaddexp(log_beta, log_rest - gap)).sum(dim=-1)
-        of_student = -(log_q.exp() * torch.logaddexp(log_rest, log_beta + gap)).sum(dim=-1)
+        of_teacher = -(log_p.exp() * _log_mixed(1 - self.beta, -gap)).sum(dim=-1)
+        of_student = -(log_q.exp() * _log_mixed(self.beta, gap)).sum(dim=-1)
         if self.normalise:
             return of_teacher / (1 - self.beta) + of_student / self.beta
         return self.beta * of_teacher + (1 - self.beta) * of_student
@@ -244,14 +243,49 @@ def reverse_kl(
     masked = torch.isneginf(log_p)
     softened = student_softened(logits, targets, temperature, standardise)
     log_q = torch.log_softmax(softened.masked_fill(masked, -torch.inf), dim=-1)
-    difference = torch.where(masked | torch.isneginf(log_q), 0.0, log_q - log_p.to(log_q.dtype))
-    return (log_q.exp() * difference).sum(dim=-1)
+    return kl_of(log_q, log_p.to(log_q.dtype))
 
 
 def kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """`sum p (log p - log q)` over the last axis; a class without p adds nothing, whatever its q."""
-    difference = torch.where(torch.isneginf(log_p), 0.0, log_p - log_q)
-    return (log_p.exp() * difference).sum(dim=-1)
+    """KL(p || q) of log-probabilities over the last axis; 0 where p has no class at all.
+
+    A class without p adds nothing, whatever its q. Each sums to 1 over the axis: see `_RelativeEntropy`.
+    """
+    value: Tensor = _RelativeEntropy.apply(log_p, log_q)  # type: ignore[no-untyped-call]
+    return value.masked_fill(torch.isneginf(log_p).all(dim=-1), 0.0)
+
+
+class _RelativeEntropy(torch.autograd.Function):
+    """`sum [q - p - p log(q / p)]`: KL(p || q) of p and q that sum to 1, in terms of which none is below 0.
+
+    Those of `sum p log(p / q)` are much larger than their sum where p is near q, as at high temperatures: it is what
+    their rounding leaves, and T^2 shows it. `q - p` is made of `expm1`, as exact as `log(q / p)`. The gradient by
+    log q is `q - p`, that by log p `p log(p / q)`: those of the sum, up to what a log-softmax takes away.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        ratio = (log_q - log_p).nan_to_num_(nan=0.0, posinf=-_LOWEST, neginf=-torch.inf)
+        change = ratio.abs().neg_().expm1_().abs_().copysign_(ratio)
+        change *= torch.maximum(log_p, log_q).exp_()
+        expected = log_p.exp().mul_(ratio)
+        ctx.save_for_backward(change, expected if ctx.needs_input_grad[0] else None)
+        return (change - expected).sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, Tensor]:
+        change, expected = ctx.saved_tensors
+        of_value = of_value.unsqueeze(-1)
+        return None if expected is None else -expected * of_value, change * of_value
+
+
+def _log_mixed(share: float, gap: Tensor) -> Tensor:
+    """`log(1 - share + share e^gap)`: exact to the last digits for a small gap and for a small share."""
+    near = gap.abs() <= 1
+    log_share, log_rest = (gap.new_tensor(each) for each in (math.log(share), math.log1p(-share)))
+    of_near = torch.log1p(share * torch.expm1(torch.where(near, gap, 0.0)))
+    return torch.where(near, of_near, torch.logaddexp(log_rest, log_share + gap))
 
 
 def _sampled_cross_entropy(logits: Tensor, targets: SampledTargets, temperature: float, standardise: bool) -> Tensor:

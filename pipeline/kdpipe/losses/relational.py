@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import check_shape, log_probs_of_both, root, with_every_class
+from kdpipe.losses.distributions import root, student_softened, with_every_class
 from kdpipe.targets import Targets
 
 
@@ -22,7 +22,8 @@ class DIST:
     of the batch: `cov / (norm norm + eps)`. A row's value has its own r_i and the batch's r_c: the mean over rows is
     the loss. `eps` decides where one side is nearly constant, as over the rows of a class that is never probable.
     Batches must be whole, and large enough to tell classes apart: of a single row the second term is the constant
-    gamma T^2. Their T is 1 on ImageNet, 4 on CIFAR-100. Dense targets only.
+    gamma T^2. Their T is 1 on ImageNet, 4 on CIFAR-100. Dense targets only. Computed in float64:
+    1 - r, and a class less its mean, have few digits left in float32.
     """
 
     needs_whole_batch: ClassVar[bool] = True
@@ -41,15 +42,15 @@ class DIST:
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`; all rows and tokens of the batch are one set."""
         teacher = with_every_class(targets, "DIST")
-        check_shape(logits, teacher.shape)
-        p, q = (each.exp().flatten(0, -2) for each in log_probs_of_both(logits, teacher, self.temperature))
+        both = (teacher.softened(self.temperature), student_softened(logits, teacher, self.temperature))
+        p, q = (torch.softmax(each, dim=-1, dtype=torch.float64).flatten(0, -2) for each in both)
         used = torch.ones(len(q), dtype=torch.bool, device=q.device)
         if teacher.covered is not None:
             used = teacher.covered.flatten()
         within_rows = self._correlation(_centred(q, -1), _centred(p, -1), -1)
         within_classes = self._correlation(_centred_over(q, used), _centred_over(p, used), 0).mean()
         value = self.beta * (1 - within_rows) + self.gamma * (1 - within_classes)
-        return self.temperature**2 * value.view(logits.shape[:-1])
+        return self.temperature**2 * value.view(logits.shape[:-1]).to(both[1].dtype)
 
     def unscaled(self, values: Tensor) -> Tensor:
         """Without T^2."""
