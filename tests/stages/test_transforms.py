@@ -49,22 +49,44 @@ def test_a_project_with_transforms(tmp_path, capsys, monkeypatch):
         train_student.run(project_in(tmp_path))
 
 
-def test_a_library_that_is_given_what_was_drawn(tmp_path, capsys, monkeypatch):
-    """The guide's transform by kornia's kernels; the library's own random class is refused."""
+@pytest.mark.parametrize(
+    ("library", "file", "transform", "its_own", "drawn", "by_itself"),
+    [
+        (
+            "kornia",
+            "turned.py",
+            {"factory": "turned.py:Turned", "degrees": 10},
+            "from kornia.augmentation import RandomRotation",
+            "rotate(images, torch.from_numpy(angles).float())",
+            "RandomRotation(self.degrees)(images)",
+        ),
+        (
+            "torchvision",
+            "tilted.py",
+            {"factory": "kdpipe.transforms:PerExample", "function": "tilted.py:tilt"},
+            "from torchvision.transforms.v2 import RandomRotation",
+            "functional.rotate(image, rng.uniform(-10, 10))",
+            "RandomRotation(10)(image)",
+        ),
+    ],
+    ids=["kornia", "torchvision"],
+)
+def test_a_library_that_is_given_what_was_drawn(
+    tmp_path, capsys, monkeypatch, library, file, transform, its_own, drawn, by_itself
+):
+    """The guide's transforms by kernels of libraries; a library's own random class is refused."""
+    pytest.importorskip(library)
     guide = (REPOSITORY / "docs" / "guides" / "views.md").read_text()
-    [turned] = re.findall(r"```python\n(# turned\.py\n.*?)```", guide, re.DOTALL)
-    (tmp_path / "turned.py").write_text(turned)
-    transform = {"factory": "turned.py:Turned", "degrees": 10}
+    [code] = re.findall(rf"```python\n(# {re.escape(file)}\n.*?)```", guide, re.DOTALL)
+    assert drawn in code
+    (tmp_path / file).write_text(code)
     make_project(tmp_path, views={"count": 1, "transform": transform, "splits": ["train"]})
     monkeypatch.chdir(tmp_path)
     cache(tmp_path)
     store = TargetStore.open(project_in(tmp_path).store("big"))
-    assert store.manifest.ingredients["views"]["sources"]["kornia"] == version("kornia")
+    assert store.manifest.ingredients["views"]["sources"][library] == version(library)
     train_student.run(project_in(tmp_path))
-    by_itself = "from kornia.augmentation import RandomRotation\n" + turned.replace(
-        "rotate(images, torch.from_numpy(angles).float())", "RandomRotation(self.degrees)(images)"
-    )
-    (tmp_path / "turned.py").write_text(by_itself)
+    (tmp_path / file).write_text(f"{its_own}\n{code.replace(drawn, by_itself)}")
     assert "makes another 'image' of the same 16 rows" in fails(capsys, "check")
 
 
