@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -99,23 +99,27 @@ def texts_of(column: Ragged) -> list[str]:
     return texts
 
 
-def text_array(columns: Sequence[pa.ChunkedArray]) -> NDArray[np.str_]:
-    """Arrow columns of text, one after the other, as one array `[N]`; few rows at a time are Python objects."""
-    longest = max((pc.max(pc.utf8_length(column)).as_py() or 1 for column in columns), default=1)
-    texts, start = np.empty(sum(map(len, columns)), f"<U{longest}"), 0
-    for column in columns:
-        for first in range(0, len(column), _TEXTS_AT_ONCE):
-            part = column.slice(first, _TEXTS_AT_ONCE)
+def text_array(blocks: Callable[[], Iterable[pa.StringArray]]) -> NDArray[np.str_]:
+    """Arrow arrays of text, one after the other, as one array `[N]`; few rows at a time are Python objects.
+
+    `blocks` gives the arrays, and is asked twice: how long the longest text is must be known first.
+    """
+    sizes = [(len(block), pc.max(pc.utf8_length(block)).as_py() or 1) for block in blocks()]
+    texts = np.empty(sum(rows for rows, _ in sizes), f"<U{max((longest for _, longest in sizes), default=1)}")
+    start = 0
+    for block in blocks():
+        for first in range(0, len(block), _TEXTS_AT_ONCE):
+            part = block.slice(first, _TEXTS_AT_ONCE)
             texts[start : start + len(part)] = part.to_numpy(zero_copy_only=False)
             start += len(part)
     return texts
 
 
-def text_column(texts: NDArray[np.str_]) -> pa.StringArray:
+def text_column(texts: NDArray[np.str_]) -> pa.ChunkedArray:
     """Inverse of `text_array`."""
     starts = range(0, len(texts), _TEXTS_AT_ONCE)
     parts = [pa.array(texts[start : start + _TEXTS_AT_ONCE].tolist(), pa.string()) for start in starts]
-    return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
+    return pa.chunked_array(parts, pa.string())
 
 
 def fixed_bytes(values: NDArray[np.uint8]) -> pa.FixedSizeBinaryArray:

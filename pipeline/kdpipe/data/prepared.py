@@ -36,6 +36,8 @@ DIGEST_BYTES = 16
 ANEW = "Remove data/prepared and run `kdpipe prepare-data`, or fetch it again."
 MISSING_LABEL = -1
 _BLOCK_ROWS = 2**16
+_BUFFER_BYTES = 2**16
+"""Read of a file of ids and digests at a time; all of a column of a row group without it."""
 _RESIDENT_BYTES = 2**28
 """Mapped pages that stay with a process, at most about so many; reading on takes the others from the system's cache."""
 _FAULT_BYTES = 2**16
@@ -89,18 +91,24 @@ class PreparedInputs:
     @cached_property
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
-        return text_array([_read_rows(segment, "sample_id") for segment in self._segments])
+        return text_array(lambda: (block["sample_id"] for block in self.identities("sample_id")))
 
     @cached_property
     def digests(self) -> NDArray[np.uint8]:
         """Content digests `[N, 16]`, in row order."""
-        return np.concatenate([bytes_of(_read_rows(segment, "digest")) for segment in self._segments])
+        digests, start = np.empty((len(self), DIGEST_BYTES), np.uint8), 0
+        for block in self.identities("digest"):
+            digests[start : start + block.num_rows] = bytes_of(pa.chunked_array([block["digest"]]))
+            start += block.num_rows
+        return digests
 
-    def identities(self) -> Iterator[pa.RecordBatch]:
-        """Sample ids and digests (`sample_id`, `digest`) in row order, block by block; nothing of them is kept."""
+    def identities(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        """Sample ids and digests (`sample_id`, `digest`; or one) in row order, block by block; nothing is kept."""
+        wanted = list(columns) or ["sample_id", "digest"]
         for segment in self._segments:
-            with _reading(segment / "rows.parquet"), pq.ParquetFile(segment / "rows.parquet") as file:
-                yield from file.iter_batches(_BLOCK_ROWS, columns=["sample_id", "digest"], use_threads=False)
+            path = segment / "rows.parquet"
+            with _reading(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
+                yield from file.iter_batches(_BLOCK_ROWS, columns=wanted, use_threads=False)
 
     def read(self, rows: NDArray[np.int64]) -> Columns:
         """The columns of the given rows, in the given order; any rows, repeated ones too."""
@@ -162,12 +170,6 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
     if manifest["format_version"] != FORMAT_VERSION:
         raise DataError(f"{path} has format version {manifest['format_version']}; this kdpipe reads {FORMAT_VERSION}.")
     return manifest
-
-
-def _read_rows(segment: Path, column: str) -> pa.ChunkedArray:
-    path = segment / "rows.parquet"
-    with _reading(path):
-        return pq.read_table(path, columns=[column], use_threads=False, pre_buffer=False)[column]
 
 
 @contextmanager

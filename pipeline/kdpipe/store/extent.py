@@ -70,15 +70,16 @@ def write_extent(folder: Path, manifest: Manifest, rows: pa.Table, num_views: in
     """
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd")
-    content = sink.getvalue().to_pybytes()
+    content = memoryview(sink.getvalue())
     extent = Extent(
         num_rows=rows.num_rows,
         num_views=num_views,
         rows_sha256=hashlib.sha256(content).hexdigest(),
         views_sha256=_kept_in(folder),
     )
-    files = {ROWS: content, "extent.json": extent.to_text().encode()}
-    files |= zarr_files(manifest, num_views, rows.num_rows)
+    if not extent.rows_intact(folder):
+        durable.write_bytes(folder / ROWS, content)
+    files = {"extent.json": extent.to_text().encode()} | zarr_files(manifest, num_views, rows.num_rows)
     for name, wanted in files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)

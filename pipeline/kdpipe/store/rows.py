@@ -78,7 +78,7 @@ class StoredRows:
     @cached_property
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
-        return text_array([self._table["sample_id"]])
+        return text_array(lambda: self._table["sample_id"].chunks)
 
     @cached_property
     def digests(self) -> NDArray[np.uint8]:
@@ -88,7 +88,7 @@ class StoredRows:
     @cached_property
     def splits(self) -> NDArray[np.str_] | None:
         """Of rows that views mix, the split `[N]` within which each is; empty: views are not about it."""
-        return text_array([self._table[SPLIT]]) if SPLIT in self._table.column_names else None
+        return text_array(lambda: self._table[SPLIT].chunks) if SPLIT in self._table.column_names else None
 
     def inputs_digest(self, view: int, start: int, stop: int) -> str:
         """SHA-256 (hex) of what rows `[start, stop)` are in a view: what a commit record was computed from.
