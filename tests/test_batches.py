@@ -130,6 +130,15 @@ def test_memory_is_used_up_to_the_budget_only(taught):
     assert calls == [2, 17]
 
 
+def test_rows_that_come_once_are_not_kept(taught):
+    calls = []
+    for last in (8, 9):
+        rows = replace(taught, preprocess=Features())
+        list(stream_of(rows, 10, 4).from_step(0, last))
+        calls.append(rows.preprocess.calls)
+    assert calls == [8, 2]
+
+
 @PATHS
 @WORKERS
 @pytest.mark.parametrize("batch_size", [1, 7, 64])

@@ -143,8 +143,8 @@ class BatchStream:
     """An endless, resumable sequence of batches over `rows`; the last batch of an epoch may be smaller.
 
     Step s is the same whatever the number of loader workers. Under torchrun every rank gets its share of each batch.
-    Rows without augmented views that fit `ram_budget_bytes` are kept ready in memory, or on `device` when one is given;
-    of others the inputs are loaded by workers, and targets are read ahead in pools.
+    Rows without augmented views that come more than once and fit `ram_budget_bytes` are kept ready in memory, or on
+    `device` when one is given; of others the inputs are loaded by workers, and targets are read ahead in pools.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class BatchStream:
 
     def from_step(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of steps `[first, last)`."""
-        ready = self._ready or self._keep_ready()
+        ready = self._ready or self._keep_ready(last - first)
         if ready is not None:
             return (ready.batch(rows) for _, rows in self.plan(first, last))
         return self._stream(first, last)
@@ -182,9 +182,10 @@ class BatchStream:
         for group in self._order.groups(first, last):
             yield self._rows.views.view_of_epoch(group.epoch), group
 
-    def _keep_ready(self) -> _ReadyRows | None:
+    def _keep_ready(self, num_steps: int) -> _ReadyRows | None:
         rows = self._rows
-        if rows.views.count == 0 and len(rows.rows):
+        once = self._device is None and num_steps <= self.steps_per_epoch and self._reads_ahead()
+        if rows.views.count == 0 and len(rows.rows) and not once:
             needed = _num_bytes(rows.batch(rows.rows[:1])) * len(rows.rows)
             if needed <= self._ram_budget_bytes:
                 self._ready = _ReadyRows(rows, self._device)
@@ -195,10 +196,16 @@ class BatchStream:
             )
         return self._ready
 
+    @property
+    def _row_bytes(self) -> int:
+        return sum(reader.row_bytes for reader in self._rows.targets.values())
+
+    def _reads_ahead(self) -> bool:
+        return self._order.bytes_ahead(self._row_bytes) <= self._ram_budget_bytes
+
     def _stream(self, first: int, last: int) -> Iterator[Batch]:
         if self._ram_budget_bytes:
-            width = sum(reader.row_bytes for reader in self._rows.targets.values())
-            self._order.check_budget(width, self._ram_budget_bytes)
+            self._order.check_budget(self._row_bytes, self._ram_budget_bytes)
         without_targets = replace(self._rows, targets={})
         loader: DataLoader[Batch] = DataLoader(
             _BatchesOf(without_targets),

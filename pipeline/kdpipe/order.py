@@ -146,12 +146,16 @@ class BatchOrder:
         """Batches per epoch."""
         return -(-len(self.rows) // self.batch_size)
 
-    def check_budget(self, row_bytes: int, ram_budget_bytes: int) -> None:
-        """Raise `ConfigError` for a budget that the pools do not fit in: one is learnt from while the next is read.
+    def bytes_ahead(self, row_bytes: int) -> int:
+        """What pools of rows take at most: one is learnt from while the next is read.
 
         Each may take its room twice, while somebody still holds batches of the one before.
         """
-        needed = 2 * 2 * min(max(self.shuffle.pool_rows, self.batch_size), len(self.rows)) * row_bytes
+        return 2 * 2 * min(max(self.shuffle.pool_rows, self.batch_size), len(self.rows)) * row_bytes
+
+    def check_budget(self, row_bytes: int, ram_budget_bytes: int) -> None:
+        """Raise `ConfigError` for a budget that the pools do not fit in."""
+        needed = self.bytes_ahead(row_bytes)
         if needed > ram_budget_bytes:
             raise ConfigError(
                 f"the RAM budget is {ram_budget_bytes:,} bytes; reading rows of {row_bytes:,} bytes ahead needs up to "
