@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BeforeValidator, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from kdpipe.errors import ConfigError, KdpipeError
+from kdpipe.errors import ConfigError, naming
 from kdpipe.fingerprint import digest, digest_file
 
 T = TypeVar("T")
@@ -239,12 +239,8 @@ class Bound:
 
     def make(self) -> Any:
         """Call the factory. Raises `ConfigError` where it fails."""
-        try:
+        with naming(ConfigError, f"{self.name} fails"):
             return self.target(**self.arguments)
-        except KdpipeError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{self.name} fails: {type(error).__name__}: {error}") from error
 
 
 def bind(

@@ -18,6 +18,9 @@ A message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KdpipeError(Exception):
     """Root of the tree: `except KdpipeError` catches every error above."""
@@ -65,3 +68,19 @@ class CorruptStoreError(StoreError, ValueError):
 
 class LockedError(StoreError, BlockingIOError):
     """Another process writes here."""
+
+
+@contextmanager
+def naming(kind: type[KdpipeError], what: str, *passing: type[Exception]) -> Iterator[None]:
+    """Whatever a user's code raises, as one `kind` of error that says `what` fails.
+
+    kdpipe's own errors, `MemoryError` and those `passing` stay as they are.
+    """
+    try:
+        yield
+    except (KdpipeError, MemoryError):
+        raise
+    except passing:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {type(error).__name__}: {error}") from error

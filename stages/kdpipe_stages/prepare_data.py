@@ -12,7 +12,7 @@ from kdpipe import durable
 from kdpipe.config import resolve
 from kdpipe.data.preparing import Prepared, RowSchema, prepare
 from kdpipe.data.sources import Source
-from kdpipe.errors import ConfigError, DataError, KdpipeError
+from kdpipe.errors import ConfigError, DataError, naming
 from kdpipe.fingerprint import canonical_json
 from kdpipe.tasks.base import rows_of
 from kdpipe_stages.params import prepared_sections, source_columns, split_plan
@@ -60,7 +60,7 @@ class _Named:
 
         And for whatever its code raises but kdpipe's errors and the system's.
         """
-        try:
+        with naming(DataError, f"data.source: {self._name} fails", OSError):
             given: Any = self._source.batches()
             if isinstance(given, Mapping) or not isinstance(given, Iterable):
                 raise self._no_batches(given)
@@ -68,10 +68,6 @@ class _Named:
                 if not isinstance(batch, pa.RecordBatch):
                     raise self._no_batches(batch)
                 yield batch
-        except (KdpipeError, OSError, MemoryError):
-            raise
-        except Exception as error:
-            raise DataError(f"data.source: {self._name} fails: {type(error).__name__}: {error}") from error
 
     def _no_batches(self, given: Any) -> DataError:
         kind = "nothing" if given is None else type(given).__name__

@@ -6,7 +6,7 @@ It is fitted here too, where it learns from rows (`fit_on`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from kdpipe.checkpoint import load_weights, num_parameters
 from kdpipe.config import Bound, Factory
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import PreparedInputs
-from kdpipe.errors import ConfigError, KdpipeError, StaleStoreError, TeacherError
+from kdpipe.errors import ConfigError, StaleStoreError, TeacherError, naming
 from kdpipe.fingerprint import digest_file
 from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess
@@ -219,15 +219,9 @@ class _Asked:
         return said
 
 
-@contextmanager
-def _its_own_errors(what: str) -> Iterator[None]:
+def _its_own_errors(what: str) -> AbstractContextManager[None]:
     """Whatever a teacher's code raises, as one message."""
-    try:
-        yield
-    except (KdpipeError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise TeacherError(f"{what} fails: {type(error).__name__}: {error}") from error
+    return naming(TeacherError, f"{what} fails", torch.OutOfMemoryError)
 
 
 def _first_row(inputs: PreparedInputs) -> Columns:

@@ -9,6 +9,7 @@ from typing import Protocol, cast, runtime_checkable
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
+from kdpipe.losses.checking import described
 from kdpipe.losses.mixtures import Mix, covered_by_any, mixed
 from kdpipe.losses.projectors import Projector
 from kdpipe.losses.schedules import CONSTANT, Schedule
@@ -106,13 +107,7 @@ def values_of(loss: DistillLoss, logits: Tensor, targets: Targets, labels: Tenso
         expected = f"one number per row, {list(rows)}"
     else:
         return values
-    raise ConfigError(f"{type(loss).__name__} gives {_described(values)}; expected {expected}")
-
-
-def _described(values: object) -> str:
-    if isinstance(values, Tensor):
-        return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
-    return f"a {type(values).__name__}"
+    raise ConfigError(f"{type(loss).__name__} gives {described(values)}; expected {expected}")
 
 
 def valid_rows(loss: DistillLoss, targets: Targets, labels: Tensor | None) -> Tensor | None:

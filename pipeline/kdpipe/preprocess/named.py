@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdpipe.data.columns import Columns, layout_of
-from kdpipe.errors import ConfigError, KdpipeError
+from kdpipe.errors import ConfigError, naming
 from kdpipe.inputs import Inputs, described, kind, tensors_of
 from kdpipe.preprocess.base import Preprocess, State
+
+_PASSING = (OSError, torch.OutOfMemoryError)
 
 
 class NamedPreprocess:
@@ -38,7 +39,7 @@ class NamedPreprocess:
 
     def fit(self, blocks: Iterable[Columns]) -> None:
         """The other one's. Raises `ConfigError` where its code fails."""
-        with self._naming("fit fails"):
+        with naming(ConfigError, f"{self._name} fit fails", *_PASSING):
             self._preprocess.fit(blocks)
 
     def state(self) -> State:
@@ -51,7 +52,7 @@ class NamedPreprocess:
 
     def __call__(self, columns: Columns) -> Inputs:
         """The other one's. Raises `ConfigError` where its code fails, or gives no tensors of as many rows."""
-        with self._naming("fails", columns):
+        with naming(ConfigError, f"{self._name} fails on {layout_of(columns)}", *_PASSING):
             inputs = self._preprocess(columns)
         rows = len(next(iter(columns.values())))
         if not _are_inputs(inputs):
@@ -65,16 +66,6 @@ class NamedPreprocess:
                 f"{rows}"
             )
         return inputs
-
-    @contextmanager
-    def _naming(self, what: str, given: Columns | None = None) -> Iterator[None]:
-        try:
-            yield
-        except (KdpipeError, OSError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            on = "" if given is None else f" on {layout_of(given)}"
-            raise ConfigError(f"{self._name} {what}{on}: {type(error).__name__}: {error}") from error
 
 
 def _are_inputs(value: Any) -> bool:
