@@ -87,6 +87,10 @@ class DenseTargets:
         """Log-softmax of `z / T`, `[B, ..., C]`, computed in float32 or wider."""
         return torch.log_softmax(self.softened(temperature), dim=-1)
 
+    def double(self) -> DenseTargets:
+        """The same targets in float64, and what is computed of them."""
+        return replace(self, values=self.values.double(), row_max=self.row_max.double())
+
     def to(self, device: torch.device) -> DenseTargets:
         """The same targets on another device."""
         return _moved(self, device)
@@ -293,6 +297,10 @@ class MixedTargets:
             for log_weight, part in zip(self.log_weights.unbind(dim=-1), self.parts, strict=True)
         ]
         return torch.logsumexp(torch.stack(weighted), dim=0)
+
+    def double(self) -> MixedTargets:
+        """The same targets in float64, and what is computed of them."""
+        return replace(self, parts=tuple(each.double() for each in self.parts), log_weights=self.log_weights.double())
 
     def to(self, device: torch.device) -> MixedTargets:
         """The same targets on another device."""

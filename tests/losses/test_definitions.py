@@ -125,7 +125,7 @@ MUTANTS = {
         (divergences, "GeneralisedJSD", "log_p, log_q = ", "log_q, log_p = "),
         (divergences, "GeneralisedJSD", "-(log_p.exp()", "(log_p.exp()"),
         (divergences, "GeneralisedJSD", "-gap)).sum", "-gap)).mean"),
-        (divergences, "GeneralisedJSD", "(self.beta, gap)", "(self.beta, -gap)"),
+        (divergences, "GeneralisedJSD", "1 - self.beta, gap)", "1 - self.beta, -gap)"),
     ],
     "normalised_gjsd": [
         (divergences, "GeneralisedJSD", "of_teacher / (1 - self.beta)", "of_teacher / self.beta"),
@@ -149,11 +149,11 @@ MUTANTS = {
         (decoupled, "DKD", "kl_of(others_p, others_q)", "kl_of(others_q, others_p)"),
         (decoupled, "DKD", "+ self.beta", "- self.beta"),
         (decoupled, "DKD", "self.alpha * ", ""),
-        (decoupled, "def _split", "others = softened.scatter(-1, place, -torch.inf)", "others = softened"),
+        (decoupled, "def _split", "others = logits.scatter(-1, place, -torch.inf)", "others = logits"),
     ],
     "nkd": [
         (decoupled, "NKD", "self.gamma * self.temperature**2", "self.gamma"),
-        (decoupled, "NKD", "value = -(p_y", "value = (p_y"),
+        (decoupled, "NKD", "value = -of_label", "value = of_label"),
         (decoupled, "NKD", "- self.gamma", "+ self.gamma"),
         (decoupled, "NKD", "others_p.exp()", "others_q.exp()"),
     ],
@@ -165,7 +165,7 @@ MUTANTS = {
         (relational, "def _centred_over", "values - mean", "values + mean"),
     ],
     "uld": [
-        (vocabularies, "ULD", "self.temperature, dim", "1, dim"),
+        (vocabularies, "ULD", "self.temperature), dim", "1.0), dim"),
         (vocabularies, "def _distance", ".sum(dim=-1)", ".mean(dim=-1)"),
         (vocabularies, "ULD", "sort(dim=-1, descending=True).values for", "abs() for"),
     ],
@@ -173,7 +173,7 @@ MUTANTS = {
 ELSEWHERE = [
     (assert_kept_head, divergences, "TopKRenormKL", f"return {T_SQUARED}", "return "),
     (assert_kept_head, divergences, "TopKRenormKL", "kl_of(log_p, log_q)", "kl_of(log_q, log_p)"),
-    (assert_kept_head, divergences, "TopKRenormKL", "kept / self.temperature", "kept"),
+    (assert_kept_head, divergences, "TopKRenormKL", "softened(kept, self.temperature)", "kept"),
     (assert_kept_head, divergences, "TopKRenormKL", "to(log_q.dtype) / self.temperature", "to(log_q.dtype)"),
     (assert_mean_of_covered, by_name, "def kd_loss", "/ max(1, values.numel())", ""),
     (assert_mean_of_covered, by_name, "def kd_loss", "values.numel()", "logits.numel()"),

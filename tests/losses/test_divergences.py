@@ -326,6 +326,26 @@ def test_gradcheck_over_buckets(kl, k):
     assert torch.autograd.gradcheck(lambda logits: kl(logits, targets, 2.5), student)
 
 
+@pytest.mark.parametrize("kl", [forward_kl, reverse_kl])
+def test_no_second_derivative_over_buckets(kl):
+    """None is better than a wrong one."""
+    student, targets = random_logits(6, 3, 5).requires_grad_(), sparse_of(random_logits(7, 3, 5), 2, (1.0,))
+    with pytest.raises(ConfigError, match="no second derivative, which create_graph=True asks for"):
+        torch.autograd.grad(kl(student, targets).sum(), student, create_graph=True)
+
+
+@pytest.mark.parametrize("offset", [-8192.0, 1024.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_an_offset_of_the_logits_costs_float32_no_digit(offset, temperature):
+    """8,192 is a power of 2, so that the sum is exact; numbers are in steps of 1/256."""
+    student, teacher = ((256 * random_logits(each, 4, 9)).round() / 256 for each in (1, 2))
+    dense, sparse = dense_of(teacher.float()), sparse_of(teacher, 3, (0.3, 1.0, 3.0))
+    for targets in (dense, sparse):
+        for loss in (ForwardKL(temperature=temperature), ReverseKL(temperature=temperature)):
+            exact = loss(student.double(), targets)
+            assert relative(loss((student + offset).float(), targets).double(), exact) < 1e-6
+
+
 def test_a_student_may_mask_classes_of_the_tail():
     student = random_logits(8, 3, 6)
     targets = sparse_of(random_logits(9, 3, 6), 2, (1.0, 2.0))

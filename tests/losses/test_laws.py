@@ -229,6 +229,31 @@ def test_gradcheck(name):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "masked"), [(name, False) for name in NAMES] + [(name, True) for name in which(lambda each: each.padded)]
+)
+def test_second_derivatives(name, masked):
+    """Penalties on gradients, and Hessians, are of the loss as well."""
+    student, teacher, labels = triple(6, 3, 4)
+    if masked:
+        teacher[torch.arange(3), (labels + 1) % 4] = -torch.inf
+    targets = dense_of(teacher)
+    assert torch.autograd.gradgradcheck(
+        lambda logits: values_of(LOSSES[name], logits, targets, labels), student.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_where_both_rule_out_all_but_one_class(name):
+    """Neither the label alone nor the label's absence is a reason for NaN."""
+    student, labels = torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 0])
+    student[0, 1:] = -torch.inf
+    student[1, 0] = -torch.inf
+    value, gradient = value_and_gradient(LOSSES[name], student, dense_of(student.clone()), labels)
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(gradient).all()
+
+
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("num_rows", "num_classes"), [(1, 2), (1, 5), (3, 2), (3, 5)])

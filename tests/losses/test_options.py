@@ -378,10 +378,13 @@ def test_kd_loss_takes_a_loss_of_ones_own():
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        (lambda values: values.unsqueeze(1), r"gives a tensor of torch.float64 \[6, 1\]; expected one number per row, \[6\]"),
+        (
+            lambda values: values.unsqueeze(1),
+            r"gives a tensor of torch.float64 \[6, 1\]; expected one number per row, \[6\]",
+        ),
         (lambda values: values.mean(), r"gives a tensor of torch.float64 \[\]; expected"),
         (lambda values: values[:5], r"gives a tensor of torch.float64 \[5\]; expected"),
-        (lambda values: values > 0, r"gives bool \[6\]; expected a tensor of floats"),
+        (lambda values: values > 0, r"gives a tensor of torch.bool \[6\]; expected a tensor of floats"),
         (lambda values: 3.0, "gives a float; expected a tensor of floats, one per row"),
     ],
 )

@@ -332,7 +332,10 @@ class Wrong:
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ("return logits.sum(dim=-1, keepdim=True)", r"student.losses.0: .*Wrong gives a tensor of torch.float32 \[1, 1\]; expected"),
+        (
+            "return logits.sum(dim=-1, keepdim=True)",
+            r"student.losses.0: .*Wrong gives a tensor of torch.float32 \[1, 1\]; expected",
+        ),
         ("return logits.detach().sum(dim=-1)", "student.losses.0: .*Wrong has no gradient in the student's numbers"),
         ("return {}['key']", "student.losses.0: Wrong fails on one made-up row of logits of big: KeyError: 'key'"),
     ],

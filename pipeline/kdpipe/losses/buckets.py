@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kdpipe.errors import ConfigError
 
 _BLOCK_NUMBERS = 2**22
 """How many logits are widened, exponentiated and summed at a time: 16 MiB in float32."""
@@ -38,40 +39,51 @@ def log_probs_at(logits: Tensor, ids: Tensor) -> Tensor:
 class _HeadAndRest(torch.autograd.Function):
     """`z / T` at ids `[B, ..., K]`, and the logsumexp of `z / T` over the rest `[B, ...]`: all other classes, or all.
 
-    The rest is never `log(1 - Q)`: it is finite however small or large Q is. Backward computes the exponentials anew.
+    Both less the rest's largest `z / T`, so that large logits keep their digits. The rest is never `log(1 - Q)`: it is
+    finite however small or large Q is. Backward computes the exponentials anew, and has no derivative of its own.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float, without_ids: bool) -> tuple[Tensor, Tensor]:
         wide, ids = torch.promote_types(logits.dtype, torch.float32), ids.contiguous()
         rest = torch.empty(logits.shape[:-1], dtype=wide, device=logits.device)
-        for z, those, into in _blocks(logits, ids, rest):
+        head, top = logits.gather(-1, ids).to(wide), torch.empty_like(rest)
+        for z, those, of_head, into, above in _blocks(logits, ids, head, rest, top):
             block = z.to(wide, copy=True)
             if without_ids:
                 block.scatter_(-1, those, -torch.inf)
             largest = block.amax(dim=-1, keepdim=True)
+            largest = torch.where(torch.isneginf(largest), of_head.amax(dim=-1, keepdim=True), largest)
             largest = torch.where(torch.isneginf(largest), 0.0, largest)
-            mass = block.sub_(largest).div_(temperature).exp_().sum(dim=-1, keepdim=True)
-            into.copy_((mass.log() + largest / temperature).squeeze(-1))
+            mass = block.sub_(largest).div_(temperature).exp_().sum(dim=-1)
+            into.copy_(mass.log_())
+            above.copy_(largest.squeeze(-1))
         ctx.temperature, ctx.without_ids = temperature, without_ids
-        ctx.save_for_backward(logits, ids, rest)
-        return logits.gather(-1, ids).to(wide) / temperature, rest
+        ctx.save_for_backward(logits, ids, rest, top)
+        return (head - top.unsqueeze(-1)) / temperature, rest
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_head: Tensor, of_rest: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, ids, rest = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "a loss on topk or sampled targets has no second derivative, which create_graph=True asks for; leave "
+                "it out, or cache with encoding: dense"
+            )
+        logits, ids, rest, top = ctx.saved_tensors
         nothing = torch.isneginf(rest)
         of_head, of_rest = (
             each.contiguous() / ctx.temperature for each in (of_head, of_rest.masked_fill(nothing, 0.0))
         )
         rest = rest.masked_fill(nothing, 0.0)
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        for z, those, g_head, g_rest, log_mass, into in _blocks(logits, ids, of_head, of_rest, rest, gradient):
+        for z, those, g_head, g_rest, log_mass, above, into in _blocks(
+            logits, ids, of_head, of_rest, rest, top, gradient
+        ):
             block = into.copy_(z) if into.dtype == rest.dtype else z.to(rest.dtype)
             if ctx.without_ids:
                 block.scatter_(-1, those, -torch.inf)
-            share = block.div_(ctx.temperature).sub_(log_mass.unsqueeze(-1)).exp_()
+            block.sub_(above.unsqueeze(-1))
+            share = torch.add(-log_mass.unsqueeze(-1), block, alpha=1 / ctx.temperature, out=block).exp_()
             share.mul_(g_rest.unsqueeze(-1)).scatter_add_(-1, those, g_head)
             if share is not into:
                 into.copy_(share)

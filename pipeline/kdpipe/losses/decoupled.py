@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.losses.checking import check_arguments, check_labels
-from kdpipe.losses.distributions import check_shape, widened, with_every_class
+from kdpipe.losses.distributions import check_shape, softened, widened, with_every_class
 from kdpipe.losses.divergences import kl_of
 from kdpipe.targets import DenseTargets, MixedTargets, Targets
 
@@ -37,7 +37,7 @@ class DKD:
         """One value per row `[B, ...]`, 0 where the label `[B, ...]` is below 0."""
         student, teacher, labels = _checked("DKD", logits, targets, labels)
         binary_p, others_p = _split(teacher.softened(self.temperature).to(student.dtype), labels)
-        binary_q, others_q = _split(student / self.temperature, labels)
+        binary_q, others_q = _split(softened(student, self.temperature), labels)
         value = self.alpha * kl_of(binary_p, binary_q) + self.beta * kl_of(others_p, others_q)
         return torch.where(labels >= 0, self.temperature**2 * value, 0.0)
 
@@ -71,9 +71,10 @@ class NKD:
         place = labels.clamp(min=0).unsqueeze(-1)
         p_y, log_q_y = (torch.log_softmax(each, dim=-1).gather(-1, place).squeeze(-1) for each in (at_1, student))
         _, others_p = _split(at_t, labels)
-        _, others_q = _split(student / self.temperature, labels)
+        _, others_q = _split(softened(student, self.temperature), labels)
         others = (others_p.exp() * torch.where(torch.isneginf(others_p), 0.0, others_q)).sum(dim=-1)
-        value = -(p_y.exp() * log_q_y) - self.gamma * self.temperature**2 * others
+        of_label = p_y.exp() * torch.where(torch.isneginf(p_y), 0.0, log_q_y)
+        value = -of_label - self.gamma * self.temperature**2 * others
         return torch.where(labels >= 0, value, 0.0)
 
     def unscaled(self, values: Tensor) -> Tensor:
@@ -90,15 +91,17 @@ def _checked(
     return widened(logits), teacher, check_labels(name, labels, tuple(logits.shape[:-1]), logits.shape[-1])
 
 
-def _split(softened: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the label's class and of all others together, `[B, ..., 2]`; and of each other alone.
 
     The latter `[B, ..., C]`, renormalised; -inf at the label. `log(1 - p_y)` is a logsumexp over the others: finite
     however close to 1 p_y is.
     """
     place = labels.clamp(min=0).unsqueeze(-1)
-    others = softened.scatter(-1, place, -torch.inf)
-    binary = torch.cat([softened.gather(-1, place), torch.logsumexp(others, dim=-1, keepdim=True)], dim=-1)
-    log_others = torch.log_softmax(others, dim=-1)
-    # No other class at all, where the teacher masks every one.
-    return torch.log_softmax(binary, dim=-1), torch.where(torch.isnan(log_others), -torch.inf, log_others)
+    others = logits.scatter(-1, place, -torch.inf)
+    # No other class at all, where every one is masked.
+    none = torch.isneginf(others).all(dim=-1, keepdim=True)
+    others = others.masked_fill(none, 0.0)
+    mass = torch.logsumexp(others, dim=-1, keepdim=True).masked_fill(none, -torch.inf)
+    log_others = torch.log_softmax(others, dim=-1).masked_fill(none, -torch.inf)
+    return torch.log_softmax(torch.cat([logits.gather(-1, place), mass], dim=-1), dim=-1), log_others

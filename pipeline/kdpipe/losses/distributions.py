@@ -29,8 +29,8 @@ def log_probs_of_both(
     no log-probabilities at T.
     """
     log_p = teacher_log_probs(targets, temperature, allow_interpolation, standardise)
-    softened = student_softened(logits, targets, temperature, standardise)
-    log_q = softened if isinstance(targets, SparseTargets) else torch.log_softmax(softened, dim=-1)
+    z = student_softened(logits, targets, temperature, standardise)
+    log_q = z if isinstance(targets, SparseTargets) else torch.log_softmax(z, dim=-1)
     return log_p.to(log_q.dtype), log_q
 
 
@@ -41,20 +41,28 @@ def teacher_log_probs(
     if isinstance(targets, FeatureTargets):
         raise ConfigError(_NO_FEATURES)
     if standardise:
-        softened = standardised(only_dense(targets, "standardised logits").softened(1.0)) / temperature
-        return torch.log_softmax(softened, dim=-1)
+        standard = standardised(only_dense(targets, "standardised logits").softened(1.0))
+        return torch.log_softmax(standard / temperature, dim=-1)
     return targets.log_probs(temperature, allow_interpolation)
 
 
 def student_softened(logits: Tensor, targets: Targets, temperature: float, standardise: bool = False) -> Tensor:
-    """`z / T [B, ..., C]` of the student, or log-probabilities of K + 1 buckets where the targets are sparse."""
+    """`z / T [B, ..., C]` of the student, up to a constant per row; of sparse targets, K + 1 buckets' log-probs."""
     if isinstance(targets, SparseTargets):
         check_shape(logits, (*targets.ids.shape[:-1], targets.num_classes))
         return bucket_log_probs(logits, targets.ids, ~torch.isneginf(targets.head), temperature)
     if isinstance(targets, DenseTargets | MixedTargets):
         check_shape(logits, targets.shape)
     wide = widened(logits)
-    return (standardised(wide) if standardise else wide) / temperature
+    return standardised(wide) / temperature if standardise else softened(wide, temperature)
+
+
+def softened(logits: Tensor, temperature: float) -> Tensor:
+    """`(z - max) / T [B, ..., C]`: large logits keep their digits, which a division of their own would round."""
+    if temperature == 1:
+        return logits
+    largest = logits.detach().amax(dim=-1, keepdim=True)
+    return (logits - largest.masked_fill(torch.isneginf(largest), 0.0)) / temperature
 
 
 def standardised(logits: Tensor) -> Tensor:

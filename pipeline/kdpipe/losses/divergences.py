@@ -8,12 +8,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import log_probs_at
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import check_shape, log_probs_of_both, student_softened, teacher_log_probs, widened
+from kdpipe.losses.distributions import (
+    check_shape,
+    log_probs_of_both,
+    softened,
+    student_softened,
+    teacher_log_probs,
+    widened,
+)
 from kdpipe.targets import SampledTargets, SparseTargets, Targets
 
 _LOWEST = -1e30
@@ -139,8 +146,8 @@ class GeneralisedJSD:
             return kl(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
         log_p, log_q = log_probs_of_both(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
         gap = log_p.clamp(min=_LOWEST) - log_q.clamp(min=_LOWEST)
-        of_teacher = -(log_p.exp() * _log_mixed(1 - self.beta, -gap)).sum(dim=-1)
-        of_student = -(log_q.exp() * _log_mixed(self.beta, gap)).sum(dim=-1)
+        of_teacher = -(log_p.exp() * _log_mixed(1 - self.beta, self.beta, -gap)).sum(dim=-1)
+        of_student = -(log_q.exp() * _log_mixed(self.beta, 1 - self.beta, gap)).sum(dim=-1)
         if self.normalise:
             return of_teacher / (1 - self.beta) + of_student / self.beta
         return self.beta * of_teacher + (1 - self.beta) * of_student
@@ -198,7 +205,7 @@ class TopKRenormKL:
         check_shape(logits, (*targets.ids.shape[:-1], targets.num_classes))
         unused = torch.isneginf(targets.head)
         kept = widened(logits.gather(-1, targets.ids)).masked_fill(unused, -torch.inf)
-        log_q = torch.log_softmax(kept / self.temperature, dim=-1)
+        log_q = torch.log_softmax(softened(kept, self.temperature), dim=-1)
         log_p = torch.log_softmax(targets.head.to(log_q.dtype) / self.temperature, dim=-1)
         return self.temperature**2 * kl_of(log_p, log_q)
 
@@ -241,8 +248,8 @@ def reverse_kl(
     """
     log_p = teacher_log_probs(targets, temperature, allow_interpolation, standardise)
     masked = torch.isneginf(log_p)
-    softened = student_softened(logits, targets, temperature, standardise)
-    log_q = torch.log_softmax(softened.masked_fill(masked, -torch.inf), dim=-1)
+    z = student_softened(logits, targets, temperature, standardise)
+    log_q = torch.log_softmax(z.masked_fill(masked, -torch.inf), dim=-1)
     return kl_of(log_q, log_p.to(log_q.dtype))
 
 
@@ -265,27 +272,34 @@ class _RelativeEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """`[B, ..., C]` twice -> `[B, ...]`."""
         ratio = (log_q - log_p).nan_to_num_(nan=0.0, posinf=-_LOWEST, neginf=-torch.inf)
         change = ratio.abs().neg_().expm1_().abs_().copysign_(ratio)
         change *= torch.maximum(log_p, log_q).exp_()
         expected = log_p.exp().mul_(ratio)
-        ctx.save_for_backward(change, expected if ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(log_p, log_q, change, expected if ctx.needs_input_grad[0] else None)
         return (change - expected).sum(dim=-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, Tensor]:
-        change, expected = ctx.saved_tensors
+        """Gradients by log p and log q; differentiable ones where a second derivative is wanted."""
+        log_p, log_q, change, expected = ctx.saved_tensors
         of_value = of_value.unsqueeze(-1)
+        if torch.is_grad_enabled():
+            change = log_q.exp() - log_p.exp()
+            if expected is not None:
+                expected = log_p.exp() * torch.where(torch.isneginf(log_p), 0.0, log_q - log_p)
         return None if expected is None else -expected * of_value, change * of_value
 
 
-def _log_mixed(share: float, gap: Tensor) -> Tensor:
-    """`log(1 - share + share e^gap)`: exact to the last digits for a small gap and for a small share."""
+def _log_mixed(share: float, rest: float, gap: Tensor) -> Tensor:
+    """`log(rest + share e^gap)` for shares of 1: exact to the last digits for a small gap and for a small share."""
     near = gap.abs() <= 1
-    log_share, log_rest = (gap.new_tensor(each) for each in (math.log(share), math.log1p(-share)))
     of_near = torch.log1p(share * torch.expm1(torch.where(near, gap, 0.0)))
-    return torch.where(near, of_near, torch.logaddexp(log_rest, log_share + gap))
+    log_share, log_rest = (gap.new_tensor(math.log(each)) for each in (share, rest))
+    larger = torch.where(gap > 0, log_share + gap, log_rest)
+    smaller = torch.where(gap > 0, log_rest, log_share + gap)
+    return torch.where(near, of_near, larger + softplus(smaller - larger))
 
 
 def _sampled_cross_entropy(logits: Tensor, targets: SampledTargets, temperature: float, standardise: bool) -> Tensor:

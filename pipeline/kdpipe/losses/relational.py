@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import root, student_softened, with_every_class
+from kdpipe.losses.distributions import check_shape, root, softened, widened, with_every_class
 from kdpipe.targets import Targets
 
 
@@ -42,15 +42,17 @@ class DIST:
     def __call__(self, logits: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B, ...]`; all rows and tokens of the batch are one set."""
         teacher = with_every_class(targets, "DIST")
-        both = (teacher.softened(self.temperature), student_softened(logits, teacher, self.temperature))
-        p, q = (torch.softmax(each, dim=-1, dtype=torch.float64).flatten(0, -2) for each in both)
+        check_shape(logits, teacher.shape)
+        of_teacher = teacher.double().softened(self.temperature)
+        both = (of_teacher, softened(logits.double(), self.temperature))
+        p, q = (torch.softmax(each, dim=-1).flatten(0, -2) for each in both)
         used = torch.ones(len(q), dtype=torch.bool, device=q.device)
         if teacher.covered is not None:
             used = teacher.covered.flatten()
         within_rows = self._correlation(_centred(q, -1), _centred(p, -1), -1)
         within_classes = self._correlation(_centred_over(q, used), _centred_over(p, used), 0).mean()
         value = self.beta * (1 - within_rows) + self.gamma * (1 - within_classes)
-        return self.temperature**2 * value.view(logits.shape[:-1]).to(both[1].dtype)
+        return self.temperature**2 * value.view(logits.shape[:-1]).to(widened(logits).dtype)
 
     def unscaled(self, values: Tensor) -> Tensor:
         """Without T^2."""

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import bucket_log_probs
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import teacher_log_probs, widened
+from kdpipe.losses.distributions import softened, teacher_log_probs, widened
 from kdpipe.targets import SparseTargets, Targets
 
 
@@ -41,7 +41,7 @@ class ULD:
             )
         if isinstance(targets, SparseTargets):
             return self._of_the_kept(logits, log_p)
-        log_q = torch.log_softmax(widened(logits) / self.temperature, dim=-1)
+        log_q = torch.log_softmax(softened(widened(logits), self.temperature), dim=-1)
         p, q = (each.exp().sort(dim=-1, descending=True).values for each in (log_p.to(log_q.dtype), log_q))
         return _distance(p, q)
 
