@@ -29,20 +29,26 @@ def settings(num_seeds: int, epochs: int, teacher_epochs: int) -> dict[str, Any]
     big, network = found["teachers"]["big"], {"factory": "kdpipe.models.resnet:ResNet", "depth": 8}
     big |= {"model": {**network, "width": 20}}
     big["train"] |= {"epochs": teacher_epochs, "learning_rate": 0.01}
-    found["targets"]["big"] |= {"outputs": ["logits", FEATURE]}
+    found["targets"]["big"] |= {"outputs": ["logits", FEATURE], "classifier": "head"}
     found["student"] |= {"model": {**network, "width": 2}, "losses": [LOGITS]}
     found["student"]["train"] |= {"learning_rate": 0.01}
     return found
 
 
 def arms() -> list[Arm]:
-    """Logits alone; with each feature loss; and feature losses without logits, but with labels."""
+    """Logits alone; with each feature loss; and feature losses without logits: beside labels, or as SimKD is meant."""
     beside = [
         Arm(name=f"{ONLY_LOGITS} and {name}", changes={"student": {"losses": [LOGITS, {**LAST, **loss}]}})
         for name, loss in LOSSES.items()
     ]
     alone = {"losses": [{**LAST, **LOSSES["AttentionTransfer"]}], "label_weight": 1.0}
-    return [Arm(name=ONLY_LOGITS), *beside, Arm(name="AttentionTransfer and labels", changes={"student": alone})]
+    reused = {"losses": [{**LAST, "factory": "kdpipe.losses:SimKD", "projector": "conv1x1"}], "label_weight": 0.0}
+    return [
+        Arm(name=ONLY_LOGITS),
+        *beside,
+        Arm(name="AttentionTransfer and labels", changes={"student": alone}),
+        Arm(name="SimKD alone", changes={"student": reused}),
+    ]
 
 
 def main(num_seeds: int = 10, epochs: int = 40, teacher_epochs: int = 30, folder: Path | None = None) -> None:
