@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from kdpipe.config import load_module, resolve
 from kdpipe.data.sources.digits import write_digits
+from kdpipe.errors import ConfigError, DataError
 from kdpipe.losses import AttentionTransfer
 from kdpipe.models.resnet import ResNet
 from kdpipe.store import TargetStore
@@ -534,6 +536,55 @@ def test_settings_for_a_gpu(tmp_path, path):
         pytest.importorskip("torchvision")
     folder, _ = vision(tmp_path, photos(), path.name)
     assert check.run(project_in(folder))[-1].startswith("features: AttentionTransfer of ")
+
+
+RENAMED = {"split": "fold", "label": "y", "income": "y"}
+
+
+def renamed(recipe, folder, rows, source):
+    """The prepared rows of a copy whose table has `fold` and `y` for columns, with keywords of its source."""
+    copied = shutil.copytree(EXAMPLES / recipe, folder / recipe, ignore=shutil.ignore_patterns("data", ".dvc*"))
+    names = [RENAMED.get(name, name) for name in rows.column_names]
+    pq.write_table(rows.rename_columns(names), folder / "rows.parquet")
+    params = yaml.safe_load((copied / "params.yaml").read_text())
+    params["data"] |= {"path": "../rows.parquet"}
+    params["data"]["columns"] |= {"label": "y", "split": "fold"}
+    params["data"]["source"] |= source
+    write_params(copied, params)
+    project = project_in(copied)
+    prepare_data.run(project)
+    return project.prepared_data()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows", "source"),
+    [
+        ("vision", photos, {"num_rows": 20, "split_column": "fold"}),
+        ("tabular", persons, {"split_column": "fold"}),
+        ("unbalanced", clothes, {"ratio": 5, "largest": 20, "split_column": "fold", "label_column": "y"}),
+    ],
+)
+def test_columns_of_other_names(tmp_path, recipe, rows, source):
+    as_it_is = {key: value for key, value in source.items() if not key.endswith("_column")}
+    for absent in source.keys() - as_it_is.keys():
+        with pytest.raises(
+            ConfigError, match=rf"data\.source\.{absent} is '\w+', but .* no column of that name; they have .*fold"
+        ):
+            renamed(recipe, tmp_path / absent, rows(), {key: source[key] for key in source if key != absent})
+    data = renamed(recipe, tmp_path / "named", rows(), source)
+    assert len(data.rows_of(["test"])) == rows()["split"].to_pylist().count("test")
+    learnt = len(data.rows_of(["train", "validation"]))
+    assert 0 < learnt < rows()["split"].to_pylist().count("train")
+
+
+@pytest.mark.parametrize("label", ["boot", 2.5, None, 10, -1])
+def test_a_long_tail_is_of_classes_by_number(tmp_path, label):
+    table = clothes()
+    labels = pa.array([label] * len(table), pa.string() if label is None else None)
+    table = table.set_column(table.schema.get_field_index("label"), "label", labels)
+    columns = {"split_column": "fold", "label_column": "y"}
+    with pytest.raises(DataError, match=rf"column 'y' has {label!r} in a row of 'train'; .* from 0 to 9"):
+        renamed("unbalanced", tmp_path, table, columns)
 
 
 @pytest.fixture(params=["ag_news", "made up"])

@@ -9,20 +9,25 @@ import numpy as np
 import pyarrow as pa
 
 from kdpipe.data.sources import Table
+from kdpipe.data.sources.base import named_column
 from kdpipe.fingerprint import uniform_by_id
 
 
 class Adult(Table):
-    """The table with a column `row`; about half of the rows of `train`, drawn by `seed`, are of `transfer` instead."""
+    """The table with a column `row`; about half of the rows of `train`, drawn by `seed`, are of `transfer` instead.
 
-    def __init__(self, path: Path, seed: int = 0) -> None:
+    `split_column` says of which split a row is.
+    """
+
+    def __init__(self, path: Path, seed: int = 0, split_column: str = "split") -> None:
         super().__init__(path, number_as="row")
-        self._seed = seed
+        self._seed, self._split_column = seed, split_column
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows in order."""
+        """The rows in order. Raises `ConfigError` where there is no such column."""
         for batch in super().batches():
-            rows, split = map(str, batch["row"].to_pylist()), np.array(batch["split"].to_pylist())
+            rows = map(str, batch["row"].to_pylist())
+            split = np.array(named_column(batch, "split_column", self._split_column).to_pylist())
             is_moved = (split == "train") & (uniform_by_id(list(rows), self._seed, "transfer") < 0.5)
-            place = batch.schema.get_field_index("split")
-            yield batch.set_column(place, "split", pa.array(np.where(is_moved, "transfer", split)))
+            place = batch.schema.get_field_index(self._split_column)
+            yield batch.set_column(place, self._split_column, pa.array(np.where(is_moved, "transfer", split)))

@@ -9,19 +9,21 @@ import numpy as np
 import pyarrow as pa
 
 from kdpipe.data.sources import Table
+from kdpipe.data.sources.base import named_column
 
 
 class SomeRows(Table):
-    """The table with the first `num_rows` rows of `split`."""
+    """The table with the first `num_rows` rows of `split`, as the column `split_column` says."""
 
-    def __init__(self, path: Path, num_rows: int, split: str = "train") -> None:
+    def __init__(self, path: Path, num_rows: int, split: str = "train", split_column: str = "split") -> None:
         super().__init__(path)
-        self._num_rows, self._split = num_rows, split
+        self._num_rows, self._split, self._split_column = num_rows, split, split_column
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows that are kept, in order."""
+        """The rows that are kept, in order. Raises `ConfigError` where there is no such column."""
         left = self._num_rows
         for batch in super().batches():
-            limited = np.array(batch["split"].to_pylist()) == self._split
+            splits = named_column(batch, "split_column", self._split_column)
+            limited = np.array(splits.to_pylist()) == self._split
             yield batch.filter(pa.array(~limited | (np.cumsum(limited) <= left)))
             left -= int(limited.sum())

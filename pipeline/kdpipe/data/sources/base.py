@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 
 import pyarrow as pa
 
-from kdpipe.errors import DataError, KdpipeError
+from kdpipe.errors import ConfigError, DataError, KdpipeError
 
 BLOCK_BYTES = 8 * 2**20
 BLOCK_ROWS = 8192
@@ -53,6 +53,18 @@ def differences(found: pa.Schema, expected: pa.Schema) -> str:
 
 def _types_of(schema: pa.Schema, name: str) -> str:
     return " and ".join(str(schema.field(index).type) for index in schema.get_all_field_indices(name)) or "absent"
+
+
+def named_column(batch: pa.RecordBatch, keyword: str, name: str) -> pa.Array:
+    """The column that the argument `keyword` of a source names. Raises `ConfigError` unless there is one such."""
+    found = batch.schema.get_all_field_indices(name)
+    if len(found) != 1:
+        problem = f"{len(found)} columns of that name" if found else "no column of that name"
+        raise ConfigError(
+            f"data.source.{keyword} is {name!r}, but the rows have {problem}; they have "
+            f"{', '.join(batch.schema.names)}. Give it the name of the column that is meant."
+        )
+    return batch.column(found[0])
 
 
 @contextmanager
