@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,12 +121,39 @@ def test_a_copied_recipe_is_a_project_of_its_own(recipe, tmp_path, monkeypatch, 
     assert 0 <= metrics["student"]["accuracy"] <= 1
     assert {path.name for path in folder.glob("*.json")} == {"metrics.json", "per_seed.json", "timings.json"}
     capsys.readouterr()
-    recipes.show_results([folder])
+    recipes.show_results([recipes.row(folder)])
     names, _, values = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
     cells = dict(zip(names, values, strict=True))
     assert f"{100 * metrics['student']['accuracy']:.2f}" in cells["student, %"]
     assert cells["of student"] == f"{metrics['student']['parameters']:,}"
     assert all(cells[name] for name in ("teacher, %", "bytes per row", "s per epoch of the student"))
+
+
+def test_recipes_that_there_are_not_are_named_before_any_runs(monkeypatch, capsys):
+    monkeypatch.setattr(recipes, "reproduce", lambda folder: pytest.fail(f"{folder} was run"))
+    assert recipes.main(["rules", "nope"]) == 1
+    assert f"there is no recipe nope; there are {', '.join(RECIPES)}" in capsys.readouterr().err
+
+
+def test_a_recipe_that_fails_does_not_lose_what_others_came_to(monkeypatch, capsys):
+    def reproduce(folder):
+        if folder.name == "tabular":
+            raise subprocess.CalledProcessError(255, ["dvc", "repro"])
+        return {"evaluate": 1.5, "dvc repro": 2.5, "CPU": 2.0}
+
+    def row(folder):
+        if folder.name == "vision":
+            raise FileNotFoundError("metrics.json")
+        return [folder.name] * len(recipes.COLUMNS)
+
+    monkeypatch.setattr(recipes, "reproduce", reproduce)
+    monkeypatch.setattr(recipes, "row", row)
+    assert recipes.main(["rules", "tabular", "vision", "ensemble"]) == 1
+    said = capsys.readouterr()
+    assert all(said.out.count(f"\n| {name} |") == 2 for name in ("rules", "ensemble"))
+    assert "tabular failed: CalledProcessError" in said.err
+    assert "vision failed: FileNotFoundError: metrics.json" in said.err
+    assert recipes.main(["rules", "ensemble"]) == 0
 
 
 def test_under_dvc(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """`make recipes`, or `python -m benchmarks.recipes NAME ...`: `dvc repro` in folders of examples/, and what it came to.
 
 Two tables, as Markdown: results, read from what `dvc repro` left (metrics.json, per_seed.json, timings.json, the
-stores); and the seconds of each stage that it ran.
+stores); and the seconds of each stage that it ran. A recipe that fails is named after them, and the status is 1.
 """
 
 from __future__ import annotations
@@ -124,9 +124,9 @@ def _seconds(noted: Mapping[str, float], key: str) -> str:
     return f"{noted[key]:,.2f}" if key in noted else ""
 
 
-def show_results(folders: Sequence[Path]) -> None:
-    """Print the table of results."""
-    _table(COLUMNS, [row(folder) for folder in folders])
+def show_results(rows: Sequence[Sequence[str]]) -> None:
+    """Print the table of results, a `row` each."""
+    _table(COLUMNS, rows)
 
 
 def show_seconds(seconds: Mapping[str, Mapping[str, float]]) -> None:
@@ -145,9 +145,27 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-if __name__ == "__main__":
-    names = sys.argv[1:]
-    seconds = {name: reproduce(EXAMPLES / name) for name in names}
-    show_results([EXAMPLES / name for name in names])
+def main(names: Sequence[str]) -> int:
+    """Reproduce recipes, show what those that did not fail came to, and name the others: the exit status."""
+    known = sorted(path.parent.name for path in EXAMPLES.glob("*/dvc.yaml"))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        print(f"there is no recipe {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+        return 1
+    seconds, rows, failed = {}, [], {}
+    for name in names:
+        try:
+            seconds[name] = reproduce(EXAMPLES / name)
+            rows.append(row(EXAMPLES / name))
+        except Exception as error:  # whatever it is, it must not lose what the other recipes came to
+            failed[name] = f"{type(error).__name__}: {error}"
+    show_results(rows)
     print()
     show_seconds(seconds)
+    for name, reason in failed.items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
