@@ -34,13 +34,15 @@ from kdpipe_stages.workplace import RemoteWorkplace, Workplace, check_url
 class Cached:
     """What a run did: rows that the teacher saw now, rows in the store, and shards that other workers still owe.
 
-    The store is published when none is owed, unless it was before. `rows_not_covered` are those, in view 0, of which
-    the teacher says nothing, known once the store is complete (at a url, of tables only); `columns_not_read` are the
-    further ones of its table.
+    The store is published when none is owed, unless it was before. Of `rows_computed`, a table has
+    `rows_read`; of other teachers the two are the same. `rows_not_covered` are those, in view 0, of which the teacher
+    says nothing, known once the store is complete (at a url, of tables only); `columns_not_read` are the further ones
+    of its table.
     """
 
     published: bool
     rows_computed: int
+    rows_read: int
     num_rows: int
     num_bytes: int
     teacher_seconds: float
@@ -117,6 +119,7 @@ def run(
     return Cached(
         published=published,
         rows_computed=captured.num_rows,
+        rows_read=teacher.rows_read if isinstance(teacher, TableTeacher) else captured.num_rows,
         num_rows=store.num_rows,
         num_bytes=store.num_bytes,
         teacher_seconds=captured.teacher_seconds,

@@ -58,7 +58,8 @@ def cache_teacher(project: Project, name: str, repair: bool = False, shards: str
 
         done = stage.run(project, name, on_progress, repair=repair, share=share)
     table = project.teacher(name).table
-    computed = f"{done.rows_computed:,} rows "
+    some = "" if done.rows_read == done.rows_computed else f"{done.rows_read:,} of "
+    computed = f"{some}{done.rows_computed:,} rows "
     computed += f"read from {table}" if table else f"computed in {done.teacher_seconds:.2f} s of teacher"
     if done.shards_owed:
         say(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kdpipe import durable
 from kdpipe.caching import CacheProgress, Captured, Share
 from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
+from kdpipe.distributed import Shard
 from kdpipe.encodings import Features, FeaturesInt8, TargetEncoding, TopK, encoding_from_json
 from kdpipe.errors import ConfigError, DataError, UsageError
 from kdpipe.fingerprint import digest_file
@@ -246,7 +247,7 @@ class TableTeacher:
         except ConfigError as error:
             raise ConfigError(f"targets.{name}: {error}") from None
         self._path, self._task = path, task
-        self.rows_not_covered = 0
+        self.rows_not_covered = self.rows_read = 0
         self.description = _description(name, path, self._said)
 
     @property
@@ -271,7 +272,10 @@ class TableTeacher:
         on_progress: Callable[[CacheProgress], None],
         share: Share,
     ) -> Captured:
-        """Commit every missing shard of one share, as `caching.capture` does; then `rows_not_covered` is known."""
+        """Commit every missing shard of one share, as `caching.capture` does.
+
+        Then `rows_not_covered`, of all rows, and `rows_read`, of those committed now, are known.
+        """
         missing = [(view, shard) for view, shard in store.missing() if share.has(shard)]
         started = time.perf_counter()
         if missing:
@@ -286,9 +290,20 @@ class TableTeacher:
                 on_progress(CacheProgress(rows_done=done, rows_total=total, rows_per_s=rate))
 
             fill(store, self._said, rows, missing, on_rows, counted=self._counted(inputs))
+            self.rows_read = self._count_read(store, rows, missing)
         num_rows = sum(int(store.wanted(view, shard).sum()) for view, shard in missing)
         seconds = time.perf_counter() - started
         return Captured(num_rows=num_rows, num_shards=len(missing), teacher_seconds=0.0, seconds=seconds)
+
+    def _count_read(self, store: TargetStore, rows: NDArray[np.int64], filled: Sequence[tuple[int, Shard]]) -> int:
+        """How many rows of the shards that were filled the table has; `rows` `[M]` are those of its lines."""
+        num_read, views = 0, self._said.index[1]
+        for view in {view for view, _ in filled}:
+            has = np.zeros(store.num_rows, np.bool_)
+            has[rows[views == view]] = True
+            shards = [shard for of, shard in filled if of == view]
+            num_read += sum(int((has[each.start : each.stop] & store.wanted(view, each)).sum()) for each in shards)
+        return num_read
 
     def _counted(self, inputs: PreparedInputs) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None:
         """Which tokens of rows count, where the task has some."""
