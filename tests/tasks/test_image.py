@@ -115,9 +115,16 @@ def test_images_of_several_sizes_name_the_row_and_the_way_out():
     message = refusal(classification(), files)
     assert "the image of row 101 has shape [4, 5, 3], expected [6, 5, 3]" in message
     assert "set task.keep_encoded: true and give each preprocess a size" in message
-    assert "the image of row 100 has shape [6, 5, 3], expected [8, 8, 3]" in refusal(
-        classification(shape=(8, 8, 3)), files
-    )
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(1, "[8, 8, 1]"), (3, "[8, 8, 3]")])
+def test_a_given_shape_that_is_not_the_files_is_told_beside_theirs(channels, expected):
+    task = classification(shape=(8, 8, channels))
+    colour = refusal(task, [encode(COLOUR[0])])
+    assert f"the image of row 100 has height 6, width 5 and mode RGB; task.shape is {expected}. " in colour
+    assert "Set task.shape: [6, 5, 1] (made grey) or [6, 5, 3] (colour); for images of several sizes" in colour
+    grey = refusal(task, [encode(GREY[0])])
+    assert f"has height 6, width 5 and mode L; task.shape is {expected}. Set task.shape: [6, 5, 1]; for " in grey
 
 
 def test_the_size_of_the_first_image_holds_for_later_blocks():

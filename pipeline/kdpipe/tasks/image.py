@@ -20,6 +20,7 @@ from kdpipe.preprocess import ImageTensor, Preprocess
 from kdpipe.tasks.base import check_class_names, class_labels
 
 _CHANNELS_TO_MODE = {1: "L", 3: "RGB"}
+_GREY = ("1", "L")
 _UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
 
@@ -77,7 +78,7 @@ class ImageClassification:
         try:
             with Image.open(io.BytesIO(encoded)) as image:
                 mode = image.mode
-                channels = self._channels or (1 if mode in ("1", "L") else 3)
+                channels = self._channels or (1 if mode in _GREY else 3)
                 pixels = np.asarray(image.convert(_CHANNELS_TO_MODE[channels]), np.uint8)
         except _UNDECODABLE as error:
             raise DataError(f"the image of {name} cannot be decoded: {error}. Repair or remove that row.") from None
@@ -90,12 +91,25 @@ class ImageClassification:
             return array
         self._shape = self._shape or array.shape
         if array.shape != self._shape:
-            raise DataError(
-                f"the image of {name} has shape {list(array.shape)}, expected {list(self._shape)}. For images of "
-                "several sizes set task.keep_encoded: true and give each preprocess a size; to make all grey or all "
-                "colour give task.shape."
-            )
+            raise DataError(self._other_shape(name, array.shape, mode))
         return array
+
+    def _other_shape(self, name: str, found: tuple[int, ...], mode: str) -> str:
+        """The message about an image of another shape than `task.shape`, or than the first one, where none is given."""
+        expected = list(self._shape or ())
+        several = "several sizes set task.keep_encoded: true and give each preprocess a size"
+        if self._channels is None:
+            return (
+                f"the image of {name} has shape {list(found)}, expected {expected}. For images of {several}; "
+                "to make all grey or all colour give task.shape."
+            )
+        height, width = found[:2]
+        grey = f"task.shape: [{height}, {width}, 1]"
+        fitting = grey if mode in _GREY else f"{grey} (made grey) or [{height}, {width}, 3] (colour)"
+        return (
+            f"the image of {name} has height {height}, width {width} and mode {mode}; task.shape is {expected}. Set "
+            f"{fitting}; for images of {several}."
+        )
 
     def _pixels(self, values: pa.Array, name_of: NameOf) -> Array:
         kind: Any = values.type
