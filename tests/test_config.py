@@ -328,6 +328,11 @@ def test_a_class_that_pydantic_does_not_know_is_passed_on(root):
         (factory("cfg_nets:Nett"), "m: cfg_nets has no 'Nett'; it has Loose, Net, Plain, build"),
         (factory("cfg_nets:WIDTH"), "m: cfg_nets has no 'WIDTH'; it has Loose, Net, Plain, build"),
         (factory("cfg_nest:Net"), "m: there is no module 'cfg_nest' (sought beside params.yaml and installed)"),
+        (
+            factory("cfg_absent.models:net"),
+            "m: cfg_absent.models needs the package 'cfg_absent', which is neither installed nor beside params.yaml. "
+            "Install it, or correct the name",
+        ),
         (factory("cfg_nets.deeper:Net"), "m: there is no module 'cfg_nets.deeper'"),
         (factory("kdpipe.modles.mlp:MLP"), "m: there is no module 'kdpipe.modles.mlp'"),
         (factory("cfg_needs:Net"), "m: cfg_needs needs the package 'cfg_package_that_is_not_installed'"),

@@ -200,6 +200,12 @@ def _import(name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        package_name, _, within = name.partition(".")
+        if within and error.name == package_name:
+            raise ConfigError(
+                f"{where}: {name} needs the package {package_name!r}, which is neither installed nor beside "
+                "params.yaml. Install it, or correct the name"
+            ) from error
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise ConfigError(
                 f"{where}: there is no module {name!r} (sought beside params.yaml and installed)"
