@@ -208,6 +208,24 @@ def test_the_hub_is_asked_for_one_commit(hub):
         Checkpoint(hub=hub)
 
 
+def test_without_a_network_and_a_copy_the_way_out_is_told(tmp_path):
+    code = (
+        "from kdpipe.errors import ConfigError\n"
+        "from kdpipe.huggingface import Checkpoint\n"
+        f"checkpoint = Checkpoint(hub='someone/bert@{COMMIT}')\n"
+        "for read in (checkpoint.tokenizer, lambda: checkpoint.model('AutoModelForCausalLM', 'float32')):\n"
+        "    try:\n"
+        "        read()\n"
+        "    except ConfigError as error:\n"
+        "        print(error)\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert said.stdout.count("Give a folder on this machine in place of hub (path), or set HF_HOME to a cache") == 2
+
+
 def test_a_commit_that_was_fetched_before_is_found(tmp_path, bert):
     snapshot = tmp_path / "hub" / "models--someone--bert" / "snapshots" / COMMIT
     shutil.copytree(bert, snapshot)

@@ -114,7 +114,21 @@ class Checkpoint:
                 return attrgetter(function)(transformers)(*arguments, **settings)
             except Exception as error:  # transformers raises whatever its backends raise
                 name = function.removesuffix(".from_pretrained")
-                raise ConfigError(f"{self} cannot be read as {name}: {first_line(error)}") from error
+                raise ConfigError(f"{self} cannot be read as {name}: {first_line(error)}{_advice(error)}") from error
+
+
+def _advice(error: BaseException | None) -> str:
+    """What to do where the Hub cannot be reached and has not left a copy here; nothing for other errors."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return ""
+    return (
+        " Give a folder on this machine in place of hub (path), or set HF_HOME to a cache that was filled where there "
+        "is a network."
+    )
 
 
 @contextmanager
