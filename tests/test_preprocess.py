@@ -223,6 +223,13 @@ def test_a_fit_that_fails_is_named():
         NamedPreprocess("own", Fails()).fit([{"features": FEATURES}])
 
 
+def test_settings_that_are_missing_are_named_by_their_key():
+    named = NamedPreprocess("teachers.big.preprocess: Standardize", Standardize())
+    for use in (named.state, lambda: named({"features": FEATURES})):
+        with pytest.raises(ConfigError, match=r"^teachers\.big\.preprocess: Standardize: .* knows no mean and std"):
+            use()
+
+
 def test_a_named_preprocess_is_the_other_one_by_all_else():
     named = pickle.loads(pickle.dumps(copy.deepcopy(NamedPreprocess("own", Own(torch.zeros(40))))))  # noqa: S301 - just written
     assert isinstance(named, Preprocess)

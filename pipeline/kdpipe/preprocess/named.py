@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,14 +38,23 @@ class NamedPreprocess:
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._preprocess, attribute)
 
+    @contextmanager
+    def _its_key(self) -> Iterator[None]:
+        """Names it in errors that tell what is wrong with its settings."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(f"{self._name}: {error}") from error
+
     def fit(self, blocks: Iterable[Columns]) -> None:
         """The other one's. Raises `ConfigError` where its code fails."""
         with naming(ConfigError, f"{self._name} fit fails", *_PASSING):
             self._preprocess.fit(blocks)
 
     def state(self) -> State:
-        """The other one's."""
-        return self._preprocess.state()
+        """The other one's. Raises `ConfigError` where it has learnt nothing yet."""
+        with self._its_key():
+            return self._preprocess.state()
 
     def load_state(self, state: State) -> None:
         """The other one's."""
@@ -52,7 +62,7 @@ class NamedPreprocess:
 
     def __call__(self, columns: Columns) -> Inputs:
         """The other one's. Raises `ConfigError` where its code fails, or gives no tensors of as many rows."""
-        with naming(ConfigError, f"{self._name} fails on {layout_of(columns)}", *_PASSING):
+        with naming(ConfigError, f"{self._name} fails on {layout_of(columns)}", *_PASSING), self._its_key():
             inputs = self._preprocess(columns)
         rows = len(next(iter(columns.values())))
         if not _are_inputs(inputs):
