@@ -18,8 +18,11 @@ A message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class KdpipeError(Exception):
