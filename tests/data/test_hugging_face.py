@@ -12,6 +12,7 @@ from PIL import Image
 
 from kdpipe.data.sources import HuggingFace
 from kdpipe.errors import ConfigError, DataError
+from kdpipe.tasks.image import ImageClassification
 
 datasets = pytest.importorskip("datasets")
 
@@ -60,6 +61,33 @@ def test_images_become_bytes_and_unknown_classes_null(tmp_path):
         {"image": png(2), "label": None, "text": "c"},
     ]
     assert read(HuggingFace(tmp_path / "saved", label_names=True))["label"].to_pylist() == ["cat", "dog", None]
+
+
+def arrays(shape, rows):
+    features = datasets.Features({"image": datasets.Array3D(shape, "uint8"), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"image": rows, "label": list(range(len(rows)))}, features=features)
+
+
+def test_arrays_become_lists_that_are_images(tmp_path):
+    pixels = np.arange(5 * 48, dtype=np.uint8).reshape(5, 4, 4, 3)
+    arrays((4, 4, 3), pixels).save_to_disk(tmp_path / "saved")
+    batches = list(HuggingFace(tmp_path / "saved").batches())
+    task = ImageClassification(num_classes=5, shape=[4, 4, 3])
+    shown = [task.to_inputs(batch, str)["image"] for batch in batches]
+    np.testing.assert_array_equal(np.concatenate(shown), pixels)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "wrong"),
+    [
+        ((None, 2, 1), [np.zeros((height, 2, 1), np.uint8).tolist() for height in (1, 2)], r"shape \[None, 2, 1\]"),
+        ((1, 2, 1), [[[[1], [2]]], None], "empty rows"),
+    ],
+)
+def test_arrays_of_several_shapes_are_refused(tmp_path, shape, rows, wrong):
+    arrays(shape, rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=f"a column of arrays with {wrong}; expected arrays of one shape"):
+        read(HuggingFace(tmp_path / "saved"))
 
 
 def test_splits_become_a_column(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +23,9 @@ class HuggingFace:
     """A folder written by `save_to_disk`, or the hub's data set `name` (with `config` and `revision`).
 
     A data set of several splits gets a column `split`, of all of them or of those named in `splits`. Images become the
-    bytes of their files. A `ClassLabel` stays the class number (null for -1), or becomes the class's name with
-    `label_names`. What comes from the hub is downloaded to the cache of `datasets` once; rows are read from disk. Needs
-    `pip install 'kdpipe[datasets]'`.
+    bytes of their files, arrays of one shape (`Array3D`, …) lists of their numbers. A `ClassLabel` stays the class
+    number (null for -1), or becomes the class's name with `label_names`. What comes from the hub is downloaded to the
+    cache of `datasets` once; rows are read from disk. Needs `pip install 'kdpipe[datasets]'`.
     """
 
     def __init__(
@@ -111,10 +112,25 @@ class HuggingFace:
         column = pa.concat_arrays(values.chunks)
         if isinstance(feature, _library().Image):
             return feature.embed_storage(column).field("bytes")
+        if isinstance(column.type, pa.BaseExtensionType):
+            return self._flat(column, feature)
         if not isinstance(feature, _library().ClassLabel):
             return column
         column = pc.if_else(pc.equal(column, _UNLABELLED), pa.scalar(None, column.type), column)
         return pa.array(feature.names, pa.string()).take(column) if self._label_names else column
+
+    def _flat(self, column: Any, feature: Any) -> pa.Array:
+        """An `Array2D`, …, as one list of numbers per row."""
+        if None in feature.shape or column.null_count:
+            wrong = f"shape {list(feature.shape)}" if None in feature.shape else "empty rows"
+            raise DataError(
+                f"{self._where} has a column of arrays with {wrong}; expected arrays of one shape in every row. Leave "
+                "it out by `remove_columns`, or save its rows as images or lists"
+            )
+        values = column.storage
+        for _ in feature.shape:
+            values = values.flatten()
+        return pa.FixedSizeListArray.from_arrays(values, math.prod(feature.shape))
 
 
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException)
