@@ -44,7 +44,9 @@ def test_columns_stand_in_the_named_order_whatever_the_file_holds(values):
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.int8(), pa.uint16(), pa.int64(), pa.float16(), pa.float32(), pa.float64(), pa.bool_()], ids=str
+    "kind",
+    [pa.int8(), pa.uint16(), pa.int64(), pa.float16(), pa.float32(), pa.float64(), pa.bool_(), pa.decimal128(21, 2)],
+    ids=str,
 )
 def test_all_kinds_of_numbers_are_numbers(kind):
     batch = batch_of(a=pa.array([0, 1, 0]).cast(kind), b=pa.array([1, 0, 0]).cast(kind))

@@ -82,7 +82,8 @@ class TabularClassification:
         values = column_of(batch, name)
         kind = values.type
         is_empty = pa.types.is_null(kind) and self._missing == "allow"
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or is_empty):
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+        if not (is_number or pa.types.is_boolean(kind) or is_empty):
             raise DataError(
                 f"column {name!r} has type {kind}; expected numbers. Leave it out of task.columns. A category belongs "
                 "in task.categorical."
