@@ -150,10 +150,10 @@ def test_refuses_an_absent_file(tmp_path):
     [
         ({"layers.0.weight": None}, "absent: layers.0.weight"),
         ({"another.weight": torch.ones(2)}, "unknown: another.weight"),
-        ({"layers.3.weight": torch.ones(2, 5)}, "of another shape: layers.3.weight"),
+        ({"layers.3.weight": torch.ones(2, 5)}, "of another shape: layers.3.weight [2, 5] for [2, 4]"),
         (
             {"layers.0.weight": None, "another.weight": torch.ones(2), "layers.3.weight": torch.ones(2, 5)},
-            "absent: layers.0.weight; unknown: another.weight; of another shape: layers.3.weight",
+            "absent: layers.0.weight; unknown: another.weight; of another shape: layers.3.weight [2, 5] for [2, 4]",
         ),
         ({f"extra{index}": torch.ones(1) for index in range(9)}, "unknown: extra0, extra1, extra2, extra3 …"),
     ],

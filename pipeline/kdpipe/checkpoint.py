@@ -29,19 +29,28 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises `ConfigError` when the file is absent, holds anything but tensors, or does not fit.
     """
     state = read_weights(path)
+    check_fit(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, *, shapes: bool = True) -> None:
+    """Raise `ConfigError` unless tensors of a file have a model's names and, where asked, its shapes."""
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    wrong = [
+        f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if shapes and own[name].shape != state[name].shape
+    ]
     if missing or unknown or wrong:
         raise ConfigError(
             f"{path} does not fit the model {type(model).__name__}: "
             + "; ".join(
                 f"{what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
-                for what, names in (("absent", missing), ("unknown", unknown), ("of another shape", sorted(wrong)))
+                for what, names in (("absent", missing), ("unknown", unknown), ("of another shape", wrong))
                 if names
             )
         )
-    model.load_state_dict(state)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

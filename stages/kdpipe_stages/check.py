@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from kdpipe.checkpoint import load_weights, read_weights
+from kdpipe.checkpoint import check_fit, load_weights, read_weights
 from kdpipe.data.columns import Columns, take
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.data.preparing import column_of
@@ -17,7 +17,7 @@ from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, DataError, KdpipeError
 from kdpipe.inputs import LOGITS, Head, Inputs, call, described, num_rows, tensors_of
 from kdpipe.losses import reuses_classifier
-from kdpipe.preprocess import Preprocess
+from kdpipe.preprocess import ImageTensor, Preprocess, Standardize
 from kdpipe.store.manifest import Manifest
 from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task, TokenTask, rows_of
@@ -59,6 +59,8 @@ from kdpipe_stages.terms import (
 from kdpipe_stages.workplace import check_url
 
 SAMPLE_ROWS = 64
+_KEEPS_WIDTHS = (ImageTensor, Standardize)
+"""Preprocesses whose outputs have the same widths, whatever rows they learn from."""
 
 
 def run(project: Project) -> Sequence[str]:
@@ -255,8 +257,12 @@ def _check_student(project: Project, task: Task, sample: Columns | None, met: _M
         met.student = model, preprocess(row)
         left_out = _left_out(preprocess, sample)
     check_class_weights(task, section.train, "student.train")
-    if section.init_from is not None:  # whether its shapes fit may depend on what the preprocess learns of all rows
-        read_weights(project.root / section.init_from)
+    if section.init_from is not None:
+        path = project.root / section.init_from
+        weights = read_weights(path)
+        if checked is not None:
+            model, preprocess = checked
+            check_fit(model, weights, path, shapes=not preprocess.state() or isinstance(preprocess, _KEEPS_WIDTHS))
     without = f"; columns that its preprocess leaves out: {len(left_out)} ({', '.join(left_out)})" if left_out else ""
     return f"{section.model.path}, {section.seeds} seeds{without}"
 

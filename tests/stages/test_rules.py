@@ -177,6 +177,28 @@ def test_a_student_starts_from_rules(project):
     assert evaluate.run(project)["student"]["accuracy"] > 0.8
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            {"weight": torch.ones(3, 4)},
+            "the model Linear: absent: head.bias, head.weight; unknown: weight",
+        ),
+        (
+            {"head.weight": torch.ones(7, 4), "head.bias": torch.ones(7)},
+            "of another shape: head.bias [7] for [3], head.weight [7, 4] for [3, 4]",
+        ),
+    ],
+    ids=["names", "shapes"],
+)
+def test_first_weights_that_do_not_fit_are_told_by_check(project, capsys, weights, message):
+    safetensors.torch.save_file(weights, project.root / "first.safetensors")
+    changed = yaml.safe_load((project.root / "params.yaml").read_text())
+    changed["student"] |= {"init_from": "first.safetensors"}
+    write_params(project.root, changed)
+    assert message in fails(capsys, "check", "--params", str(project.params_file))
+
+
 def test_a_rule_about_no_column_is_one_message(project, capsys):
     (project.root / "rules.yaml").write_text(yaml.safe_dump([{**RULES[0], "when": {"column": "petal", "below": 1}}]))
     message = fails(capsys, "cache-teacher", "rules", "--params", str(project.params_file))
