@@ -499,18 +499,26 @@ def test_captured_says_what_was_done(tmp_path):
 # What fits in memory, and rows of many lengths
 
 
-def forgetful(at_most, error=torch.OutOfMemoryError):
+MEMORY_ERRORS = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError("Unable to allocate 1 TiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried"),
+)
+
+
+def forgetful(at_most, error=MEMORY_ERRORS[0]):
     """A teacher that has memory for so many rows."""
 
     def change(said, rows):
         if len(rows) > at_most:
-            raise error("out of memory")
+            raise error
         return said
 
     return ToyTeacher(change)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("error", MEMORY_ERRORS)
 @pytest.mark.parametrize(("at_most", "recorded"), [(5, 5), (4, 2), (1, 1)])
 def test_a_teacher_without_memory_is_shown_fewer_rows_which_is_recorded(tmp_path, at_most, recorded, error):
     store = captured(tmp_path / "store", forgetful(at_most, error))

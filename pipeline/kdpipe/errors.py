@@ -18,11 +18,15 @@ A message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_CPU_ALLOCATOR = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory")
 
 
 class KdpipeError(Exception):
@@ -73,17 +77,29 @@ class LockedError(StoreError, BlockingIOError):
     """Another process writes here."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's, a device's, or that of torch's allocator for the CPU, which has no own class.
+
+    Imports no torch.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return not isinstance(error, KdpipeError) and _CPU_ALLOCATOR.search(str(error)) is not None
+
+
 @contextmanager
 def naming(kind: type[KdpipeError], what: str, *passing: type[Exception]) -> Iterator[None]:
     """Whatever a user's code raises, as one `kind` of error that says `what` fails.
 
-    kdpipe's own errors, `MemoryError` and those `passing` stay as they are.
+    kdpipe's own errors, those of memory that ran out and those `passing` stay as they are.
     """
     try:
         yield
-    except (KdpipeError, MemoryError):
+    except KdpipeError:
         raise
     except passing:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise kind(f"{what}: {type(error).__name__}: {error}") from error

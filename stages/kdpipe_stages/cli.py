@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdpipe.errors import KdpipeError, UsageError
+from kdpipe.errors import KdpipeError, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from kdpipe_stages.project import Project
@@ -30,7 +30,6 @@ StorePath = Annotated[str, typer.Argument(help="A target store: data/targets/NAM
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
 PARAMS = Path("params.yaml")
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _OUT_OF_MEMORY = (
     "out of memory ({}). What was finished is kept. Set a smaller train.batch_size or train.micro_batch_size for what "
     "is trained, targets.NAME.batch_size for a teacher, or a smaller ram_budget_mb, and run the same command again."
@@ -312,18 +311,11 @@ def _explained(error: Exception) -> str | None:
     """What to tell the user of an error that is not a fault of kdpipe; None for any other."""
     if isinstance(error, KdpipeError):
         return str(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return _OUT_OF_MEMORY.format(str(error).partition("\n")[0] or "no more to allocate")
     if isinstance(error, OSError) and not (error.filename is None and error.errno is None):
         return _explain_os_error(error)
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of Python, of a device, or of torch's allocator for the CPU, which has no class for it. Imports no torch."""
-    return (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _CPU_OUT_OF_MEMORY in str(error)
-    )
 
 
 def _usage_errors() -> type:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -209,10 +208,7 @@ class _Asked:
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         """What the teacher says."""
         with _its_own_errors(f"{self._where}: predict"):
-            try:
-                said = self._teacher.predict(columns)
-            except MemoryError as error:
-                raise torch.OutOfMemoryError(str(error)) from error
+            said = self._teacher.predict(columns)
         if not isinstance(said, Mapping) or not all(isinstance(each, Tensor) for each in said.values()):
             found = type(said).__name__
             raise TeacherError(f"{self._where}: predict gave {found}; expected a dict of tensors, {LOGITS} among them")
@@ -221,7 +217,7 @@ class _Asked:
 
 def _its_own_errors(what: str) -> AbstractContextManager[None]:
     """Whatever a teacher's code raises, as one message."""
-    return naming(TeacherError, f"{what} fails", torch.OutOfMemoryError)
+    return naming(TeacherError, f"{what} fails")
 
 
 def _first_row(inputs: PreparedInputs) -> Columns:

@@ -449,6 +449,7 @@ def test_keys_that_do_not_go_together(folder, capsys, section, message):
         ("{'logits': [1, 2, 3]}", r"teachers\.big: predict gave dict; expected a dict of tensors"),
         ("1 / 0", r"teachers\.big: predict fails: ZeroDivisionError"),
         ("bytearray(1 << 62)", r"the teacher runs out of memory on a single row"),
+        ("torch.empty(2**50)", r"the teacher runs out of memory on a single row"),
         ("{'scores': torch.zeros(1, 3)}", "the teacher gave no output 'logits'; it gave scores"),
         ("{'logits': torch.zeros(7, 3)}", r"the teacher's logits have shape \[7, 3\]; expected \[64, 3\]"),
         (ANSWER + " | {'covered': torch.zeros(2)}", None),
@@ -461,6 +462,19 @@ def test_a_teacher_that_answers_something_else(folder, capsys, answer, message):
         assert run(["cache-teacher"]) == 0
         return
     refuses(folder, capsys, message, "cache-teacher")
+
+
+def test_a_teacher_of_ones_own_that_runs_out_of_memory_says_the_same(folder):
+    write_own(folder)
+    change(folder, {"big": own("Mine")})
+    assert run(["cache-teacher"]) == 0
+    whole = TargetStore.open(folder / "data" / "targets" / "big")
+    write_own(folder, f"{ANSWER} if len(columns['features']) <= 20 else torch.empty(2**50)")
+    assert run(["cache-teacher"]) == 0
+    store = TargetStore.open(folder / "data" / "targets" / "big")
+    assert {record.batch_size for record in store.records.values()} == {16}
+    ids = store.sample_ids
+    assert torch.equal(store.targets(ids).values, whole.targets(ids).values)
 
 
 KEPT = {

@@ -138,7 +138,7 @@ def test_a_single_score_is_two_classes(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('full')", "MemoryError('full')"])
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('full')", "MemoryError('full')", "torch.empty(2**50)"])
 def test_a_function_that_runs_out_of_memory_is_shown_fewer_rows(tmp_path, error):
     write(tmp_path, f"import torch\n    if len(x) > 2:\n        raise {error}\n    return x")
     ask = Asking(FunctionTeacher(tmp_path, "said.py:speak", 2, PROBE))

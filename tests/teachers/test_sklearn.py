@@ -179,7 +179,7 @@ class Forgetful(LogisticRegression):
 
     def predict_proba(self, X):
         if len(X) > 20:
-            raise MemoryError("Unable to allocate 1 TiB")
+            torch.empty(2**50)
         return super().predict_proba(X)
 
 

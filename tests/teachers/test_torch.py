@@ -9,6 +9,7 @@ from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.fingerprint import digest
 from kdpipe.preprocess import Standardize
 from kdpipe.targets import OutputSpec
+from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import PRECISIONS, TorchTeacher
 
@@ -114,6 +115,21 @@ def test_a_batch_with_other_logits_than_one_row_is_refused(value, found):
 def test_a_forward_that_fails_is_the_teachers_error():
     with pytest.raises(TeacherError, match=r"forward failed on an input of shape \[1, 4\]: RuntimeError"):
         teacher_of(nn.Linear(5, 3))
+
+
+class Hungry(nn.Linear):
+    """Has memory for two rows."""
+
+    def forward(self, inputs):
+        return super().forward(inputs if len(inputs) <= 2 else torch.empty(2**50))
+
+
+def test_a_forward_that_runs_out_of_memory_on_the_cpu_is_shown_fewer_rows():
+    model = Hungry(4, 3)
+    ask = Asking(teacher_of(model))
+    said = ask(FEATURES, 6)["logits"]
+    assert ask.at_once == 1
+    assert torch.equal(said, torch.cat([model(row) for row in fitted()(FEATURES).split(1)]))
 
 
 def test_logits_may_have_a_token_axis():

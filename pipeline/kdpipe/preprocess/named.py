@@ -6,15 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdpipe.data.columns import Columns, layout_of
 from kdpipe.errors import ConfigError, naming
 from kdpipe.inputs import Inputs, described, kind, tensors_of
 from kdpipe.preprocess.base import Preprocess, State
-
-_PASSING = (OSError, torch.OutOfMemoryError)
 
 
 class NamedPreprocess:
@@ -48,7 +45,7 @@ class NamedPreprocess:
 
     def fit(self, blocks: Iterable[Columns]) -> None:
         """The other one's. Raises `ConfigError` where its code fails."""
-        with naming(ConfigError, f"{self._name} fit fails", *_PASSING):
+        with naming(ConfigError, f"{self._name} fit fails", OSError):
             self._preprocess.fit(blocks)
 
     def state(self) -> State:
@@ -62,7 +59,7 @@ class NamedPreprocess:
 
     def __call__(self, columns: Columns) -> Inputs:
         """The other one's. Raises `ConfigError` where its code fails, or gives no tensors of as many rows."""
-        with naming(ConfigError, f"{self._name} fails on {layout_of(columns)}", *_PASSING), self._its_key():
+        with naming(ConfigError, f"{self._name} fails on {layout_of(columns)}", OSError), self._its_key():
             inputs = self._preprocess(columns)
         rows = len(next(iter(columns.values())))
         if not _are_inputs(inputs):

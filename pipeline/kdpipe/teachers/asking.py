@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kdpipe.data.columns import Columns, take
 from kdpipe.data.prepared import MISSING_LABEL
-from kdpipe.errors import TeacherError
-from kdpipe.teachers.base import COVERED, OUT_OF_MEMORY, Teacher
+from kdpipe.errors import TeacherError, is_out_of_memory
+from kdpipe.teachers.base import COVERED, Teacher
 
 
 class Asking:
@@ -31,7 +31,9 @@ class Asking:
         if self.at_once is None or num_rows <= self.at_once:
             try:
                 return self._teacher.predict(columns)
-            except OUT_OF_MEMORY as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 if num_rows == 1:
                     raise TeacherError(
                         f"the teacher runs out of memory on a single row: {error}. Free memory, shorten the rows "

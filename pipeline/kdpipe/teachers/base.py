@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,7 +22,6 @@ __all__ = [
     "COVERED",
     "LOGITS",
     "LOG_PROBS",
-    "OUT_OF_MEMORY",
     "TAIL_LOG_MASS",
     "Learner",
     "Teacher",
@@ -35,8 +33,6 @@ CLASS_IDS, LOG_PROBS, TAIL_LOG_MASS = "class_ids", "log_probs", "tail_log_mass"
 -inf in a place without class; and the log of all other classes' mass `[B, …]`."""
 COVERED = "covered"
 """Key of `predict`'s answer where a teacher abstains: bool `[B]` or `[B, T]`, like the logits without their classes."""
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-"""What `predict` raises where a batch does not fit a GPU's memory, or the machine's."""
 
 
 @runtime_checkable
@@ -46,7 +42,7 @@ class Teacher(Protocol):
     One that abstains from some of them has an attribute `abstains`, true, and `predict` gives `covered` as well. One
     that knows its most probable classes only has an attribute `num_kept`, k, and gives `class_ids`, `log_probs` and
     `tail_log_mass` in place of the logits. One that can tell how many tokens rows are has `lengths(columns)`, int64
-    `[B]`. Raise `torch.OutOfMemoryError` and `MemoryError` as they come: fewer rows are tried then.
+    `[B]`. Let errors of memory that ran out (`kdpipe.errors.is_out_of_memory`) pass: fewer rows are tried then.
     """
 
     @property

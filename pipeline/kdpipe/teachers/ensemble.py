@@ -17,11 +17,11 @@ from torch import Tensor
 
 from kdpipe.config import load_module, resolve
 from kdpipe.data.columns import Columns
-from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import source_digests
 from kdpipe.inputs import LOGITS, class_logits, kind
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import COVERED, OUT_OF_MEMORY, Teacher, abstains
+from kdpipe.teachers.base import COVERED, Teacher, abstains
 
 
 class Ensemble:
@@ -95,9 +95,9 @@ class FunctionTeacher:
         try:
             found = self._function(columns)
             array = np.asarray(found)
-        except OUT_OF_MEMORY:
-            raise
         except Exception as error:  # anything that a user's function raises
+            if is_out_of_memory(error):
+                raise
             raise TeacherError(f"{self._name} failed: {type(error).__name__}: {error}") from error
         rows = len(next(iter(columns.values())))
         if array.dtype.kind not in "biuf":

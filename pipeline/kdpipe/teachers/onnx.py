@@ -16,12 +16,11 @@ from torch import Tensor
 
 from kdpipe.config import package
 from kdpipe.data.columns import Columns
-from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import digest, digest_file
 from kdpipe.inputs import LOGITS, Inputs, about_classes, class_logits, described, num_rows, trimmed
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import OUT_OF_MEMORY
 
 _SMALLEST, _EPSILON = 1e-38, 1e-7
 _RANGE_TOLERANCE, _SUM_TOLERANCE = 1e-3, 1e-2
@@ -122,9 +121,9 @@ class OnnxTeacher:
         fed = self._fed(inputs if len(self._names) > 1 else trimmed(inputs))
         try:
             values = self._session.run(list(self._names.values()), fed)
-        except OUT_OF_MEMORY:
-            raise
         except Exception as error:  # the library's own
+            if is_out_of_memory(error):
+                raise
             if _NO_MEMORY.search(str(error)):
                 raise torch.OutOfMemoryError(str(error)) from None
             wanted = ", ".join(f"{each.name} {each.type} {each.shape}" for each in self._session.get_inputs())

@@ -20,13 +20,12 @@ from kdpipe import durable
 from kdpipe.config import FactoryField, bind, load_module, resolve
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import MISSING_LABEL
-from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import digest, digest_file, source_digests
 from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess
 from kdpipe.skops_files import dumps, loads
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import OUT_OF_MEMORY
 
 _FILE = "estimator.skops"
 
@@ -138,9 +137,9 @@ class SklearnTeacher:
                 scores = np.asarray(self._estimator.decision_function(inputs), np.float64)
                 two = np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores
                 logits = self._spread(two, logsumexp(two, axis=1) + math.log(self._smallest))
-        except (TeacherError, *OUT_OF_MEMORY):
-            raise
         except Exception as error:  # any estimator's own
+            if isinstance(error, TeacherError) or is_out_of_memory(error):
+                raise
             raise TeacherError(
                 f"{type(self._estimator).__name__} failed on inputs of shape {list(inputs.shape)}: "
                 f"{type(error).__name__}: {error}"

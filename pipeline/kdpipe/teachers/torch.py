@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from kdpipe.data.columns import Columns
 from kdpipe.devices import compute_device
-from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import brief
 from kdpipe.inputs import LOGITS, Head, Outputs, about_classes, changed, described, kind, num_rows
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
-from kdpipe.teachers.base import COVERED, OUT_OF_MEMORY
+from kdpipe.teachers.base import COVERED
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_ANYWAY = (COVERED, "statistics")
@@ -109,9 +109,9 @@ class TorchTeacher:
         try:
             with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
                 returned = self._forward(inputs)
-        except OUT_OF_MEMORY:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise TeacherError(
                 f"the teacher's forward failed on an input of shape {described(inputs)}: "
                 f"{type(error).__name__}: {error}"

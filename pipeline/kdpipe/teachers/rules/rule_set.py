@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from kdpipe.config import did_you_mean, load_module, load_yaml, resolve
 from kdpipe.data.columns import Columns
-from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import digest_file, source_digests
-from kdpipe.teachers.base import OUT_OF_MEMORY
 from kdpipe.teachers.rules.conditions import Values, parse_condition
 
 ABSTAIN = -1
@@ -179,9 +178,9 @@ def _parse_function(spec: Mapping[str, Any], num_classes: int, root: Path, where
         num_rows = len(next(iter(values.values())))
         try:
             given = np.asarray(function(values))
-        except OUT_OF_MEMORY:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise TeacherError(f"{where}: {path} failed: {type(error).__name__}: {error}") from error
         expected = f"expected whole numbers of shape [{num_rows}], a class in 0..{num_classes - 1} or -1 to abstain"
         if given.dtype.kind not in "iu" or given.shape != (num_rows,):
