@@ -37,7 +37,7 @@ class Cached:
     The store is published when none is owed, unless it was before. Of `rows_computed`, a table has
     `rows_read`; of other teachers the two are the same. `rows_not_covered` are those, in view 0, of which the teacher
     says nothing, known once the store is complete (at a url, of tables only); `columns_not_read` are the further ones
-    of its table.
+    of its table. `at_once`: rows at a time that the teacher was shown, where memory ran out for more.
     """
 
     published: bool
@@ -46,6 +46,7 @@ class Cached:
     num_rows: int
     num_bytes: int
     teacher_seconds: float
+    at_once: int | None
     shards_owed: int
     rows_not_covered: int
     columns_not_read: Sequence[str]
@@ -123,6 +124,7 @@ def run(
         num_rows=store.num_rows,
         num_bytes=store.num_bytes,
         teacher_seconds=captured.teacher_seconds,
+        at_once=captured.at_once,
         shards_owed=owed,
         rows_not_covered=not_covered,
         columns_not_read=teacher.columns_not_read if isinstance(teacher, TableTeacher) else (),

@@ -61,6 +61,8 @@ def cache_teacher(project: Project, name: str, repair: bool = False, shards: str
     some = "" if done.rows_read == done.rows_computed else f"{done.rows_read:,} of "
     computed = f"{some}{done.rows_computed:,} rows "
     computed += f"read from {table}" if table else f"computed in {done.teacher_seconds:.2f} s of teacher"
+    if done.at_once is not None:
+        computed += f", {done.at_once:,} rows at a time as memory ran out"
     if done.shards_owed:
         say(
             f"cache-teacher  {name}: shards {shards}: {computed}; others still owe {done.shards_owed:,} shards, "

@@ -464,13 +464,15 @@ def test_a_teacher_that_answers_something_else(folder, capsys, answer, message):
     refuses(folder, capsys, message, "cache-teacher")
 
 
-def test_a_teacher_of_ones_own_that_runs_out_of_memory_says_the_same(folder):
+def test_a_teacher_of_ones_own_that_runs_out_of_memory_says_the_same(folder, capsys):
     write_own(folder)
     change(folder, {"big": own("Mine")})
     assert run(["cache-teacher"]) == 0
+    assert "memory" not in capsys.readouterr().err
     whole = TargetStore.open(folder / "data" / "targets" / "big")
     write_own(folder, f"{ANSWER} if len(columns['features']) <= 20 else torch.empty(2**50)")
     assert run(["cache-teacher"]) == 0
+    assert "s of teacher, 16 rows at a time as memory ran out; store of 150 rows" in capsys.readouterr().err
     store = TargetStore.open(folder / "data" / "targets" / "big")
     assert {record.batch_size for record in store.records.values()} == {16}
     ids = store.sample_ids

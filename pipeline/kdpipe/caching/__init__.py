@@ -74,13 +74,14 @@ class CacheProgress:
 class Captured:
     """What a capture did: rows that the teacher saw, and the seconds of its passes and of everything.
 
-    On a GPU, a pass ends when its kernels are queued.
+    On a GPU, a pass ends when its kernels are queued. `at_once`: rows at a time, where memory ran out for more.
     """
 
     num_rows: int
     num_shards: int
     teacher_seconds: float
     seconds: float
+    at_once: int | None = None
 
 
 def capture(
@@ -124,7 +125,13 @@ def capture(
             on_progress(CacheProgress(rows_done=done, rows_total=total, rows_per_s=rate))
         writer.finish()
     seconds = time.perf_counter() - started
-    return Captured(num_rows=done, num_shards=len(missing), teacher_seconds=teacher_seconds, seconds=seconds)
+    return Captured(
+        num_rows=done,
+        num_shards=len(missing),
+        teacher_seconds=teacher_seconds,
+        seconds=seconds,
+        at_once=ask.at_once,
+    )
 
 
 def _probe_views(
