@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from kdpipe.caching import kept_encoding
 from kdpipe.checkpoint import check_fit, load_weights, read_weights
 from kdpipe.data.columns import Columns, take
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
@@ -214,13 +215,18 @@ def _first(sample: Columns | None) -> Columns | None:
 
 
 def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, task: Task) -> dict[str, Stored]:
-    """That shards of what a teacher says divide into chunks. Returns how it is going to be stored, by output."""
+    """That its encoding holds what a teacher says, and that shards of it divide into chunks.
+
+    Returns how it is going to be stored, by output.
+    """
     section, encodings = project.targets(name), _encodings(project, name, teacher.outputs)
     coverage = isinstance(teacher, TableTeacher) or abstains(teacher)
     covered = teacher.outputs[0].shape[:-1] if coverage else None
     stored = {
         each.name: Stored(encoding=encodings[each.name], output=each, covered=covered) for each in teacher.outputs
     }
+    if hasattr(teacher, "num_kept"):
+        _check_kept(name, encodings[LOGITS])
     if section.shard_rows is None:
         return stored
     manifest = Manifest(
@@ -238,6 +244,13 @@ def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, 
     except ConfigError as error:
         raise ConfigError(f"targets.{name}: {error}") from None
     return stored
+
+
+def _check_kept(name: str, encoding: TargetEncoding) -> None:
+    try:
+        kept_encoding(encoding)
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}: {error}") from None
 
 
 def _encodings(project: Project, name: str, outputs: Sequence[OutputSpec]) -> dict[str, TargetEncoding]:

@@ -503,7 +503,10 @@ def test_most_probable_classes_that_are_not_well_put(folder, capsys, kept):
     )
     change(folder, {"big": own("Best")}, encoding="topk", k=2)
     if kept == "well":
+        assert run(["check"]) == 0
         assert run(["cache-teacher"]) == 0
+        change(folder, {"big": own("Best")}, encoding="int8")
+        refuses(folder, capsys, r"temperatures: \[1\] \(found encoding: int8\)$", "check", "cache-teacher")
         return
     ids = kept in ("in another order", "of a class twice", "of a class that is none")
     what = "class ids are not ascending numbers of classes" if ids else "log-probs and tail have another mass than 1"
@@ -661,8 +664,11 @@ def test_a_server_that_cannot_be_asked(served, tmp_path, capsys):
     refuses(tmp_path, capsys, r"gives 2[01] tokens where 150 were asked; lower k", "check", "cache-teacher")
     server.behave()
     build(temperatures=[1, 2])
-    message = r"temperature 1 only; store them with encoding: topk and temperatures: \[1\]"
-    refuses(tmp_path, capsys, message, "cache-teacher")
+    message = (
+        r"temperature 1 only; store them with encoding: topk and temperatures: \[1\] "
+        r"\(found encoding: topk and temperatures: \[1, 2\]\)$"
+    )
+    refuses(tmp_path, capsys, message, "check", "cache-teacher")
     server.stop()
     build()
     refuses(tmp_path, capsys, "does not answer", "check", "cache-teacher")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.caching.batches import Batch
-from kdpipe.encodings import Sampled, TopK
+from kdpipe.encodings import Sampled, TargetEncoding, TopK
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.store import TargetStore
 from kdpipe.store.statistics import kept_statistics, teacher_statistics
@@ -27,6 +27,19 @@ ENCODE_BYTES = 2**20
 """What the teacher said is encoded when it is so much, or when its shard ends: many small steps cost more."""
 MAX_WAITING_BYTES = 64 * 2**20
 """What may wait to be encoded; one batch is always taken."""
+
+
+def kept_encoding(encoding: TargetEncoding) -> TopK:
+    """The encoding of a teacher that knows k classes only. Raises `ConfigError` where it stores more than those."""
+    if isinstance(encoding, TopK) and encoding.temperatures == (1.0,):
+        return encoding
+    found = str(encoding.to_json()["name"])
+    if isinstance(encoding, TopK):
+        found += f" and temperatures: [{', '.join(f'{each:g}' for each in encoding.temperatures)}]"
+    raise ConfigError(
+        "the teacher knows its most probable classes at temperature 1 only; store them with encoding: topk and "
+        f"temperatures: [1] (found encoding: {found})"
+    )
 
 
 class _Said:
@@ -117,12 +130,7 @@ class Writer:
 
     def _promised_kept(self, said: dict[str, Tensor], rows: tuple[int, ...]) -> dict[str, Tensor]:
         """The same of a teacher that knows k classes only."""
-        encoding = self._store.encodings[LOGITS]
-        if not isinstance(encoding, TopK) or encoding.temperatures != (1.0,):
-            raise ConfigError(
-                "the teacher knows its most probable classes at temperature 1 only; store them with encoding: topk and "
-                f"temperatures: [1], found {encoding.to_json()}"
-            )
+        encoding = kept_encoding(self._store.encodings[LOGITS])
         expected = {CLASS_IDS: (*rows, encoding.k), LOG_PROBS: (*rows, encoding.k), TAIL_LOG_MASS: rows}
         for name, shape in expected.items():
             if name not in said or said[name].shape != shape:
