@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from dataclasses import fields
 
 import pytest
 import yaml
 
+from kdpipe_stages.params import TargetsSection
 from projects import REPOSITORY
 
 TEMPLATES = REPOSITORY / "stages" / "kdpipe_stages" / "templates" / "digits"
@@ -79,6 +81,13 @@ def test_every_params_section_is_read_by_a_stage():
     stages = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].values()
     read = {each.partition(".")[0] for stage in stages for each in stage.get("do", stage)["params"]}
     assert sections == read
+
+
+def test_every_key_of_targets_stands_in_its_guide():
+    guide = (REPOSITORY / "docs" / "guides" / "store.md").read_text()
+    rows = [line for line in guide.splitlines() if line.startswith("| `")]
+    named = {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert {each.name for each in fields(TargetsSection)} <= named
 
 
 def test_the_readme_is_short_and_its_links_exist():
