@@ -299,6 +299,43 @@ def test_encoded_images_of_several_sizes_need_a_size():
     assert identity(size=(4, 4))({"image": rows}).shape == (2, 3, 4, 4)
 
 
-def test_encoded_images_grey_and_coloured_do_not_mix():
-    with pytest.raises(DataError, match=r"several shapes: \(4, 4, 1\), \(4, 4, 3\)"):
-        identity(size=(4, 4))({"image": encoded([COLOUR[0], GREY[0]])})
+def test_encoded_images_grey_and_coloured_mix_by_channels_alone():
+    mixed = {"image": encoded([COLOUR[0], GREY[1]])}
+    with pytest.raises(
+        DataError, match=r"several shapes: \(4, 4, 1\), \(4, 4, 3\); .* set its `channels` to 1"
+    ) as caught:
+        identity(size=(4, 4))(mixed)
+    assert "give it a size" not in str(caught.value)
+    coloured = identity(channels=3)(mixed).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(coloured, [COLOUR[0], np.repeat(GREY[1], 3, axis=-1)])
+    grey = ImageTensor(mean=[0], std=[1], scale=1, channels=1)(mixed).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(grey[..., 0], [np.asarray(Image.fromarray(COLOUR[0]).convert("L")), GREY[1][..., 0]])
+
+
+def test_a_block_of_grey_images_among_colour_ones_is_refused():
+    blocks = [{"image": encoded([COLOUR[0]])}, {"image": encoded([GREY[0]])}]
+    with pytest.raises(DataError, match=r"images of 3 and of 1 channels; .* set its `channels`"):
+        ImageTensor().fit(blocks)
+    preprocess = ImageTensor(channels=3)
+    preprocess.fit(blocks)
+    assert len(preprocess.state()["mean"]) == 3
+
+
+@pytest.mark.parametrize("images", [COLOUR, GREY], ids=["colour", "grey"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_hold_for_pixels_too(images, channels):
+    preprocess = ImageTensor(channels=channels)
+    preprocess.fit([{"image": images}])
+    assert preprocess({"image": images}).shape == (len(images), channels, 6, 4)
+    assert torch.equal(preprocess({"image": encoded(images)}), preprocess({"image": images}))
+
+
+def test_other_channels_than_grey_or_colour_are_refused():
+    with pytest.raises(ConfigError, match=r"channels is 2; expected 1 \(grey\) or 3 \(colour\)"):
+        ImageTensor(channels=2)
+
+
+def test_of_many_shapes_five_are_listed():
+    rows = encoded([np.zeros((height, 2, 3), np.uint8) for height in range(1, 9)])
+    with pytest.raises(DataError, match=r"shapes: \(1, 2, 3\), .*\(5, 2, 3\) and 3 more; .* give it a size\.$"):
+        identity()({"image": rows})

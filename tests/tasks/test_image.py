@@ -125,6 +125,7 @@ def test_a_given_shape_that_is_not_the_files_is_told_beside_theirs(channels, exp
     assert "Set task.shape: [6, 5, 1] (made grey) or [6, 5, 3] (colour); for images of several sizes" in colour
     grey = refusal(task, [encode(GREY[0])])
     assert f"has height 6, width 5 and mode L; task.shape is {expected}. Set task.shape: [6, 5, 1]; for " in grey
+    assert grey.endswith("set task.keep_encoded: true and give each preprocess a size, and leave task.shape out.")
 
 
 def test_the_size_of_the_first_image_holds_for_later_blocks():
@@ -226,6 +227,13 @@ def test_a_shape_of_other_channels_is_refused(channels):
         classification(shape=(8, 8, channels))
 
 
+def test_a_shape_beside_kept_images_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"task\.shape is \[8, 8, 3\] beside .* `size` and `channels` of each preprocess"
+    ):
+        classification(shape=(8, 8, 3), keep_encoded=True)
+
+
 # Labels
 
 
@@ -262,7 +270,7 @@ def test_kept_images_of_several_sizes_reach_a_resizing_preprocess(tmp_path):
     for row, image in zip(found, [images[2], images[0], images[1]], strict=True):
         resized = Image.fromarray(image).resize((5, 6), Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(row, np.asarray(resized))
-    with pytest.raises(DataError, match="Give the preprocess ImageTensor a size"):
+    with pytest.raises(DataError, match="preprocess ImageTensor: give it a size"):
         ImageTensor(mean=[0, 0, 0], std=[1, 1, 1])(data.inputs.read(np.array([2, 0])))
 
 

@@ -6,8 +6,8 @@ Shapes: B batch, H height, W width.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,12 +18,17 @@ from kdpipe.data.columns import Array, Columns, Ragged, layout_of
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.preprocess.base import Moments, State
 
+_CHANNELS_TO_MODE = {1: "L", 3: "RGB"}
+_SHAPES_SHOWN = 5
+_MIXED = "for grey and colour images together set its `channels` to 1 (all grey) or 3 (all colour)"
+
 
 class ImageTensor:
     """uint8 images `[B, H, W, channels]` -> float32 `[B, channels, H, W]`: `(pixel / scale - mean) / std` per channel.
 
     `mean` and `std` (in units of scaled pixels) are learnt from the training rows where they are not given. `size`
-    (height, width) resizes bilinearly; encoded rows need it unless all have one size.
+    (height, width) resizes bilinearly; encoded rows need it unless all have one size. `channels` turns images grey (1)
+    or coloured (3), as Pillow does; encoded rows need it where grey and colour images come together.
     """
 
     def __init__(
@@ -32,20 +37,30 @@ class ImageTensor:
         std: list[float] | None = None,
         size: tuple[int, int] | None = None,
         scale: float = 255.0,
+        channels: Literal[1, 3] | None = None,
     ) -> None:
         if (mean is None) != (std is None):
             raise ConfigError("preprocess: give both mean and std, or neither to learn them from the training rows")
         if size is not None and min(size) < 1:
             raise ConfigError(f"preprocess: size is {list(size)}; expected height and width of at least 1 pixel")
+        if channels not in (None, *_CHANNELS_TO_MODE):
+            raise ConfigError(f"preprocess: channels is {channels}; expected 1 (grey) or 3 (colour)")
         self._mean, self._std, self._size, self._scale = mean, std, size, scale
+        self._channels = channels
 
     def fit(self, blocks: Iterable[Columns]) -> None:
-        """Learn mean and std per channel, unless they were given."""
+        """Learn mean and std per channel, unless they were given. Raises `DataError` for grey and colour images."""
         if self._mean is not None:
             return
-        moments = Moments()
+        moments, channels = Moments(), None
         for block in blocks:
             pixels = self._pixels(block)
+            channels = channels or pixels.shape[-1]
+            if pixels.shape[-1] != channels:
+                raise DataError(
+                    f"preprocess ImageTensor meets images of {channels} and of {pixels.shape[-1]} channels; expected "
+                    f"one number of them: {_MIXED}."
+                )
             moments.add(pixels.reshape(-1, pixels.shape[-1]).astype(np.float64) / self._scale)
         self._mean, self._std = moments.mean_and_std()
 
@@ -69,7 +84,7 @@ class ImageTensor:
         if not channels == mean.numel() == std.numel():
             raise ConfigError(
                 f"preprocess ImageTensor has {mean.numel()} numbers as mean and {std.numel()} as std, and the images "
-                f"have {channels} channels; expected one per channel"
+                f"have {channels} channels; expected one per channel; {_MIXED}"
             )
         return (channels_first - mean) / std
 
@@ -81,19 +96,32 @@ class ImageTensor:
             opened = [self._open(Image.open(io.BytesIO(images.row(i).tobytes()))) for i in range(len(images))]
             shapes = sorted({each.shape for each in opened})
             if len(shapes) > 1:
-                raise DataError(
-                    f"encoded images become arrays of several shapes: {', '.join(map(str, shapes))}; "
-                    "expected one. Give the preprocess ImageTensor a size, and keep grey and colour images apart."
-                )
+                raise DataError(_several(shapes))
             return np.stack(opened)
-        if self._size is None or images.shape[1:3] == tuple(self._size):
+        unsized = self._size is None or images.shape[1:3] == tuple(self._size)
+        if unsized and self._channels in (None, images.shape[-1]):
             return images
         grey = images.shape[-1] == 1
         return np.stack([self._open(Image.fromarray(each[..., 0] if grey else each)) for each in images])
 
     def _open(self, image: Any) -> Array:
-        grey = image.mode in ("1", "L")
-        image = image.convert("L" if grey else "RGB")
+        channels = self._channels or (1 if image.mode in ("1", "L") else 3)
+        image = image.convert(_CHANNELS_TO_MODE[channels])
         if self._size is not None:
             image = image.resize((self._size[1], self._size[0]), Image.Resampling.BILINEAR)
-        return np.asarray(image, np.uint8).reshape(image.height, image.width, 1 if grey else 3)
+        return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
+
+
+def _several(shapes: Sequence[tuple[int, ...]]) -> str:
+    """The message about encoded images of these different shapes, in order: (height, width, channels)."""
+    shown = ", ".join(map(str, shapes[:_SHAPES_SHOWN]))
+    more = f" and {len(shapes) - _SHAPES_SHOWN} more" if len(shapes) > _SHAPES_SHOWN else ""
+    ways = []
+    if len({shape[:2] for shape in shapes}) > 1:
+        ways.append("give it a size")
+    if len({shape[2] for shape in shapes}) > 1:
+        ways.append(_MIXED)
+    return (
+        f"encoded images become arrays of several shapes: {shown}{more}; expected one from the preprocess "
+        f"ImageTensor: {', and '.join(ways)}."
+    )

@@ -29,8 +29,8 @@ class ImageClassification:
 
     `column` holds encoded images (PNG, JPEG, …) or lists of uint8 pixels, row-major. Rows are kept as uint8 arrays of
     `shape` (height, width, channels): required for pixel lists, read off the first image otherwise; where it is given,
-    encoded images are turned grey or coloured to fit it. With `keep_encoded` rows stay encoded bytes, of any size; a
-    preprocess with `size` brings them to one.
+    encoded images are turned grey or coloured to fit it. With `keep_encoded`, which takes no `shape`, rows stay encoded
+    bytes, of any size, grey and coloured; each preprocess brings them to one shape by its `size` and `channels`.
     """
 
     def __init__(
@@ -44,6 +44,11 @@ class ImageClassification:
         check_class_names(num_classes, class_names)
         if shape is not None and shape[2] not in _CHANNELS_TO_MODE:
             raise ConfigError(f"task.shape is {list(shape)}; expected height, width and 1 or 3 channels")
+        if shape is not None and keep_encoded:
+            raise ConfigError(
+                f"task.shape is {list(shape)} beside task.keep_encoded: true, which leaves images as they are; leave "
+                "one of them out: encoded images get their shape by `size` and `channels` of each preprocess"
+            )
         self.num_classes = num_classes
         self.class_names = class_names
         self._column, self._shape, self._keep_encoded = column, shape, keep_encoded
@@ -108,7 +113,7 @@ class ImageClassification:
         fitting = grey if mode in _GREY else f"{grey} (made grey) or [{height}, {width}, 3] (colour)"
         return (
             f"the image of {name} has height {height}, width {width} and mode {mode}; task.shape is {expected}. Set "
-            f"{fitting}; for images of {several}."
+            f"{fitting}; for images of {several}, and leave task.shape out."
         )
 
     def _pixels(self, values: pa.Array, name_of: NameOf) -> Array:
