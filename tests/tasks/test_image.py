@@ -172,8 +172,23 @@ def test_a_missing_image_names_its_row():
     assert refusal(classification(), [file, None, None], pa.binary()) == (
         "column 'image' has no image in row 101 (2 such rows)"
     )
+
+
+def test_an_image_by_its_path_alone_names_its_row():
+    file = encode(COLOUR[0])
     rows = [{"bytes": file}, {"bytes": None}]
-    assert "the image of row 101" in refusal(classification(), rows, pa.struct({"bytes": pa.binary()}))
+    message = refusal(classification(), rows, pa.struct({"bytes": pa.binary()}))
+    assert message.startswith("the image of row 101 has no bytes (1 rows without); expected the file's bytes in column")
+    rows = [{"bytes": file, "path": None}, *[{"bytes": None, "path": f"photos/{i}.png"} for i in range(2)]]
+    for keep_encoded in (False, True):
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        message = refusal(classification(keep_encoded=keep_encoded), rows, kind)
+        assert message.startswith("the image of row 101 has a path ('photos/0.png') and no bytes (2 rows without); ")
+
+
+def test_a_file_that_is_no_image_is_told_without_its_address_in_memory():
+    message = refusal(classification(), [b"a text file named .png"])
+    assert "row 100 cannot be decoded: it is no image that Pillow knows. Repair or remove that row." in message
 
 
 def test_kept_images_are_the_files_bytes():

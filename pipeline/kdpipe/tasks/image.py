@@ -61,7 +61,7 @@ class ImageClassification:
             rows = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
             raise DataError(f"column {self._column!r} has no image in {name_of(int(rows[0]))} ({len(rows)} such rows)")
         if pa.types.is_struct(values.type) and "bytes" in values.type.names:
-            values = values.field("bytes")
+            values = self._files(values, name_of)
         if pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
             images = [self._decode(value, name_of(i)) for i, value in enumerate(values.to_pylist())]
             return {"image": ragged_bytes(values) if self._keep_encoded else np.stack(images)}
@@ -79,6 +79,20 @@ class ImageClassification:
         """Cross-entropy, one value per row `[B]`."""
         return cross_entropy(logits, labels, smoothing)
 
+    def _files(self, values: Any, name_of: NameOf) -> pa.Array:
+        """The bytes `[B]` in structs of `bytes` and `path`. Raises `DataError` for a row that has none."""
+        files = values.field("bytes")
+        if files.null_count:
+            row = int(np.flatnonzero(files.is_null().to_numpy(zero_copy_only=False))[0])
+            path = values[row].as_py().get("path")
+            found = f"a path ({path!r}) and no bytes" if path else "no bytes"
+            raise DataError(
+                f"the image of {name_of(row)} has {found} ({files.null_count} rows without); expected the file's bytes "
+                f"in column {self._column!r}. Write them there, or save the data set by `save_to_disk` and read it by "
+                "kdpipe.data.sources:HuggingFace, which does so."
+            )
+        return files
+
     def _decode(self, encoded: bytes, name: str) -> Array:
         try:
             with Image.open(io.BytesIO(encoded)) as image:
@@ -86,7 +100,8 @@ class ImageClassification:
                 channels = self._channels or (1 if mode in _GREY else 3)
                 pixels = np.asarray(image.convert(_CHANNELS_TO_MODE[channels]), np.uint8)
         except _UNDECODABLE as error:
-            raise DataError(f"the image of {name} cannot be decoded: {error}. Repair or remove that row.") from None
+            wrong = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            raise DataError(f"the image of {name} cannot be decoded: {wrong}. Repair or remove that row.") from None
         if mode.startswith(("I", "F")):
             raise DataError(
                 f"the image of {name} has more than 8 bits per channel (mode {mode}); rows are uint8 pixels"
