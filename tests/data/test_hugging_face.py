@@ -201,6 +201,17 @@ def test_a_damaged_folder_is_named(tmp_path, break_it, message):
         read(HuggingFace(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize("given", ["hub", "hub/train-0.parquet"])
+def test_for_parquet_files_the_source_that_reads_them_is_named(tmp_path, given):
+    (tmp_path / "hub").mkdir()
+    photos(tmp_path).to_parquet(tmp_path / "hub" / "train-0.parquet")
+    with pytest.raises(
+        DataError,
+        match=r"cannot be loaded: .*[^.]\. These .* read them by data\.source: \{factory: kdpipe\.data\.sources:Table",
+    ):
+        read(HuggingFace(tmp_path / given))
+
+
 def test_images_may_lie_in_files_of_their_own(tmp_path):
     """The data set of a folder of images names them only; one that is gone by then is told."""
     for number in range(70):

@@ -92,7 +92,8 @@ class HuggingFace:
                 "data.source.name."
             ) from error
         except _UNLOADABLE as error:
-            raise DataError(f"{self._where} cannot be loaded: {_text(error)}") from error
+            hint = _parquet_hint(self._path) if self._path is not None else ""
+            raise DataError(f"{self._where} cannot be loaded: {_text(error).removesuffix('.')}{hint}") from error
 
     def _read(self, dataset: Any, split: str | None) -> Iterator[pa.RecordBatch]:
         rows = rows_within(dataset.data.nbytes / max(1, dataset.data.num_rows))
@@ -139,6 +140,13 @@ _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowE
 
 def _library() -> ModuleType:
     return package("datasets", "datasets")
+
+
+def _parquet_hint(path: Path) -> str:
+    """The end of a message about what `save_to_disk` did not write, where it is Parquet."""
+    if path.suffix != ".parquet" and next(path.rglob("*.parquet"), None) is None:
+        return ""
+    return ". These are Parquet files: read them by data.source: {factory: kdpipe.data.sources:Table}"
 
 
 def _text(error: Exception) -> str:
