@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from dataclasses import field
 from pathlib import Path
@@ -348,6 +349,12 @@ def test_a_factory_that_does_not_bind_names_the_key_and_the_choices(root, chosen
     with pytest.raises(ConfigError) as caught:
         bind(chosen, root, "m")
     assert str(caught.value).startswith(expected)
+
+
+def test_the_guess_at_an_unknown_key_is_among_those_that_are_named(root):
+    expected = "it takes nothing beside factory, output; did you mean 'output'?"
+    with pytest.raises(ConfigError, match=rf"m\.outptu: .*; {re.escape(expected)}$"):
+        bind(factory("cfg_nets:Plain", outptu="hidden"), root, "m", ("factory", "output"))
 
 
 def test_a_factory_may_stand_in_a_file_beside_params_yaml(root):

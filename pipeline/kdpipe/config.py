@@ -276,7 +276,7 @@ def bind(
         place = f"{elsewhere.get(unknown[0], where)}.{unknown[0]}"
         raise ConfigError(
             f"{place}: {factory.path} does not take it; it takes {', '.join(names) or 'nothing'}"
-            f"{did_you_mean(unknown[0], [*names, *beside])}"
+            f"{' beside ' if beside else ''}{', '.join(beside)}{did_you_mean(unknown[0], [*names, *beside])}"
         )
     missing = [name for name in names if name not in arguments and accepts[name].default is inspect.Parameter.empty]
     if missing:
