@@ -294,12 +294,10 @@ class _RelativeEntropy(torch.autograd.Function):
 
 def _log_mixed(share: float, rest: float, gap: Tensor) -> Tensor:
     """`log(rest + share e^gap)` for shares of 1: exact to the last digits for a small gap and for a small share."""
-    near = gap.abs() <= 1
-    of_near = torch.log1p(share * torch.expm1(torch.where(near, gap, 0.0)))
-    log_share, log_rest = (gap.new_tensor(math.log(each)) for each in (share, rest))
-    larger = torch.where(gap > 0, log_share + gap, log_rest)
-    smaller = torch.where(gap > 0, log_rest, log_share + gap)
-    return torch.where(near, of_near, larger + softplus(smaller - larger))
+    of_near = torch.log1p(share * torch.expm1(gap.clamp(-1, 1)))
+    log_share, log_rest = math.log(share), math.log(rest)
+    of_far = (gap + log_share).clamp(min=log_rest) + softplus(-(gap + (log_share - log_rest)).abs())
+    return torch.where(gap.abs() <= 1, of_near, of_far)
 
 
 def _sampled_cross_entropy(logits: Tensor, targets: SampledTargets, temperature: float, standardise: bool) -> Tensor:
