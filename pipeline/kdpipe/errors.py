@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 _CPU_ALLOCATOR = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory")
@@ -88,8 +88,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def naming(kind: type[KdpipeError], what: str, *passing: type[Exception]) -> Iterator[None]:
-    """Whatever a user's code raises, as one `kind` of error that says `what` fails.
+def at(place: str) -> Iterator[None]:
+    """Puts a key of params.yaml before what a `ConfigError` says."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+@contextmanager
+def naming(kind: type[KdpipeError], what: str | Callable[[], str], *passing: type[Exception]) -> Iterator[None]:
+    """Whatever a user's code raises, as one `kind` of error that says `what` fails (a function: asked only then).
 
     kdpipe's own errors, those of memory that ran out and those `passing` stay as they are.
     """
@@ -102,4 +111,5 @@ def naming(kind: type[KdpipeError], what: str, *passing: type[Exception]) -> Ite
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise kind(f"{what}: {type(error).__name__}: {error}") from error
+        failed = what if isinstance(what, str) else what()
+        raise kind(f"{failed}: {type(error).__name__}: {error}") from error

@@ -15,7 +15,7 @@ from kdpipe.data.columns import Columns, take
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.data.preparing import column_of
 from kdpipe.encodings import TargetEncoding
-from kdpipe.errors import ConfigError, DataError, KdpipeError
+from kdpipe.errors import ConfigError, DataError, KdpipeError, at
 from kdpipe.inputs import LOGITS, Head, Inputs, call, described, num_rows, tensors_of
 from kdpipe.losses import reuses_classifier
 from kdpipe.preprocess import ImageTensor, Preprocess, Standardize
@@ -202,12 +202,10 @@ def _module(project: Project, name: str, task: Task, sample: Columns | None) -> 
     classifier_of(project, name, model)
     probe = _first(sample)
     assert probe is not None
-    try:
+    with at(f"targets.{name}.outputs"):
         return TorchTeacher(
             model, preprocess, task.num_classes, {}, probe, targets.outputs, targets.precision, spec.logits
         )
-    except ConfigError as error:
-        raise ConfigError(f"targets.{name}.outputs: {error}") from None
 
 
 def _first(sample: Columns | None) -> Columns | None:
@@ -226,7 +224,8 @@ def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, 
         each.name: Stored(encoding=encodings[each.name], output=each, covered=covered) for each in teacher.outputs
     }
     if hasattr(teacher, "num_kept"):
-        _check_kept(name, encodings[LOGITS])
+        with at(f"targets.{name}"):
+            kept_encoding(encodings[LOGITS])
     if section.shard_rows is None:
         return stored
     manifest = Manifest(
@@ -239,25 +238,14 @@ def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, 
         shard_rows=section.shard_rows,
         coverage=coverage,
     )
-    try:
+    with at(f"targets.{name}"):
         manifest.layouts()
-    except ConfigError as error:
-        raise ConfigError(f"targets.{name}: {error}") from None
     return stored
 
 
-def _check_kept(name: str, encoding: TargetEncoding) -> None:
-    try:
-        kept_encoding(encoding)
-    except ConfigError as error:
-        raise ConfigError(f"targets.{name}: {error}") from None
-
-
 def _encodings(project: Project, name: str, outputs: Sequence[OutputSpec]) -> dict[str, TargetEncoding]:
-    try:
+    with at(f"targets.{name}"):
         return encodings_of(project.targets(name), outputs)
-    except ConfigError as error:
-        raise ConfigError(f"targets.{name}: {error}") from None
 
 
 def _check_student(project: Project, task: Task, sample: Columns | None, met: _Met) -> str:
@@ -316,10 +304,8 @@ def _check_model(
         raise ConfigError(
             f"{where}.model: forward fails on an input of shape {described(inputs)}: {type(error).__name__}: {error}"
         ) from error
-    try:
+    with at(where):
         logits = spec.head(task)(returned)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
     expected = (num_rows(inputs), task.num_classes)
     if logits.shape[:1] + logits.shape[-1:] != expected:
         raise ConfigError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from kdpipe.data.columns import Columns, layout_of
-from kdpipe.errors import ConfigError, naming
+from kdpipe.errors import ConfigError, at, naming
 from kdpipe.inputs import Inputs, described, kind, tensors_of
 from kdpipe.preprocess.base import Preprocess, State
 
@@ -35,14 +34,6 @@ class NamedPreprocess:
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._preprocess, attribute)
 
-    @contextmanager
-    def _its_key(self) -> Iterator[None]:
-        """Names it in errors that tell what is wrong with its settings."""
-        try:
-            yield
-        except ConfigError as error:
-            raise ConfigError(f"{self._name}: {error}") from error
-
     def fit(self, blocks: Iterable[Columns]) -> None:
         """The other one's. Raises `ConfigError` where its code fails."""
         with naming(ConfigError, f"{self._name} fit fails", OSError):
@@ -50,7 +41,7 @@ class NamedPreprocess:
 
     def state(self) -> State:
         """The other one's. Raises `ConfigError` where it has learnt nothing yet."""
-        with self._its_key():
+        with at(self._name):
             return self._preprocess.state()
 
     def load_state(self, state: State) -> None:
@@ -59,7 +50,7 @@ class NamedPreprocess:
 
     def __call__(self, columns: Columns) -> Inputs:
         """The other one's. Raises `ConfigError` where its code fails, or gives no tensors of as many rows."""
-        with naming(ConfigError, f"{self._name} fails on {layout_of(columns)}", OSError), self._its_key():
+        with naming(ConfigError, lambda: f"{self._name} fails on {layout_of(columns)}", OSError), at(self._name):
             inputs = self._preprocess(columns)
         rows = len(next(iter(columns.values())))
         if not _are_inputs(inputs):
