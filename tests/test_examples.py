@@ -21,6 +21,7 @@ import yaml
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 
+import hub_server
 from kdpipe.config import load_module, resolve
 from kdpipe.data.sources.digits import write_digits
 from kdpipe.errors import ConfigError, DataError
@@ -195,7 +196,6 @@ def test_text_students_are_compared(tmp_path, capsys):
 
 
 def test_a_checkpoint_of_the_hub_is_one_parameter(tmp_path):
-    """As if it had been fetched before: in the cache of Transformers, which is told that there is no network."""
     rows = reviews()
     words = sorted({word for text in rows["text"].to_pylist() for word in text.split()})
     settings = (EXAMPLES / "text_transformer" / "checkpoint.yaml").read_text()
@@ -204,18 +204,20 @@ def test_a_checkpoint_of_the_hub_is_one_parameter(tmp_path):
     hub = teacher["model"]["hub"]
     assert settings.count(hub) == 1
     name, commit = hub.split("@")
-    kept = tmp_path / "home" / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / commit
-    save_tokenizer(save_bert(kept, num_classes=2, vocab_size=5 + len(words)), words)
+    there = tmp_path / "models" / name
+    save_tokenizer(save_bert(there, num_classes=2, vocab_size=5 + len(words)), words)
     teacher["train"] |= quick(1) | {"learning_rate": 1e-9}
     folder = example(
         "text_transformer", tmp_path, rows, {key: teacher[key] for key in ("model", "preprocess", "train")}
     )
     code = "from kdpipe_stages.cli import run; assert not run(['prepare-data']) and not run(['train-teacher', 'bert'])"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, check=False)
+    with hub_server.hub(tmp_path, commit) as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=os.environ | environment, capture_output=True, check=False
+        )
     assert done.returncode == 0, done.stderr.decode()
     trained = load_file(project_in(folder).teacher_model("bert") / WEIGHTS)
-    for key, weights in load_file(kept / "model.safetensors").items():
+    for key, weights in load_file(there / "model.safetensors").items():
         torch.testing.assert_close(trained[key], weights, rtol=0, atol=1e-6)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+import hub_server
 from kdpipe.errors import ConfigError
 from kdpipe.huggingface import Checkpoint, quietly
 from kdpipe.models.pretrained import causal_lm, image_classifier, sequence_classifier
@@ -243,6 +245,23 @@ def test_a_commit_that_was_fetched_before_is_found(tmp_path, bert):
     )
     assert "BertForSequenceClassification" in said.stdout, said.stderr
     assert COMMIT in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("someone/bert", r"Can't load the model .*\(\w+: peer closed connection without sending complete message body"),
+        ("someone/brt", r"someone/brt is not a local folder and is not a valid model identifier"),
+    ],
+)
+def test_what_does_not_come_from_the_hub_is_told(tmp_path, bert, name, message):
+    shutil.copytree(bert, tmp_path / "models" / "someone" / "bert")
+    code = f"from kdpipe.models.pretrained import causal_lm; causal_lm(3, hub='{name}@{COMMIT}')"
+    with hub_server.hub(tmp_path, COMMIT, cut="model.safetensors") as environment:
+        said = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+    assert re.search(f"ConfigError: {name}@{COMMIT} cannot be read as AutoModelForCausalLM: .*{message}", said.stderr)
 
 
 def test_bars_and_verbosity_come_back():

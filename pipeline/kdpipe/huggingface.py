@@ -114,7 +114,16 @@ class Checkpoint:
                 return attrgetter(function)(transformers)(*arguments, **settings)
             except Exception as error:  # transformers raises whatever its backends raise
                 name = function.removesuffix(".from_pretrained")
-                raise ConfigError(f"{self} cannot be read as {name}: {first_line(error)}{_advice(error)}") from error
+                why = first_line(error) + _cause(error) + _advice(error)
+                raise ConfigError(f"{self} cannot be read as {name}: {why}") from error
+
+
+def _cause(error: Exception) -> str:
+    """What it was first, such as a connection that broke, which Transformers leaves out."""
+    cause = error
+    while isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+    return "" if cause is error else f" ({first_line(cause)})"
 
 
 def _advice(error: BaseException | None) -> str:

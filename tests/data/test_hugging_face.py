@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+import hub_server
 from kdpipe.data.sources import HuggingFace
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.tasks.image import ImageClassification
@@ -139,6 +140,24 @@ def test_by_name_splits_are_loaded_too(tmp_path):
     assert table["split"].to_pylist() == ["train"] * 3 + ["test"]
     assert table["image"].to_pylist()[:2] == [png(0), png(1)]
     assert table["label"].to_pylist() == [0, 1, None, 0]
+
+
+def test_rows_come_from_the_hub(tmp_path):
+    for name in ("whole", "cut"):
+        folder = tmp_path / "datasets" / "someone" / name
+        folder.mkdir(parents=True)
+        photos(tmp_path).to_parquet(folder / f"{name}.parquet")
+    script = """
+from kdpipe.data.sources import HuggingFace
+print([batch["label"].to_pylist() for batch in HuggingFace(name="someone/whole").batches()])
+next(HuggingFace(name="someone/cut").batches())
+"""
+    with hub_server.hub(tmp_path, cut="cut.parquet") as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+    assert done.stdout == "[[0, 1, None]]\n"
+    assert "DataError: someone/cut of the hub cannot be loaded: peer closed connection" in done.stderr
 
 
 def test_without_the_hub_the_way_around_is_named(tmp_path):

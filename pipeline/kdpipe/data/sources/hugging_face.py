@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from kdpipe.config import package
 from kdpipe.data.sources.base import bounded, differences, rows_within
-from kdpipe.errors import ConfigError, DataError
+from kdpipe.errors import ConfigError, DataError, is_out_of_memory
 
 _IMAGES_AT_ONCE = 64
 _UNLABELLED = -1
@@ -91,7 +91,9 @@ class HuggingFace:
                 "`datasets.load_dataset(…).save_to_disk(FOLDER)`, and give data.path: FOLDER in place of "
                 "data.source.name."
             ) from error
-        except _UNLOADABLE as error:
+        except Exception as error:  # datasets raises whatever its backends raise
+            if is_out_of_memory(error):
+                raise
             hint = _parquet_hint(self._path) if self._path is not None else ""
             raise DataError(f"{self._where} cannot be loaded: {_text(error).removesuffix('.')}{hint}") from error
 
