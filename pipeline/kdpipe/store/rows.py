@@ -6,6 +6,7 @@ Shapes: N rows, B asked for.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -38,11 +39,14 @@ def grouped(keys: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.intp]]]:
     if not len(keys):
         return
     above = keys - keys.min()
-    # NumPy sorts 16 bits by radix, which is some times faster.
-    order = np.argsort(above.astype(np.uint16) if above.max() < 2**16 else above, kind="stable")
-    ordered = keys[order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))
-    yield from zip(ordered[starts].tolist(), np.split(order, starts[1:]), strict=True)
+    if above.max() < 2**16:
+        above = above.astype(np.uint16)  # which NumPy sorts by radix, some times faster
+    order = np.argsort(above, kind="stable")
+    ordered = above[order]
+    edges = [0, *(np.flatnonzero(ordered[1:] != ordered[:-1]) + 1).tolist(), len(keys)]
+    for start, stop in itertools.pairwise(edges):
+        here = order[start:stop]
+        yield int(keys[here[0]]), here
 
 
 class SampleIndex:
