@@ -225,7 +225,7 @@ def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, 
     }
     if hasattr(teacher, "num_kept"):
         with at(f"targets.{name}"):
-            kept_encoding(encodings[LOGITS])
+            kept_encoding(encodings[LOGITS], teacher.num_kept)
     if section.shard_rows is None:
         return stored
     manifest = Manifest(

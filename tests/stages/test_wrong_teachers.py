@@ -507,6 +507,8 @@ def test_most_probable_classes_that_are_not_well_put(folder, capsys, kept):
         assert run(["cache-teacher"]) == 0
         change(folder, {"big": own("Best")}, encoding="int8")
         refuses(folder, capsys, r"temperatures: \[1\] \(found encoding: int8\)$", "check", "cache-teacher")
+        change(folder, {"big": own("Best")}, encoding="topk", k=1)
+        refuses(folder, capsys, "k is 1, and the teacher gives 2 classes; give both", "check", "cache-teacher")
         return
     ids = kept in ("in another order", "of a class twice", "of a class that is none")
     what = "class ids are not ascending numbers of classes" if ids else "log-probs and tail have another mass than 1"

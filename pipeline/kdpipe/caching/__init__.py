@@ -20,6 +20,7 @@ from kdpipe.caching.writing import Writer, kept_encoding, refuse_nonfinite, zero
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import Shard
 from kdpipe.errors import UsageError
+from kdpipe.inputs import LOGITS
 from kdpipe.store import TargetStore
 from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import Teacher
@@ -102,10 +103,13 @@ def capture(
     of memory, fewer rows are tried; the record says how many.
 
     A batch never crosses a shard, so that a resumed capture gives the bytes of an uninterrupted one. Raises
-    `ConfigError` when a row of an augmented view depends on its batch (`ViewSpec.probe`), `TeacherError` naming samples
-    when the teacher says NaN or +inf, `DataError` when a row's content is not the one that its digest names; what was
-    committed stays. At most two shards are in work: one that is computed, one that is committed.
+    `ConfigError` when a row of an augmented view depends on its batch (`ViewSpec.probe`) or when a teacher that knows
+    only some classes gives another number than the store keeps, `TeacherError` naming samples when the teacher says NaN
+    or +inf, `DataError` when a row's content is not the one that its digest names; what was committed stays. At most
+    two shards are in work: one that is computed, one that is committed.
     """
+    if hasattr(teacher, "num_kept"):
+        kept_encoding(store.encodings[LOGITS], teacher.num_kept)
     missing = [(view, shard) for view, shard in store.missing() if share.has(shard)]
     _probe_views(store, missing, inputs, views)
     cut = Cut(teacher, inputs, views, batch_size, batch_tokens)

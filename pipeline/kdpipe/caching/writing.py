@@ -29,9 +29,11 @@ MAX_WAITING_BYTES = 64 * 2**20
 """What may wait to be encoded; one batch is always taken."""
 
 
-def kept_encoding(encoding: TargetEncoding) -> TopK:
-    """The encoding of a teacher that knows k classes only. Raises `ConfigError` where it stores more than those."""
+def kept_encoding(encoding: TargetEncoding, num_kept: int | None = None) -> TopK:
+    """The encoding of a teacher that knows `num_kept` classes only. Raises `ConfigError` where it stores others."""
     if isinstance(encoding, TopK) and encoding.temperatures == (1.0,):
+        if num_kept not in (None, encoding.k):
+            raise ConfigError(f"k is {encoding.k}, and the teacher gives {num_kept} classes; give both the same k")
         return encoding
     found = str(encoding.to_json()["name"])
     if isinstance(encoding, TopK):
