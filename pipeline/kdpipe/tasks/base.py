@@ -104,6 +104,7 @@ def class_labels(
             f"labels must lie in 0..{num_classes - 1} (task.num_classes is {num_classes}); found "
             + ", ".join(f"{ids[i]} in {name_of(int(i))}" for i in wrong[:5])
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            + ("; a row without label has null there, or an empty cell" if (ids[wrong] < 0).any() else "")
         )
     return ids
 
