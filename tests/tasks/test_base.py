@@ -62,7 +62,8 @@ def test_a_slice_is_its_own_rows():
         (
             pa.array([0, 3, None, -1, 2]),
             None,
-            "labels must lie in 0..2 (task.num_classes is 3); found 3 in row 101, -1 in row 103; a row without label has null there",
+            "labels must lie in 0..2 (task.num_classes is 3); found 3 in row 101, -1 in row 103; "
+            "a row without label has null there",
         ),
         (pa.array([9] * 7), None, "9 in row 103, 9 in row 104 and 2 more"),
         (pa.array(["cat", "cow", "", None, "Dog"]), NAMES, "must be among cat, dog, emu; found cow in row 101, Dog in"),
