@@ -121,14 +121,15 @@ MUTANTS = {
         (divergences, "ForwardKL", "self.allow_interpolation, self.standardise", "self.allow_interpolation"),
     ],
     "gjsd": [
-        (divergences, "GeneralisedJSD", "self.beta * of_teacher", "(1 - self.beta) * of_teacher"),
+        (divergences, "GeneralisedJSD", "(self.beta, 1 - self.beta)", "(1 - self.beta, self.beta)"),
         (divergences, "GeneralisedJSD", "log_p, log_q = ", "log_q, log_p = "),
-        (divergences, "GeneralisedJSD", "-(log_p.exp()", "(log_p.exp()"),
-        (divergences, "GeneralisedJSD", "-gap)).sum", "-gap)).mean"),
-        (divergences, "GeneralisedJSD", "1 - self.beta, gap)", "1 - self.beta, -gap)"),
+        (divergences, "class _MixedEntropy", ".sum(dim=-1)", ".mean(dim=-1)"),
+        (divergences, "class _MixedEntropy", "teachers + students", "teachers - students"),
+        (divergences, "class _MixedEntropy", "students * of_value", "-students * of_value"),
+        (divergences, "def _terms_of_mixture", "beta, 1 - beta, gap", "beta, 1 - beta, -gap"),
     ],
     "normalised_gjsd": [
-        (divergences, "GeneralisedJSD", "of_teacher / (1 - self.beta)", "of_teacher / self.beta"),
+        (divergences, "GeneralisedJSD", "(1 / (1 - self.beta), 1 / self.beta)", "(1 / self.beta, 1 / (1 - self.beta))"),
     ],
     "total_variation": [
         (divergences, "TotalVariation", "0.5 * ", ""),

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import log_probs_at
@@ -25,6 +24,9 @@ from kdpipe.targets import SampledTargets, SparseTargets, Targets
 
 _LOWEST = -1e30
 """Stands for the log of 0 where a difference of two of them must be a number."""
+
+_LARGEST_EXPONENT = 80.0
+"""e to it is a number in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +147,9 @@ class GeneralisedJSD:
             kl = reverse_kl if self.beta else forward_kl
             return kl(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
         log_p, log_q = log_probs_of_both(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
-        gap = log_p.clamp(min=_LOWEST) - log_q.clamp(min=_LOWEST)
-        of_teacher = -(log_p.exp() * _log_mixed(1 - self.beta, self.beta, -gap)).sum(dim=-1)
-        of_student = -(log_q.exp() * _log_mixed(self.beta, 1 - self.beta, gap)).sum(dim=-1)
-        if self.normalise:
-            return of_teacher / (1 - self.beta) + of_student / self.beta
-        return self.beta * of_teacher + (1 - self.beta) * of_student
+        weights = (1 / (1 - self.beta), 1 / self.beta) if self.normalise else (self.beta, 1 - self.beta)
+        value: Tensor = _MixedEntropy.apply(log_p, log_q, self.beta, *weights)  # type: ignore[no-untyped-call]
+        return value
 
     def unscaled(self, values: Tensor) -> Tensor:
         """As they are."""
@@ -292,12 +291,45 @@ class _RelativeEntropy(torch.autograd.Function):
         return None if expected is None else -expected * of_value, change * of_value
 
 
+class _MixedEntropy(torch.autograd.Function):
+    """`sum [v p log(p / m) + w q log(q / m)]`, m = beta p + (1 - beta) q, with weights v to w as beta to 1 - beta.
+
+    Then the gradients by log p and log q are the two terms themselves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, log_q: Tensor, beta: float, of_p: float, of_q: float) -> Tensor:
+        """`[B, ..., C]` twice -> `[B, ...]`."""
+        ctx.numbers = (beta, of_p, of_q)
+        teachers, students = _terms_of_mixture(log_p, log_q, *ctx.numbers)
+        ctx.save_for_backward(log_p, log_q, teachers if ctx.needs_input_grad[0] else None, students)
+        return (teachers + students).sum(dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        """Gradients by log p and log q; differentiable ones where a second derivative is wanted."""
+        log_p, log_q, teachers, students = ctx.saved_tensors
+        of_value = of_value.unsqueeze(-1)
+        if torch.is_grad_enabled():
+            teachers, students = _terms_of_mixture(log_p, log_q, *ctx.numbers)
+        by_p = teachers * of_value if ctx.needs_input_grad[0] else None
+        return by_p, students * of_value, None, None, None
+
+
+def _terms_of_mixture(log_p: Tensor, log_q: Tensor, beta: float, of_p: float, of_q: float) -> tuple[Tensor, Tensor]:
+    """`of_p p log(p / m)` and `of_q q log(q / m)`, m = beta p + (1 - beta) q: `[B, ..., C]` each."""
+    gap = log_p.clamp(min=_LOWEST) - log_q.clamp(min=_LOWEST)
+    teachers = -of_p * log_p.exp() * _log_mixed(1 - beta, beta, -gap)
+    return teachers, -of_q * log_q.exp() * _log_mixed(beta, 1 - beta, gap)
+
+
 def _log_mixed(share: float, rest: float, gap: Tensor) -> Tensor:
-    """`log(rest + share e^gap)` for shares of 1: exact to the last digits for a small gap and for a small share."""
-    of_near = torch.log1p(share * torch.expm1(gap.clamp(-1, 1)))
-    log_share, log_rest = math.log(share), math.log(rest)
-    of_far = (gap + log_share).clamp(min=log_rest) + softplus(-(gap + (log_share - log_rest)).abs())
-    return torch.where(gap.abs() <= 1, of_near, of_far)
+    """`log(rest + share e^gap)` for shares of 1: exact to the last digits for a small gap and for a small share.
+
+    Where e^gap would overflow it is less than that; what it is weighted with is 0 there.
+    """
+    mixed = torch.log1p(share * torch.expm1(gap.clamp(max=_LARGEST_EXPONENT)))
+    return mixed.clamp(min=math.log(rest))
 
 
 def _sampled_cross_entropy(logits: Tensor, targets: SampledTargets, temperature: float, standardise: bool) -> Tensor:
