@@ -258,7 +258,7 @@ def kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
     A class without p adds nothing, whatever its q. Each sums to 1 over the axis: see `_RelativeEntropy`.
     """
     value: Tensor = _RelativeEntropy.apply(log_p, log_q)  # type: ignore[no-untyped-call]
-    return value.masked_fill(torch.isneginf(log_p).all(dim=-1), 0.0)
+    return value.masked_fill(torch.isneginf(log_p.amax(dim=-1)), 0.0)
 
 
 class _RelativeEntropy(torch.autograd.Function):
