@@ -155,6 +155,8 @@ def test_refuses_an_absent_file(tmp_path):
             {"layers.0.weight": None, "another.weight": torch.ones(2), "layers.3.weight": torch.ones(2, 5)},
             "absent: layers.0.weight; unknown: another.weight; of another shape: layers.3.weight [2, 5] for [2, 4]",
         ),
+        ({"layers.0.weight": torch.full((4, 3), torch.nan)}, "NaN, or no floating numbers: layers.0.weight"),
+        ({"layers.0.weight": torch.ones(4, 3, dtype=torch.int8)}, "NaN, or no floating numbers: layers.0.weight"),
         ({f"extra{index}": torch.ones(1) for index in range(9)}, "unknown: extra0, extra1, extra2, extra3 …"),
     ],
 )

@@ -34,23 +34,37 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, *, shapes: bool = True) -> None:
-    """Raise `ConfigError` unless tensors of a file have a model's names and, where asked, its shapes."""
+    """Raise `ConfigError` unless tensors of a file have a model's names and, where asked, its shapes.
+
+    And unless they are numbers, of its kind: floating ones for floating ones, none of them NaN.
+    """
     own = model.state_dict()
+    both = sorted(own.keys() & state.keys())
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = [
         f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
+        for name in both
         if shapes and own[name].shape != state[name].shape
     ]
-    if missing or unknown or wrong:
+    no_numbers = [name for name in both if own[name].is_floating_point() and not _are_numbers(state[name])]
+    if missing or unknown or wrong or no_numbers:
         raise ConfigError(
             f"{path} does not fit the model {type(model).__name__}: "
             + "; ".join(
                 f"{what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
-                for what, names in (("absent", missing), ("unknown", unknown), ("of another shape", wrong))
+                for what, names in (
+                    ("absent", missing),
+                    ("unknown", unknown),
+                    ("of another shape", wrong),
+                    ("NaN, or no floating numbers", no_numbers),
+                )
                 if names
             )
         )
+
+
+def _are_numbers(weights: Tensor) -> bool:
+    return weights.is_floating_point() and not bool(weights.isnan().any())
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

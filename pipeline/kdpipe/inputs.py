@@ -155,7 +155,11 @@ class Outputs:
         """One output. Raises `ConfigError` with what exists."""
         value = said.get(name)
         if not isinstance(value, Tensor):
-            what = "does not exist" if name not in said else f"is {kind(value)} and no tensor"
+            what = "does not exist"
+            if name in said:
+                what = f"is {kind(value)} and no tensor"
+            elif name in self._submodules and not any(each.startswith(f"{name}.") for each in said):
+                what = "is a submodule that forward does not call"
             raise ConfigError(f"{where} {what}: {self._choices(name, said)}")
         return value
 

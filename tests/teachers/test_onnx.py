@@ -174,10 +174,12 @@ def test_what_does_not_fit_is_refused(tmp_path, arguments, error, message):
         teacher_of(tmp_path, **arguments)
 
 
-def test_a_model_of_one_row_at_a_time_is_refused(tmp_path):
-    linear(tmp_path, batch=1)
-    with pytest.raises(TeacherError, match="failed on inputs of shape"):
-        teacher_of(tmp_path).predict(COLUMNS)
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_a_model_of_a_fixed_number_of_rows_is_shown_so_many(tmp_path, batch):
+    linear(tmp_path, outputs=("logits", "hidden"), batch=batch)
+    said = teacher_of(tmp_path, outputs=["logits", "hidden"]).predict(COLUMNS)
+    torch.testing.assert_close(said["logits"], EXPECTED)
+    torch.testing.assert_close(said["hidden"], fitted()(COLUMNS).relu())
 
 
 def test_a_model_that_runs_out_of_memory_is_shown_fewer_rows(tmp_path):

@@ -98,6 +98,13 @@ def test_a_long_wait_is_said_once(server, monkeypatch):
     assert say == [f"{server.url}/completions answered 429: asking again in 1 s"]
 
 
+@pytest.mark.parametrize("retry_after", ["0.5", "soon", ""])
+def test_a_wait_that_cannot_be_read_is_the_clients_own(server, retry_after):
+    server.behave(busy_first=1, retry_after=retry_after)
+    language_model(server)
+    assert len(server.requests) == 2
+
+
 def test_a_wait_that_is_too_long_is_refused(server):
     server.behave(busy_first=1, retry_after="86400")
     message = r"answered 429 .*\(Retry-After: 86400\), more than the 3,600 s"
@@ -127,6 +134,13 @@ def test_requests_are_spread_over_time(server):
     teacher.predict(COLUMNS)
     times = sorted(each["time"] for each in server.requests[1:])
     assert times[-1] - times[0] >= 0.25, "four requests, a tenth of a second apart"
+
+
+def test_requests_that_are_tried_again_keep_the_pace(server):
+    server.behave(busy_first=1)
+    language_model(server, requests_per_minute=120)
+    first, again = sorted(each["time"] for each in server.requests)
+    assert again - first >= 0.45, "a first retry waits for nothing else"
 
 
 def test_the_key_comes_from_the_environment(server, monkeypatch):
@@ -191,8 +205,8 @@ TEXTS = np.array(["dull", "fine!", "grand!!", "what?"])
 TASK = SimpleNamespace(num_classes=2, column_values=lambda columns: {"text": TEXTS[columns["rows"]]})
 
 
-def classifier(server, prompt="Review: {text}\nIt is", answers=tuple(CLASSES), task=TASK):
-    return ServedClassifier(task, "toy", server.section(), prompt, answers)
+def classifier(server, prompt="Review: {text}\nIt is", answers=tuple(CLASSES), task=TASK, **settings):
+    return ServedClassifier(task, "toy", server.section(), prompt, answers, **settings)
 
 
 def test_a_class_is_the_next_token(server):
@@ -207,12 +221,21 @@ def test_a_class_is_the_next_token(server):
     assert torch.isfinite(said["logits"]).all()
 
 
+def test_a_class_that_the_server_rules_out_is_impossible(server):
+    server.behave(body={"choices": [{"logprobs": {"top_logprobs": [{CLASSES[0]: -math.inf, CLASSES[1]: 0.0}]}}]})
+    said = classifier(server).predict({"rows": np.array([0])})
+    assert said["covered"].tolist() == [True]
+    assert said["logits"].softmax(dim=1).tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"answers": [" good"]}, "expected 2 different texts"),
         ({"answers": [" good", " good"]}, "expected 2 different texts"),
         ({"task": SimpleNamespace(num_classes=2)}, "has no columns by name"),
+        ({"top": 0}, "top is 0; expected how many of its most probable tokens"),
+        ({"prompt": "Good or bad?"}, "prompt is 'Good or bad[?]', the same for every row; name a column in it"),
     ],
 )
 def test_what_is_no_question_is_refused(server, arguments, message):

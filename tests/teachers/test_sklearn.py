@@ -14,6 +14,7 @@ from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.preprocess import Standardize
 from kdpipe.skops_files import dumps
 from kdpipe.targets import OutputSpec
+from kdpipe.tasks.tabular import TabularClassification
 from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import Learner, Teacher
 from kdpipe.teachers.sklearn import SklearnTeacher
@@ -95,6 +96,44 @@ def test_scores_without_probabilities(tmp_path):
     inputs = (FEATURES - FEATURES.mean(axis=0)) / FEATURES.std(axis=0)
     assert (logits[:, 0] == 0).all()
     assert np.allclose(logits[:, 1], two.decision_function(inputs), atol=1e-4)
+
+
+def test_scores_of_pairs_of_classes_are_refused(tmp_path):
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
+    three = np.minimum(LABELS, 2)
+    estimator = make_pipeline(StandardScaler(), SVC(decision_function_shape="ovo")).fit(FEATURES, three)
+    (tmp_path / "a.skops").write_bytes(dumps(estimator))
+    with pytest.raises(ConfigError, match=r"scores pairs of classes \(svc__decision_function_shape: ovo\).*='ovr'\)"):
+        teacher_of(tmp_path, 3, path="a.skops")
+    pairs = Factory(path="sklearn.svm:SVC", arguments={"decision_function_shape": "ovo"})
+    with pytest.raises(ConfigError, match="give it decision_function_shape: ovr"):
+        teacher_of(tmp_path, 3, estimator=pairs)
+    (tmp_path / "a.skops").write_bytes(dumps(estimator.set_params(svc__decision_function_shape="ovr")))
+    said = teacher_of(tmp_path, 3, path="a.skops").predict(COLUMNS)["logits"]
+    inputs = (FEATURES - FEATURES.mean(axis=0)) / FEATURES.std(axis=0)
+    assert np.allclose(said, estimator.decision_function(inputs), atol=1e-4)
+    (tmp_path / "two.skops").write_bytes(dumps(SVC(decision_function_shape="ovo").fit(FEATURES, three > 0)))
+    assert len(teacher_of(tmp_path, 2, path="two.skops").outputs) == 1, "a pair of classes is all there are"
+
+
+@pytest.mark.filterwarnings("default:X does not have valid feature names")
+@pytest.mark.parametrize(("columns", "fits"), [("abcd", True), ("abdc", False), ("efgh", True)])
+def test_columns_in_another_order_are_refused(tmp_path, columns, fits):
+    estimator = LogisticRegression(max_iter=2000).fit(FEATURES, LABELS)
+    estimator.feature_names_in_ = np.array(list("abcd"), dtype=object)
+    (tmp_path / "a.skops").write_bytes(dumps(estimator))
+    task = TabularClassification(4, columns=list(columns))
+    arguments = {"path": "a.skops", "probe": {"features": FEATURES[:1]}, "task": task}
+    if fits:
+        teacher_of(tmp_path, **arguments)
+        return
+    with pytest.raises(
+        ConfigError, match="fitted on the columns a, b, c, d and is given a, b, d, c: the same in another"
+    ):
+        teacher_of(tmp_path, **arguments)
 
 
 def test_a_class_without_rows_is_improbable_whatever_the_batch(tmp_path):

@@ -260,6 +260,16 @@ def test_an_output_that_cannot_be_had_is_the_users_error(name, message):
         teacher_of(Block(), outputs=["logits", name])
 
 
+def test_a_submodule_that_is_not_called_says_nothing():
+    class Unused(Block):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(4, 4)
+
+    with pytest.raises(ConfigError, match="'spare' of the teacher is a submodule that forward does not call"):
+        teacher_of(Unused(), outputs=["logits", "spare"])
+
+
 def test_of_many_names_the_nearest_are_shown():
     model = nn.ModuleDict({f"layer{number}": nn.Linear(4, 3) for number in range(100)})
     model.forward = lambda inputs: model["layer0"](inputs)

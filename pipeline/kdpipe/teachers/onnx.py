@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.config import package
@@ -45,7 +46,8 @@ class OnnxTeacher:
     Inputs are matched by name; a single input takes a single tensor, whatever they are called. `layout: channels_last`
     gives images as `[B, H, W, channels]`, as TensorFlow wants them. `logits` names the output that holds the logits
     (None: `logits`, or the first); with `probabilities: true` it holds probabilities, whose logarithm is taken.
-    `outputs` may name others, which are stored as features.
+    `outputs` may name others, which are stored as features. A file that was exported for batches of one size is shown
+    so many rows at a time.
     """
 
     def __init__(
@@ -68,6 +70,9 @@ class OnnxTeacher:
         self._probabilities, self._channels_last = probabilities, layout == "channels_last"
         self._session = _session(path)
         self._inputs = {each.name: _DTYPES[each.type] for each in self._session.get_inputs() if each.type in _DTYPES}
+        first_axes = {each.shape[0] for each in self._session.get_inputs() if each.shape}
+        fixed = first_axes.pop() if len(first_axes) == 1 else None
+        self._at_once = fixed if isinstance(fixed, int) else None
         found = [each.name for each in self._session.get_outputs()]
         self._names = {LOGITS: logits or self._only(found, outputs)}
         self._names |= {name: name for name in outputs if name != LOGITS}
@@ -120,7 +125,7 @@ class OnnxTeacher:
         inputs = self._preprocess(columns)
         fed = self._fed(inputs if len(self._names) > 1 else trimmed(inputs))
         try:
-            values = self._session.run(list(self._names.values()), fed)
+            values = self._run(fed)
         except Exception as error:  # the library's own
             if is_out_of_memory(error):
                 raise
@@ -138,6 +143,19 @@ class OnnxTeacher:
             raise TeacherError(f"{self._path} does not give a line per row; export it with a dynamic first axis")
         said[LOGITS] = self._logits(said[LOGITS])
         return said
+
+    def _run(self, fed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Every output `[B, …]`; so many rows at a time as the file was exported for, the last ones filled up."""
+        rows = len(next(iter(fed.values())))
+        at_once = self._at_once or rows
+        parts = []
+        for start in range(0, rows, at_once):
+            some = {name: each[start : start + at_once] for name, each in fed.items()}
+            used = len(next(iter(some.values())))
+            filled = {name: np.concatenate([each, *[each[-1:]] * (at_once - used)]) for name, each in some.items()}
+            given = map(np.atleast_1d, self._session.run(list(self._names.values()), filled))
+            parts.append([each[:used] if len(each) == at_once else each for each in given])
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
     def _logits(self, given: Tensor) -> Tensor:
         """Logits `[B, …, C]` of the output that holds them, or their probabilities. Raises `TeacherError`."""

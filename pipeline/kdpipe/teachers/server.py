@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from queue import Empty, SimpleQueue
+from string import Formatter
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -72,7 +73,7 @@ class _Server:
     def __init__(self, section: ServerSection, model: str, say: Callable[[str], None]) -> None:
         requests, adapters = package("requests", "server"), package("requests.adapters", "server")
         urllib3 = package("urllib3.exceptions", "server")
-        self._too_slow = requests.exceptions.ReadTimeout
+        self._too_slow, self._unreadable = requests.exceptions.ReadTimeout, urllib3.InvalidHeader
         self._broken_off = (
             requests.exceptions.ConnectionError,
             requests.exceptions.Timeout,
@@ -133,7 +134,6 @@ class _Server:
                 choice.set_exception(error)
 
     def _ask(self, question: Mapping[str, Any], stop: threading.Event) -> dict[str, Any]:
-        self._pace.wait(stop)
         try:
             answer, text, said = self._answer({"model": self._model, **question}, stop)
         except self._errors as error:
@@ -150,7 +150,10 @@ class _Server:
         except (LookupError, TypeError):
             choice = None
         if not isinstance(choice, dict):
-            raise TeacherError(f"{self._url} gives no completions: {text!r}")
+            raise TeacherError(
+                f"{self._url} gives no completions: {text!r}; expected {{choices: […]}}. Is url the API's, such as "
+                "http://HOST:8000/v1?"
+            )
         return choice
 
     def _answer(self, question: Mapping[str, Any], stop: threading.Event) -> tuple[Any, str, Any]:
@@ -160,6 +163,7 @@ class _Server:
         """
         again = self._again
         while True:
+            self._pace.wait(stop)
             try:
                 answer, text, said = self._post(question)
                 if answer.status_code not in _TRY_AGAIN or not again.total:
@@ -189,8 +193,11 @@ class _Server:
         return answer, body[: 4 * _SHOWN].decode(errors="replace")[:_SHOWN], json.loads(body) if is_json else None
 
     def _wanted_wait(self, answer: Any) -> float:
-        """The seconds of an answer's Retry-After, 0 where there is none. Raises `TeacherError` for too many."""
-        seconds: float = self._again.get_retry_after(answer.raw) or 0.0
+        """The seconds of an answer's Retry-After, 0 where it names none. Raises `TeacherError` for too many."""
+        try:
+            seconds: float = self._again.get_retry_after(answer.raw) or 0.0
+        except self._unreadable:  # half a second, say
+            return 0.0
         if seconds > _LONGEST_WAIT_S:
             raise TeacherError(
                 f"{self._url} answered {answer.status_code} and wants to be asked again later (Retry-After: "
@@ -388,6 +395,12 @@ class ServedClassifier:
             raise ConfigError(
                 f"{type(task).__name__} has no columns by name, so there is nothing to put into the prompt"
             )
+        if top < 1:
+            raise ConfigError(
+                f"top is {top}; expected how many of its most probable tokens the server gives, such as 20"
+            )
+        if not any(name for _, name, _, _ in Formatter().parse(prompt)):
+            raise ConfigError(f"prompt is {prompt!r}, the same for every row; name a column in it, such as {{text}}")
         self._values, self._prompt, self._answers, self._top = values, prompt, list(answers), top
         self._server, self._model = _Server(server, model, say), model
         self.outputs = (OutputSpec(name=LOGITS, shape=(len(answers),)),)
@@ -409,7 +422,7 @@ class ServedClassifier:
             raise ConfigError(f"prompt: {error} in {self._prompt!r}; the columns are {', '.join(values)}") from None
         questions = [{"prompt": prompt, "max_tokens": 1, "logprobs": self._top, "temperature": 0} for prompt in prompts]
         logits = np.stack([self._logits(choice) for choice in self._server.ask(questions)])
-        covered = np.asarray(np.isfinite(logits).all(axis=1))
+        covered = np.asarray(np.isfinite(logits).any(axis=1))
         return {
             LOGITS: torch.from_numpy(np.where(covered[:, np.newaxis], logits, 0.0)).float(),
             COVERED: torch.from_numpy(covered),
@@ -420,10 +433,10 @@ class ServedClassifier:
         given = _next_token(choice)
         _checked(given)
         found: NDArray[np.float64] = np.array([given.get(answer, np.nan) for answer in self._answers])
-        log_probs = list(given.values())
+        log_probs = [each for each in given.values() if each > -math.inf]
         left = -math.expm1(min(0.0, float(np.logaddexp.reduce(log_probs))))
         absent = np.asarray([each not in given for each in self._answers])
         if absent.all():
             return found
-        found[absent] = min(*log_probs, math.log(left) if left > 0 else math.inf)
+        found[absent] = min([*log_probs, math.log(left) if left > 0 else math.inf])
         return found

@@ -6,6 +6,7 @@ Shapes: B rows, D inputs, C classes.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import digest, digest_file, source_digests
 from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess
+from kdpipe.preprocess.columns import ColumnEncoder
 from kdpipe.skops_files import dumps, loads
 from kdpipe.targets import OutputSpec
 
 _FILE = "estimator.skops"
+_OF_PAIRS = "decision_function_shape"
 
 
 class SklearnTeacher:
@@ -52,8 +55,9 @@ class SklearnTeacher:
         trusted: Sequence[str] = (),
         smallest: float = 1e-6,
         probe: Columns | None = None,
+        task: Any = None,
     ) -> None:
-        """`trusted`: types of other packages that the file may hold.
+        """`trusted`: types of other packages that the file may hold. `task`: one of tables tells its columns' order.
 
         A ready estimator is tried on `probe`, a prepared row, at once. Raises `ConfigError`, `TeacherError`.
         """
@@ -71,6 +75,7 @@ class SklearnTeacher:
         if path is not None:
             self._open(root / path)
             if probe is not None:
+                self._check_order(dict(getattr(task, "offers", {})).get("columns", ()))
                 self.predict(probe)
 
     @staticmethod
@@ -171,10 +176,31 @@ class SklearnTeacher:
         self._estimator = self._checked(loads(path.read_bytes(), str(path), self._trusted), str(path))
         self._learnt = digest_file(path)
 
-    @staticmethod
-    def _checked(estimator: Any, name: str) -> Any:
-        if not (hasattr(estimator, "predict_proba") or hasattr(estimator, "decision_function")):
+    def _checked(self, estimator: Any, name: str) -> Any:
+        if hasattr(estimator, "predict_proba"):
+            return estimator
+        if not hasattr(estimator, "decision_function"):
             raise ConfigError(
                 f"SklearnTeacher: {name} is no classifier: it has neither predict_proba nor decision_function"
             )
+        settings = estimator.get_params() if hasattr(estimator, "get_params") else {}
+        pairwise = [key for key, value in settings.items() if key.endswith(_OF_PAIRS) and value == "ovo"]
+        if pairwise and self._num_classes > 2:
+            raise ConfigError(
+                f"SklearnTeacher: {name} scores pairs of classes ({pairwise[0]}: ovo), and scores of classes are "
+                f"needed; give it {pairwise[0]}: ovr (a fitted one: set_params({pairwise[0]}='ovr'))"
+            )
         return estimator
+
+    def _check_order(self, columns: Sequence[str]) -> None:
+        """Raise `ConfigError` where the estimator was fitted on the same columns in another order."""
+        fitted_on = [str(name) for name in getattr(self._estimator, "feature_names_in_", ())]
+        preprocess = self._preprocess
+        names = preprocess.feature_names() if isinstance(preprocess, ColumnEncoder) else list(columns)
+        if fitted_on == names:
+            warnings.filterwarnings("ignore", "X does not have valid feature names")
+        elif sorted(fitted_on) == sorted(names):
+            raise ConfigError(
+                f"SklearnTeacher: the estimator was fitted on the columns {', '.join(fitted_on)} and is given "
+                f"{', '.join(names)}: the same in another order. Write task.columns in the estimator's order"
+            )
