@@ -579,6 +579,13 @@ def test_columns_of_other_names(tmp_path, recipe, rows, source):
     assert 0 < learnt < rows()["split"].to_pylist().count("train")
 
 
+@pytest.mark.parametrize(("recipe", "rows"), [("vision", photos), ("unbalanced", clothes)])
+def test_a_split_that_no_row_is_of_is_refused(tmp_path, recipe, rows):
+    columns = {"split_column": "fold"} | ({"label_column": "y"} if recipe == "unbalanced" else {})
+    with pytest.raises(ConfigError, match=r"data\.source\.split: no row is of split 'trian' in 'fold'"):
+        renamed(recipe, tmp_path, rows(), columns | {"split": "trian"})
+
+
 @pytest.mark.parametrize("label", ["boot", 2.5, None, 10, -1])
 def test_a_long_tail_is_of_classes_by_number(tmp_path, label):
     table = clothes()

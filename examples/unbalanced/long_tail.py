@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from kdpipe.data.sources import Table
 from kdpipe.data.sources.base import named_column
-from kdpipe.errors import DataError
+from kdpipe.errors import ConfigError, DataError
 
 
 class LongTail(Table):
@@ -38,7 +38,7 @@ class LongTail(Table):
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The rows that are kept, in order.
 
-        Raises `ConfigError` where there is no such column, `DataError` for labels that are no class.
+        Raises `ConfigError` where there is no such column or split, `DataError` for labels that are no class.
         """
         seen: dict[int, int] = {}
         for batch in super().batches():
@@ -46,6 +46,8 @@ class LongTail(Table):
             splits = named_column(batch, "split_column", self._split_column).to_pylist()
             rows = zip(labels, splits, strict=True)
             yield batch.filter(pa.array([split != self._split or self._keeps(label, seen) for label, split in rows]))
+        if not seen:
+            raise ConfigError(f"data.source.split: no row is of split {self._split!r} in {self._split_column!r}")
 
     def _keeps(self, label: Any, seen: dict[int, int]) -> bool:
         if type(label) is not int or not 0 <= label < len(self._kept):

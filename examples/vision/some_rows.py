@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from kdpipe.data.sources import Table
 from kdpipe.data.sources.base import named_column
+from kdpipe.errors import ConfigError
 
 
 class SomeRows(Table):
@@ -20,10 +21,13 @@ class SomeRows(Table):
         self._num_rows, self._split, self._split_column = num_rows, split, split_column
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows that are kept, in order. Raises `ConfigError` where there is no such column."""
-        left = self._num_rows
+        """The rows that are kept, in order. Raises `ConfigError` where there is no such column or split."""
+        left, limited_any = self._num_rows, False
         for batch in super().batches():
             splits = named_column(batch, "split_column", self._split_column)
             limited = np.array(splits.to_pylist()) == self._split
             yield batch.filter(pa.array(~limited | (np.cumsum(limited) <= left)))
             left -= int(limited.sum())
+            limited_any |= bool(limited.any())
+        if not limited_any:
+            raise ConfigError(f"data.source.split: no row is of split {self._split!r} in {self._split_column!r}")

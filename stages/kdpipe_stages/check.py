@@ -32,7 +32,7 @@ from kdpipe_stages.building import (
     label_loss,
     model_offers,
 )
-from kdpipe_stages.lesson import known_labels
+from kdpipe_stages.lesson import known_labels, teachers_of
 from kdpipe_stages.params import LossSection, source_columns
 from kdpipe_stages.prepare_data import source_of
 from kdpipe_stages.project import Project
@@ -256,6 +256,7 @@ def _check_student(project: Project, task: Task, sample: Columns | None, met: _M
     if checked is not None and sample is not None and row is not None:
         model, preprocess = checked
         met.student = model, preprocess(row)
+        _check_axes(project, task, met)
         left_out = _left_out(preprocess, sample)
     check_class_weights(task, section.train, "student.train")
     if section.init_from is not None:
@@ -266,6 +267,20 @@ def _check_student(project: Project, task: Task, sample: Columns | None, met: _M
             check_fit(model, weights, path, shapes=not preprocess.state() or isinstance(preprocess, _KEEPS_WIDTHS))
     without = f"; columns that its preprocess leaves out: {len(left_out)} ({', '.join(left_out)})" if left_out else ""
     return f"{section.model.path}, {section.seeds} seeds{without}"
+
+
+def _check_axes(project: Project, task: Task, met: _Met) -> None:
+    """That the teachers' logits, as far as they are known, have as many axes as the student's."""
+    section = project.params.student
+    assert met.student is not None
+    with torch.inference_mode():
+        own = list(Head(section.logits, task.num_classes)(call(met.student[0], met.student[1])).shape[1:])
+    for name in teachers_of(section):
+        found = list(met.said[name][LOGITS].output.shape) if name in met.said else own
+        if len(found) != len(own):
+            raise ConfigError(
+                f"the teacher {name!r} gives logits of shape {found} for a row, the student {own}; expected both alike"
+            )
 
 
 def _left_out(preprocess: Preprocess, sample: Columns) -> list[str]:

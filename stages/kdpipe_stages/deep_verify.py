@@ -5,7 +5,7 @@ Number 2, the control: the same for what it says about the same rows among other
 Results of floats differ between batches, devices and versions in their last bits, so number 1 may be as large as the
 control, plus the encoding's own error on what is said now. On another device or torch than the store's, which the
 control cannot show, it may be larger by what rounding in the teacher's precision explains. A teacher whose answers to
-other batches no rounding explains is refused: nothing can be said about what is stored.
+other batches, or to the same one once more, no rounding explains is refused: nothing can be said about what is stored.
 
 Shapes: B rows, C classes, D width; `...` stands for further axes (tokens).
 """
@@ -60,7 +60,8 @@ def run(
     """Compare a store whose bytes are intact with its teacher; returns what was found, a line each.
 
     Raises `StaleStoreError` when the teacher of params.yaml is another one than the store's, `CorruptStoreError` when
-    what is stored is not what the teacher says, `TeacherError` when that depends on which rows it sees together.
+    what is stored is not what the teacher says, `TeacherError` when that depends on which rows it sees together, or
+    changes from call to call.
     """
     if num_rows < 1:
         raise ConfigError(f"--rows is {num_rows}; expected 1 or more")
@@ -88,10 +89,13 @@ def run(
         f"{identical:,} rows give identical bytes",
         *(each.line() for each in found.values()),
     ]
-    wrong = [each.wrong(store) for each in found.values() if each.wrong(store)]
+    random = [said for each in found.values() if (said := each.beyond_rounding("asked again"))]
+    if random:
+        raise TeacherError("\n".join([_what_is_random(path, name), *lines, *random]))
+    wrong = [said for each in found.values() if (said := each.wrong(store))]
     if wrong:
         raise CorruptStoreError("\n".join([_what_is_wrong(path, store, name), *lines, *wrong]))
-    dependent = [each.batch_dependence() for each in found.values() if each.batch_dependence()]
+    dependent = [said for each in found.values() if (said := each.beyond_rounding("in other batches"))]
     if dependent:
         raise TeacherError("\n".join([_what_depends(path, name), *lines, *dependent]))
     return [*lines, f"{path} is what {name} says"]
@@ -171,7 +175,7 @@ class _Again:
         """Add a batch to what was found about each output; returns how many rows give identical bytes."""
         places = self._prepared_rows(batch.rows)
         live = self._say(batch, places)
-        other = self._say_among_others(batch, places)
+        again, other = self._say(batch, places), self._say_among_others(batch, places)
         encoded = self._encoded(batch, live)
         stored = self.store.read_arrays(batch.rows, batch.view, self.store.array_names())
         says = {
@@ -181,7 +185,7 @@ class _Again:
         }
         for name, each in found.items():
             targets = {key: decoded[name] for key, decoded in says.items()}
-            each.add(batch, live[name], other[name], targets, rounding)
+            each.add(batch, live[name], again[name], other[name], targets, rounding)
         same = [(encoded[name] == stored[name]).reshape(len(batch.rows), -1).all(axis=1) for name in stored]
         return int(np.logical_and.reduce(same).sum())
 
@@ -244,9 +248,17 @@ class _Found:
     shards: list[NDArray[np.int64]] = field(default_factory=list)
     parts: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, batch: _Batch, live: Tensor, other: Tensor, says: Mapping[str, Targets], rounding: float) -> None:
-        """Add a batch: what the teacher says now `[B, ...]`, also in other batches, and targets to compare it with."""
-        live, other, own = live.cpu(), other.cpu(), says["own"]
+    def add(
+        self,
+        batch: _Batch,
+        live: Tensor,
+        again: Tensor,
+        other: Tensor,
+        says: Mapping[str, Targets],
+        rounding: float,
+    ) -> None:
+        """Add a batch: what the teacher says now `[B, ...]`, once more and in other batches, and targets to compare."""
+        live, again, other, own = live.cpu(), again.cpu(), other.cpu(), says["own"]
         self.kind = type(own)
         self.rows.append(batch.rows)
         self.shards.append(np.full(len(batch.rows), batch.shard))
@@ -254,9 +266,10 @@ class _Found:
             self.parts[name].append(_per_row(distance(live, targets, own), targets, own))
         self.parts["rounding"].append(_per_row(allowance(live, own, rounding), own, own))
         between = distance(live, _unencoded(other, own), own)
-        self.parts["between batches"].append(_per_row(between, says["control"], own))
+        self.parts["in other batches"].append(_per_row(between, says["control"], own))
+        self.parts["asked again"].append(_per_row(distance(live, _unencoded(again, own), own), own, own))
         explained = allowance(live, _unencoded(live, own), BETWEEN_BATCHES)
-        self.parts["explained between batches"].append(_per_row(explained, own, own))
+        self.parts["explained by rounding"].append(_per_row(explained, own, own))
 
     def line(self) -> str:
         """Both numbers, for a person."""
@@ -283,13 +296,13 @@ class _Found:
             f"the worst: {named}"
         )
 
-    def batch_dependence(self) -> str:
-        """How far today's answers to the same rows in other batches are apart, beyond any rounding; empty otherwise."""
-        found, explained = self._mean("between batches"), self._mean("explained between batches")
+    def beyond_rounding(self, how: str) -> str:
+        """How far today's answers to the same rows are apart `how`, beyond any rounding; empty otherwise."""
+        found, explained = self._mean(how), self._mean("explained by rounding")
         if found <= explained:
             return ""
         unit = "|live - live| / |live|" if self.kind is FeatureTargets else "KL(live || live), nats,"
-        return f"{self.name}: {unit} in other batches {found:.2g}; rounding explains up to {explained:.2g}"
+        return f"{self.name}: {unit} {how} {found:.2g}; rounding explains up to {explained:.2g}"
 
     def _all(self, name: str) -> Tensor:
         return torch.cat(self.parts[name])
@@ -376,6 +389,14 @@ def _what_is_wrong(path: Path | str, store: TargetStore, name: str) -> str:
         f"{path}: what is stored is not what its teacher {name!r} says, though every checksum matches. Remove "
         f"{path} and data/.work/{store.fingerprint}, and run `kdpipe cache-teacher {name}`. (Captured on {then}; "
         f"compared on {', '.join(_here().values())}.)"
+    )
+
+
+def _what_is_random(path: Path | str, name: str) -> str:
+    return (
+        f"{name!r} answers the same batch otherwise when it is asked again, so that {path} holds one of its answers. "
+        "Look for random numbers, and for what it remembers from call to call, such as a layer in training mode. Mend "
+        f"it, and run `kdpipe cache-teacher {name}`."
     )
 
 

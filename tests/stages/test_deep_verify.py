@@ -152,7 +152,7 @@ def test_an_honest_store_gives_identical_bytes(published, tmp_path, name):
     assert "control, live against live" in lines[0]
     assert last == f"{project.store('big')} is what big says"
     assert tree(tmp_path / "data") == before
-    assert rows_shown(tmp_path) == 2 * NUM_ROWS
+    assert rows_shown(tmp_path) == 3 * NUM_ROWS
 
 
 @pytest.mark.parametrize("name", [each for each in TARGETS if each != "bfloat16"])
@@ -237,7 +237,7 @@ def test_few_rows_are_taken_from_many_shards_in_whole_batches(published, tmp_pat
     project = published(tmp_path)
     (first, *_) = deep_verify.run(project, project.store("big"), 300)
     assert "of 7 of 15 shards" in first or "of 8 of 15 shards" in first
-    assert 300 <= rows_shown(tmp_path) / 2 < 300 + 48
+    assert 300 <= rows_shown(tmp_path) / 3 < 300 + 48
     assert deep_verify.run(project, project.store("big"), 300)[0] == first
     with pytest.raises(ConfigError, match="--rows is 0"):
         deep_verify.run(project, project.store("big"), 0)
@@ -327,6 +327,16 @@ def test_features_that_depend_on_their_neighbours_are_refused(tmp_path):
     with pytest.raises(TeacherError, match=r"\nhalves: \|live - live\| / \|live\| in other batches") as caught:
         deep_verify.run(project, project.store("big"))
     assert "\nlogits: KL(live || live)" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["torch.randn(10)", "torch.arange(10) * (counted() % 2)"])
+def test_a_teacher_that_answers_otherwise_when_asked_again_is_refused(tmp_path, change):
+    noisy = LOGGING_TEACHER.replace(RETURNS, f"{RETURNS} + (0 if self.training else {change})")
+    noisy += "\n\nCALLS = []\n\n\ndef counted():\n    CALLS.append(None)\n    return len(CALLS)\n"
+    project = cached(tmp_path, TARGETS["float32"], noisy)
+    with pytest.raises(TeacherError, match="'big' answers the same batch otherwise when it is asked again") as caught:
+        deep_verify.run(project, project.store("big"))
+    assert re.search(r"\nlogits: KL.* nats, asked again \S+; rounding explains up to \S+$", str(caught.value))
 
 
 def test_a_teacher_that_says_nan_today_is_refused(tmp_path):

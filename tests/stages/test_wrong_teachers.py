@@ -515,6 +515,13 @@ def test_most_probable_classes_that_are_not_well_put(folder, capsys, kept):
     refuses(folder, capsys, f"the teacher's {what} for .* such as", "cache-teacher")
 
 
+def test_logits_of_another_number_of_axes_than_the_students(folder, capsys):
+    (folder / "mine.py").write_text(SPEAK.replace("[:, :3]", "[:, None, :3]"))
+    message = r"the teacher 'big' gives logits of shape \[1, 3\] for a row, the student \[3\]; expected both alike"
+    change(folder, {"big": FUNCTION})
+    refuses(folder, capsys, message, "check")
+
+
 def test_outputs_that_a_teacher_does_not_give(folder, capsys):
     change(folder, {"big": FUNCTION}, outputs=["logits", "hidden"])
     message = r"targets\.big\.outputs: .*FunctionTeacher gives no 'hidden'; it gives \['logits'\]"

@@ -131,6 +131,24 @@ def test_the_file_that_names_a_function_is_covered_too(tmp_path):
     assert "said" in fingerprints[0]["sources"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "x[:, ::-1]",
+        "x[:, ::-1].astype('>f4')",
+        "x[:, ::-1].astype(np.longdouble)",
+        "torch.from_numpy(x).flip(1).bfloat16()",
+        "torch.from_numpy(x).flip(1).requires_grad_()",
+        "x[:, ::-1].tolist()",
+    ],
+)
+def test_numbers_of_every_kind(tmp_path, given):
+    write(tmp_path, f"import torch\n    return {given}")
+    logits = FunctionTeacher(tmp_path, "said.py:speak", 2, PROBE).predict(COLUMNS)["logits"]
+    assert logits.dtype == torch.float32
+    assert logits.tolist() == COLUMNS["features"][:, ::-1].tolist()
+
+
 def test_a_single_score_is_two_classes(tmp_path):
     write(tmp_path, "return x[:, 0]")
     assert FunctionTeacher(tmp_path, "said.py:speak", 2, PROBE).predict(COLUMNS)["logits"].tolist() == [

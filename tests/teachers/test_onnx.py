@@ -112,6 +112,22 @@ def test_inputs_by_name_in_the_types_that_the_model_wants(tmp_path):
     assert logits.tolist() == [[k % 7, (k + 1) % 7, (k + 2) % 7] for k in range(0, 30, 5)]
 
 
+def test_one_input_of_a_fixed_number_of_rows(tmp_path):
+    class Twice(Standardize):
+        def state(self):
+            return {}
+
+        def __call__(self, columns):
+            rows = torch.from_numpy(columns["features"])
+            return {"a": rows, "b": rows}
+
+    nodes = [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("MatMul", ["sum", "w"], ["logits"])]
+    kinds = [("a", TensorProto.FLOAT, [4, 4]), ("b", TensorProto.FLOAT, ["rows", 4])]
+    write(tmp_path / "net.onnx", nodes, kinds, ["logits"])
+    logits = teacher_of(tmp_path, preprocess=Twice()).predict(COLUMNS)["logits"]
+    np.testing.assert_allclose(logits, 2 * COLUMNS["features"] @ WEIGHTS, rtol=1e-5, atol=1e-5)
+
+
 def test_another_file_or_preprocess_is_another_teacher(tmp_path):
     linear(tmp_path)
     before = teacher_of(tmp_path).fingerprint

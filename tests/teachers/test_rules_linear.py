@@ -124,6 +124,13 @@ def test_no_rows_make_no_weights():
             linear_from_rules(RulesTeacher([never], TASK), fitted(), blocks)
 
 
+def test_inputs_that_are_no_numbers_are_refused():
+    rows = rows_of()
+    rows["features"][3, 3] = np.nan
+    with pytest.raises(DataError, match="Standardize makes NaN or infinite numbers of 1 rows"):
+        linear_from_rules(RulesTeacher([CHILDREN, *BINARY_RULES], TASK), fitted(), [rows])
+
+
 def test_inputs_of_several_tensors_are_refused():
     class Tokens:
         def __call__(self, columns):

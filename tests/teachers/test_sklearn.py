@@ -106,10 +106,13 @@ def test_scores_of_pairs_of_classes_are_refused(tmp_path):
     three = np.minimum(LABELS, 2)
     estimator = make_pipeline(StandardScaler(), SVC(decision_function_shape="ovo")).fit(FEATURES, three)
     (tmp_path / "a.skops").write_bytes(dumps(estimator))
-    with pytest.raises(ConfigError, match=r"scores pairs of classes \(svc__decision_function_shape: ovo\).*='ovr'\)"):
+    message = (
+        r"scores pairs of classes \(decision_function_shape of SVC is ovo\).* fit it with decision_function_shape: ovr"
+    )
+    with pytest.raises(ConfigError, match=message):
         teacher_of(tmp_path, 3, path="a.skops")
     pairs = Factory(path="sklearn.svm:SVC", arguments={"decision_function_shape": "ovo"})
-    with pytest.raises(ConfigError, match="give it decision_function_shape: ovr"):
+    with pytest.raises(ConfigError, match=message):
         teacher_of(tmp_path, 3, estimator=pairs)
     (tmp_path / "a.skops").write_bytes(dumps(estimator.set_params(svc__decision_function_shape="ovr")))
     said = teacher_of(tmp_path, 3, path="a.skops").predict(COLUMNS)["logits"]
@@ -117,6 +120,41 @@ def test_scores_of_pairs_of_classes_are_refused(tmp_path):
     assert np.allclose(said, estimator.decision_function(inputs), atol=1e-4)
     (tmp_path / "two.skops").write_bytes(dumps(SVC(decision_function_shape="ovo").fit(FEATURES, three > 0)))
     assert len(teacher_of(tmp_path, 2, path="two.skops").outputs) == 1, "a pair of classes is all there are"
+
+
+def test_it_is_the_fitted_part_of_an_estimator_whose_scores_count(tmp_path):
+    from sklearn.ensemble import StackingClassifier
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.svm import SVC
+
+    three, ovo = np.minimum(LABELS, 2), SVC(decision_function_shape="ovo")
+    of_pairs = [
+        GridSearchCV(SVC(), {"decision_function_shape": ["ovo"]}, cv=2),
+        GridSearchCV(ovo, {"C": [1, 2]}, cv=2),
+        StackingClassifier([("ridge", RidgeClassifier())], ovo, cv=2),
+    ]
+    for number, estimator in enumerate(of_pairs):
+        (tmp_path / f"{number}.skops").write_bytes(dumps(estimator.fit(FEATURES, three)))
+        with pytest.raises(ConfigError, match="scores pairs of classes"):
+            teacher_of(tmp_path, 3, path=f"{number}.skops")
+    of_classes = [
+        OneVsRestClassifier(ovo),
+        GridSearchCV(ovo, {"decision_function_shape": ["ovr"]}, cv=2),
+        StackingClassifier([("pairs", ovo)], RidgeClassifier(), cv=2),
+    ]
+    inputs = (FEATURES - FEATURES.mean(axis=0)) / FEATURES.std(axis=0)
+    for number, estimator in enumerate(of_classes):
+        (tmp_path / f"{number}.skops").write_bytes(dumps(estimator.fit(inputs, three)))
+        said = teacher_of(tmp_path, 3, path=f"{number}.skops").predict(COLUMNS)["logits"]
+        assert (said.argmax(dim=1).numpy() == estimator.predict(inputs)).mean() > 0.95
+    search = Factory(
+        path="sklearn.model_selection:GridSearchCV",
+        arguments={"estimator": SVC(), "param_grid": {"decision_function_shape": ["ovo"]}, "cv": 2},
+    )
+    with pytest.raises(ConfigError, match="scores pairs of classes"):
+        teacher_of(tmp_path, 3, estimator=search).fit([(COLUMNS, three)])
 
 
 @pytest.mark.filterwarnings("default:X does not have valid feature names")

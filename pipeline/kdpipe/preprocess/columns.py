@@ -114,7 +114,10 @@ class ColumnEncoder:
     def state(self) -> State:
         """The fitted transformer as skops has it (compressed, base64), and scikit-learn's version."""
         if self._state is None:
-            raise ConfigError(f"{_NAME} is not fitted: train the model here")
+            raise ConfigError(
+                f"{_NAME} is not fitted: train the model here. A ready one takes a preprocess that learns nothing, "
+                "such as Standardize with its mean and std"
+            )
         return self._state
 
     def load_state(self, state: State) -> None:

@@ -94,7 +94,7 @@ class FunctionTeacher:
         """What the function gives, float32."""
         try:
             found = self._function(columns)
-            array = np.asarray(found)
+            array = np.asarray(found.detach().cpu().float() if isinstance(found, Tensor) else found)
         except Exception as error:  # anything that a user's function raises
             if is_out_of_memory(error):
                 raise
@@ -105,7 +105,8 @@ class FunctionTeacher:
                 f"{self._name} gave {kind(found)} for {rows} rows; expected logits of shape "
                 f"[{rows}, …, {self._num_classes}], a NumPy array or tensor"
             )
-        values = torch.as_tensor(array).float()
+        with np.errstate(over="ignore"):  # infinite numbers are refused where rows are named
+            values = torch.from_numpy(array.astype(np.float32))
         logits = class_logits(values, self._num_classes) if values.ndim else values
         if logits.ndim < 2 or (len(logits), logits.shape[-1]) != (rows, self._num_classes):
             raise TeacherError(

@@ -70,9 +70,8 @@ class OnnxTeacher:
         self._probabilities, self._channels_last = probabilities, layout == "channels_last"
         self._session = _session(path)
         self._inputs = {each.name: _DTYPES[each.type] for each in self._session.get_inputs() if each.type in _DTYPES}
-        first_axes = {each.shape[0] for each in self._session.get_inputs() if each.shape}
-        fixed = first_axes.pop() if len(first_axes) == 1 else None
-        self._at_once = fixed if isinstance(fixed, int) else None
+        fixed = {each.shape[0] for each in self._session.get_inputs() if each.shape and isinstance(each.shape[0], int)}
+        self._at_once = fixed.pop() if len(fixed) == 1 else None
         found = [each.name for each in self._session.get_outputs()]
         self._names = {LOGITS: logits or self._only(found, outputs)}
         self._names |= {name: name for name in outputs if name != LOGITS}

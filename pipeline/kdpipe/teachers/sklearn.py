@@ -24,13 +24,13 @@ from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import digest, digest_file, source_digests
 from kdpipe.inputs import LOGITS
-from kdpipe.preprocess import Preprocess
-from kdpipe.preprocess.columns import ColumnEncoder
+from kdpipe.preprocess import Preprocess, Standardize
 from kdpipe.skops_files import dumps, loads
 from kdpipe.targets import OutputSpec
 
 _FILE = "estimator.skops"
-_OF_PAIRS = "decision_function_shape"
+_WHOSE_SCORES = ("best_estimator_", "final_estimator_", "estimator_")
+"""Where scikit-learn's searches, stacks and selections keep it."""
 
 
 class SklearnTeacher:
@@ -122,6 +122,7 @@ class SklearnTeacher:
             raise TeacherError(
                 f"{type(self._estimator).__name__}.fit failed: {type(error).__name__}: {error}"
             ) from error
+        self._checked(self._estimator, type(self._estimator).__name__)
 
     def save(self, folder: Path) -> None:
         """Write estimator.skops."""
@@ -183,24 +184,32 @@ class SklearnTeacher:
             raise ConfigError(
                 f"SklearnTeacher: {name} is no classifier: it has neither predict_proba nor decision_function"
             )
-        settings = estimator.get_params() if hasattr(estimator, "get_params") else {}
-        pairwise = [key for key, value in settings.items() if key.endswith(_OF_PAIRS) and value == "ovo"]
-        if pairwise and self._num_classes > 2:
+        scoring = _scoring(estimator)
+        if getattr(scoring, "decision_function_shape", None) == "ovo" and self._num_classes > 2:
             raise ConfigError(
-                f"SklearnTeacher: {name} scores pairs of classes ({pairwise[0]}: ovo), and scores of classes are "
-                f"needed; give it {pairwise[0]}: ovr (a fitted one: set_params({pairwise[0]}='ovr'))"
+                f"SklearnTeacher: {name} scores pairs of classes (decision_function_shape of {type(scoring).__name__} "
+                "is ovo), and scores of classes are needed; fit it with decision_function_shape: ovr"
             )
         return estimator
 
     def _check_order(self, columns: Sequence[str]) -> None:
         """Raise `ConfigError` where the estimator was fitted on the same columns in another order."""
         fitted_on = [str(name) for name in getattr(self._estimator, "feature_names_in_", ())]
-        preprocess = self._preprocess
-        names = preprocess.feature_names() if isinstance(preprocess, ColumnEncoder) else list(columns)
-        if fitted_on == names:
+        if fitted_on == list(columns):
             warnings.filterwarnings("ignore", "X does not have valid feature names")
-        elif sorted(fitted_on) == sorted(names):
+        elif isinstance(self._preprocess, Standardize) and sorted(fitted_on) == sorted(columns):
             raise ConfigError(
                 f"SklearnTeacher: the estimator was fitted on the columns {', '.join(fitted_on)} and is given "
-                f"{', '.join(names)}: the same in another order. Write task.columns in the estimator's order"
+                f"{', '.join(columns)}: the same in another order. Write task.columns in the estimator's order"
             )
+
+
+def _scoring(estimator: Any) -> Any:
+    """The part of a composed estimator whose scores its `decision_function` gives."""
+    while True:
+        if hasattr(estimator, "steps"):
+            estimator = estimator.steps[-1][1]
+        elif part := next((name for name in _WHOSE_SCORES if hasattr(estimator, name)), None):
+            estimator = getattr(estimator, part)
+        else:
+            return estimator

@@ -45,7 +45,8 @@ def linear_from_rules(teacher: RulesTeacher, preprocess: Preprocess, blocks: Ite
     exact where the rules' log-posterior is linear in the inputs (rules about 0/1 columns), an approximation elsewhere
     (an interval, say): see `LinearWeights.divergence`. Of equally near weights, small ones. Rules as the initial
     weights of a network: Towell & Shavlik 1994, "Knowledge-based artificial neural networks". All rows are held in
-    memory. Raises `DataError` where rules cover none of them, `ConfigError` for a preprocess of more than one tensor.
+    memory. Raises `DataError` where rules cover none of them or an input is not finite, `ConfigError` for a preprocess
+    of more than one tensor.
     """
     inputs_ND, votes_NL = _covered_rows(teacher, preprocess, blocks)
     target_NC = teacher.evidence.log_posterior(votes_NL)
@@ -100,4 +101,11 @@ def _covered_rows(
         votes.append(said[covered])
     if not sum(len(each) for each in votes):
         raise DataError("weights from rules need rows in which a rule votes: here are none")
-    return np.concatenate(inputs), np.concatenate(votes)
+    found = np.concatenate(inputs)
+    wrong = (~np.isfinite(found)).any(axis=1).sum()
+    if wrong:
+        raise DataError(
+            f"{type(preprocess).__name__} makes NaN or infinite numbers of {wrong} rows, which a logistic regression "
+            "cannot take; fill missing numbers (ColumnEncoder does)"
+        )
+    return found, np.concatenate(votes)
