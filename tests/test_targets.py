@@ -136,7 +136,18 @@ def test_interpolation_is_within_its_bound(seed, scale, k, nodes, share, num_mas
     assert (error <= (upper - lower) / 4 + 1e-9).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, -2.0, math.inf, math.nan])
+def test_logits_of_rows_that_are_not_covered_may_be_anything():
+    logits = LOGITS_BTC.clone()
+    logits[0, 0], logits[0, 1], logits[1, 0] = math.nan, -math.inf, math.inf
+    covered = torch.isfinite(logits).all(dim=-1)
+    targets = DenseTargets.of(logits, covered)
+    assert targets.covered is covered
+    assert torch.isfinite(targets.log_probs(2.0)).all()
+    expected = DenseTargets.of(LOGITS_BTC).log_probs(2.0)
+    torch.testing.assert_close(targets.log_probs(2.0)[covered], expected[covered])
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, -2.0, math.inf, math.nan, 1e300, 1e-300])
 @pytest.mark.parametrize("allow_interpolation", [False, True])
 def test_a_temperature_that_means_nothing_is_refused(temperature, allow_interpolation):
     for targets in (dense_of(LOGITS_BTC), sparse_of(LOG_PROBS_BTC, 7, (1.0, 2.0, 4.0))):

@@ -27,6 +27,10 @@ class OutputSpec:
     kind: Literal["logits", "features"] = "logits"
 
 
+_COLDEST = 1e-150
+"""The square of a temperature must be a number."""
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is one number, of Python or NumPy, and no bool."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
@@ -34,8 +38,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def check_temperature(temperature: object) -> None:
     """Raise `ConfigError` for a temperature that means nothing."""
-    if not (is_number(temperature) and 0 < temperature < math.inf):
-        raise ConfigError(f"temperature is {temperature!r}; expected a number above 0")
+    if not (is_number(temperature) and _COLDEST < temperature < 1 / _COLDEST):
+        raise ConfigError(f"temperature is {temperature!r}; expected a number above 0, such as 4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +55,12 @@ class DenseTargets:
     covered: Tensor | None = None
 
     @classmethod
-    def of(cls, logits: Tensor) -> DenseTargets:
-        """Of a teacher's logits `[B, ..., C]` in memory."""
+    def of(cls, logits: Tensor, covered: Tensor | None = None) -> DenseTargets:
+        """Of a teacher's logits `[B, ..., C]` in memory; those of rows that are not `covered` may be anything."""
+        if covered is not None:
+            logits = torch.where(covered.unsqueeze(-1), logits, 0.0)
         row_max = logits.amax(dim=-1)
-        return cls(values=logits - row_max.unsqueeze(-1), row_max=row_max)
+        return cls(values=logits - row_max.unsqueeze(-1), row_max=row_max, covered=covered)
 
     @property
     def shape(self) -> tuple[int, ...]:

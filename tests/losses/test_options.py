@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given
@@ -66,6 +67,41 @@ def test_normalised_jsd_is_continuous_at_its_ends(end, kl, dtype, distance, tole
     expected, wanted = value_and_gradient(at, student, targets, None)
     close(value, expected, tolerance)
     close(gradient, wanted, tolerance)
+
+
+@pytest.mark.parametrize("beta", [1e-12, 1e-9, 1e-7, 1e-5, 1e-3, 0.02, 0.5, 0.98, 1 - 1e-5, 1 - 1e-8])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_jsd_keeps_its_digits_where_one_side_is_sure_of_what_the_other_rules_out(beta, dtype, tolerance):
+    teacher = torch.tensor([[20, 0, 0.25], [0, 30, 1], [0.5, 0, 0.25]], dtype=dtype)
+    student = torch.tensor([[0, 0.5, 20], [1, 0, 0.5], [40, 0, 40]], dtype=dtype)
+    found = GeneralisedJSD(beta=beta, normalise=True)(student, dense_of(teacher)).tolist()
+    with mpmath.workdps(50):
+        expected = [float(exact_jsd(*rows, mpmath.mpf(beta))) for rows in zip(teacher, student, strict=True)]
+    assert found == pytest.approx(expected, rel=tolerance)
+
+
+def exact_jsd(teacher, student, beta):
+    """KL(p || m) / (1 - beta) + KL(q || m) / beta, in mpmath's numbers."""
+    p, q = (exact_probabilities(row.tolist()) for row in (teacher, student))
+    m = [beta * p_c + (1 - beta) * q_c for p_c, q_c in zip(p, q, strict=True)]
+    of_teacher, of_student = (
+        mpmath.fsum(r_c * mpmath.log(r_c / m_c) for r_c, m_c in zip(r, m, strict=True)) for r in (p, q)
+    )
+    return of_teacher / (1 - beta) + of_student / beta
+
+
+def exact_probabilities(logits):
+    shares = [mpmath.exp(z) for z in logits]
+    return [each / mpmath.fsum(shares) for each in shares]
+
+
+def test_the_second_derivative_of_jsd_is_a_number_at_its_ends():
+    teacher = torch.tensor([[1.0, -torch.inf, 2, 0], [40, 0, 0, 0]])
+    student = torch.tensor([[1.0, 2, 0, 0], [0, 0, 0, 40]], requires_grad=True)
+    loss = GeneralisedJSD(beta=0.99999999, normalise=True)(student, dense_of(teacher)).sum()
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), student)
+    assert torch.isfinite(second).all()
 
 
 def test_jsd_goes_to_0_at_its_ends():

@@ -25,6 +25,9 @@ from kdpipe.targets import SampledTargets, SparseTargets, Targets
 _LOWEST = -1e30
 """Stands for the log of 0 where a difference of two of them must be a number."""
 
+_SMALL_REST = 1e-2
+"""Of a smaller one `log1p` would lose digits where it is all that is left."""
+
 _LARGEST_EXPONENT = 80.0
 """e to it is a number in float32."""
 
@@ -324,12 +327,15 @@ def _terms_of_mixture(log_p: Tensor, log_q: Tensor, beta: float, of_p: float, of
 
 
 def _log_mixed(share: float, rest: float, gap: Tensor) -> Tensor:
-    """`log(rest + share e^gap)` for shares of 1: exact to the last digits for a small gap and for a small share.
+    """`log(rest + share e^gap)` for shares of 1: exact to the last digits for a small gap, a small share, a small rest.
 
     Where e^gap would overflow it is less than that; what it is weighted with is 0 there.
     """
-    mixed = torch.log1p(share * torch.expm1(gap.clamp(max=_LARGEST_EXPONENT)))
-    return mixed.clamp(min=math.log(rest))
+    if rest >= _SMALL_REST:
+        return torch.log1p(share * torch.expm1(gap.clamp(max=_LARGEST_EXPONENT)))
+    near = torch.log1p(share * torch.expm1(gap.clamp(-1, _LARGEST_EXPONENT)))
+    far = torch.logaddexp(gap + math.log(share), gap.new_tensor(math.log(rest)))
+    return torch.where(gap < -1, far, near)
 
 
 def _sampled_cross_entropy(logits: Tensor, targets: SampledTargets, temperature: float, standardise: bool) -> Tensor:
