@@ -283,6 +283,13 @@ def test_arguments_that_make_no_sense_are_refused(make, message):
         make()
 
 
+def test_a_padding_that_shows_nothing_of_an_image_is_refused():
+    images = {"image": np.zeros((2, 8, 6, 1), np.uint8)}
+    with pytest.raises(ConfigError, match="padding is 6, and the images are 8 x 6: nothing may be left to see"):
+        ViewSpec(count=1, transform=PadAndCrop(padding=6)).of(images, ["a", "b"], 1)
+    ViewSpec(count=1, transform=PadAndCrop(padding=5)).of(images, ["a", "b"], 1)
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda each: type(each).__name__)
 @pytest.mark.parametrize(
     "columns",

@@ -109,7 +109,7 @@ class PerExample:
         return source_digests(resolve(path, root, _FUNCTION), load_module(path, root, _FUNCTION).__name__)
 
     def __call__(self, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
-        """What the function gives, row by row."""
+        """What the function gives, row by row. Raises `ConfigError` where that lacks a column."""
         rows = [
             self._function(
                 {name: _row(column, row).copy() for name, column in columns.items()},
@@ -117,6 +117,12 @@ class PerExample:
             )
             for row, key in enumerate(keys)
         ]
+        for given in rows:
+            if not isinstance(given, Mapping) or not columns.keys() <= given.keys():
+                found = f"a mapping of {', '.join(given) or 'nothing'}" if isinstance(given, Mapping) else repr(given)
+                raise ConfigError(
+                    f"{_FUNCTION}: PerExample's function gave {found}; expected a mapping with {', '.join(columns)}"
+                )
         return {name: _joined(column, [each[name] for each in rows]) for name, column in columns.items()}
 
 

@@ -45,7 +45,13 @@ class PadAndCrop:
         check_whole(self, "fill", 0, 255)
 
     def __call__(self, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
-        """Draws the two shifts, uniform whole numbers."""
+        """Draws the two shifts, uniform whole numbers. Raises `ConfigError` for images that could go out of sight."""
+        size = _size_of(columns)
+        if self.padding >= min(size):
+            raise ConfigError(
+                f"PadAndCrop: padding is {self.padding}, and the images are {size[0]} x {size[1]}: nothing may be left "
+                "to see; expected less than that"
+            )
         corner = whole(uniform(keys, (2,), seed), 2 * self.padding + 1)
 
         def move(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
