@@ -243,6 +243,18 @@ def test_second_derivatives(name, masked):
     )
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "gjsd", "soft_target_ce", "total_variation", "logit_mse"])
+def test_gradients_of_single_rows_by_torch_func(name):
+    student, teacher, _ = triple(6, 3, 4)
+
+    def value(row, teachers):
+        return values_of(LOSSES[name], row.unsqueeze(0), dense_of(teachers.unsqueeze(0)), None).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(value))(student, teacher)
+    _, expected = value_and_gradient(LOSSES[name], student, dense_of(teacher), None)
+    close(gradients, len(student) * expected, 1e-12)
+
+
 @pytest.mark.parametrize("name", LABELLED)
 def test_where_both_rule_out_all_but_one_class(name):
     """Neither the label alone nor the label's absence is a reason for NaN."""

@@ -151,7 +151,7 @@ class GeneralisedJSD:
             return kl(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
         log_p, log_q = log_probs_of_both(logits, targets, self.temperature, self.allow_interpolation, self.standardise)
         weights = (1 / (1 - self.beta), 1 / self.beta) if self.normalise else (self.beta, 1 - self.beta)
-        value: Tensor = _MixedEntropy.apply(log_p, log_q, self.beta, *weights)  # type: ignore[no-untyped-call]
+        value: Tensor = _MixedEntropy.apply(log_p, log_q, self.beta, *weights)[0]  # type: ignore[no-untyped-call]
         return value
 
     def unscaled(self, values: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
 
     A class without p adds nothing, whatever its q. Each sums to 1 over the axis: see `_RelativeEntropy`.
     """
-    value: Tensor = _RelativeEntropy.apply(log_p, log_q)  # type: ignore[no-untyped-call]
+    value: Tensor = _RelativeEntropy.apply(log_p, log_q)[0]  # type: ignore[no-untyped-call]
     return value.masked_fill(torch.isneginf(log_p.amax(dim=-1)), 0.0)
 
 
@@ -272,18 +272,27 @@ class _RelativeEntropy(torch.autograd.Function):
     log q is `q - p`, that by log p `p log(p / q)`: those of the sum, up to what a log-softmax takes away.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """`[B, ..., C]` twice -> `[B, ...]`."""
+    def forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, ..., C]` twice -> `[B, ...]`, and what the gradients are made of."""
         ratio = (log_q - log_p).nan_to_num_(nan=0.0, posinf=-_LOWEST, neginf=-torch.inf)
         change = ratio.abs().neg_().expm1_().abs_().copysign_(ratio)
         change *= torch.maximum(log_p, log_q).exp_()
         expected = log_p.exp().mul_(ratio)
-        ctx.save_for_backward(log_p, log_q, change, expected if ctx.needs_input_grad[0] else None)
-        return (change - expected).sum(dim=-1)
+        return (change - expected).sum(dim=-1), change, expected
 
     @staticmethod
-    def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, Tensor]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep what `backward` needs."""
+        log_p, log_q = inputs
+        _, change, expected = output
+        ctx.mark_non_differentiable(change, expected)
+        ctx.save_for_backward(log_p, log_q, change, expected if ctx.needs_input_grad[0] else None)
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor]:
         """Gradients by log p and log q; differentiable ones where a second derivative is wanted."""
         log_p, log_q, change, expected = ctx.saved_tensors
         of_value = of_value.unsqueeze(-1)
@@ -300,16 +309,25 @@ class _MixedEntropy(torch.autograd.Function):
     Then the gradients by log p and log q are the two terms themselves.
     """
 
-    @staticmethod
-    def forward(ctx: Any, log_p: Tensor, log_q: Tensor, beta: float, of_p: float, of_q: float) -> Tensor:
-        """`[B, ..., C]` twice -> `[B, ...]`."""
-        ctx.numbers = (beta, of_p, of_q)
-        teachers, students = _terms_of_mixture(log_p, log_q, *ctx.numbers)
-        ctx.save_for_backward(log_p, log_q, teachers if ctx.needs_input_grad[0] else None, students)
-        return (teachers + students).sum(dim=-1)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+    def forward(log_p: Tensor, log_q: Tensor, beta: float, of_p: float, of_q: float) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, ..., C]` twice -> `[B, ...]`, and the two terms."""
+        teachers, students = _terms_of_mixture(log_p, log_q, beta, of_p, of_q)
+        return (teachers + students).sum(dim=-1), teachers, students
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep what `backward` needs."""
+        log_p, log_q, *numbers = inputs
+        _, teachers, students = output
+        ctx.numbers = numbers
+        ctx.mark_non_differentiable(teachers, students)
+        ctx.save_for_backward(log_p, log_q, teachers if ctx.needs_input_grad[0] else None, students)
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         """Gradients by log p and log q; differentiable ones where a second derivative is wanted."""
         log_p, log_q, teachers, students = ctx.saved_tensors
         of_value = of_value.unsqueeze(-1)
