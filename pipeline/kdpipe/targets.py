@@ -27,8 +27,8 @@ class OutputSpec:
     kind: Literal["logits", "features"] = "logits"
 
 
-_COLDEST = 1e-150
-"""The square of a temperature must be a number."""
+_COLDEST, _HOTTEST = 1e-15, 1e15
+"""Squares of temperatures, and logits divided by them, must be numbers in float32."""
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -38,8 +38,10 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def check_temperature(temperature: object) -> None:
     """Raise `ConfigError` for a temperature that means nothing."""
-    if not (is_number(temperature) and _COLDEST < temperature < 1 / _COLDEST):
-        raise ConfigError(f"temperature is {temperature!r}; expected a number above 0, such as 4")
+    if not (is_number(temperature) and _COLDEST <= temperature <= _HOTTEST):
+        raise ConfigError(
+            f"temperature is {temperature!r}; expected a number above 0, from {_COLDEST:g} to {_HOTTEST:g}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,16 @@ class DenseTargets:
 
     @classmethod
     def of(cls, logits: Tensor, covered: Tensor | None = None) -> DenseTargets:
-        """Of a teacher's logits `[B, ..., C]` in memory; those of rows that are not `covered` may be anything."""
+        """Of a teacher's logits `[B, ..., C]` in memory; those of rows that are not `covered [B, ...]` may be anything.
+
+        Raises `ConfigError` for another `covered`.
+        """
         if covered is not None:
+            if covered.dtype != torch.bool or covered.shape != logits.shape[:-1]:
+                raise ConfigError(
+                    f"covered is {covered.dtype} of shape {list(covered.shape)}; expected torch.bool of shape "
+                    f"{list(logits.shape[:-1])}"
+                )
             logits = torch.where(covered.unsqueeze(-1), logits, 0.0)
         row_max = logits.amax(dim=-1)
         return cls(values=logits - row_max.unsqueeze(-1), row_max=row_max, covered=covered)

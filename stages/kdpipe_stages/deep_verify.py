@@ -268,8 +268,9 @@ class _Found:
         between = distance(live, _unencoded(other, own), own)
         self.parts["in other batches"].append(_per_row(between, says["control"], own))
         self.parts["asked again"].append(_per_row(distance(live, _unencoded(again, own), own), own, own))
-        explained = allowance(live, _unencoded(live, own), BETWEEN_BATCHES)
-        self.parts["explained by rounding"].append(_per_row(explained, own, own))
+        for how, share in (("in other batches", BETWEEN_BATCHES), ("asked again", rounding)):
+            explained = allowance(live, _unencoded(live, own), share)
+            self.parts[f"explained {how}"].append(_per_row(explained, own, own))
 
     def line(self) -> str:
         """Both numbers, for a person."""
@@ -298,7 +299,7 @@ class _Found:
 
     def beyond_rounding(self, how: str) -> str:
         """How far today's answers to the same rows are apart `how`, beyond any rounding; empty otherwise."""
-        found, explained = self._mean(how), self._mean("explained by rounding")
+        found, explained = self._mean(how), self._mean(f"explained {how}")
         if found <= explained:
             return ""
         unit = "|live - live| / |live|" if self.kind is FeatureTargets else "KL(live || live), nats,"

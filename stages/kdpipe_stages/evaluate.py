@@ -69,9 +69,15 @@ class _Exam:
     """The rows that everybody is measured on, and who is measured."""
 
     def __init__(self, project: Project) -> None:
-        """Raises `ConfigError` for a metric that does not exist."""
+        """Raises `ConfigError` for a metric that does not exist, and for teachers of several distributions per row."""
         self._project = project
         self.lesson = lesson = Lesson(project)
+        for name, store in lesson.stores.items():
+            shape = list(store.outputs["logits"].shape)
+            if token_labels(lesson.task) is None and len(shape) != 1:
+                raise ConfigError(
+                    f"the teacher {name!r} gives logits of shape {shape} for a row; expected one per class"
+                )
         self.names = metrics_of(lesson.task)
         check_metrics(self.names)
         self._keep_probabilities = keeps_probabilities(self.names, lesson.task.num_classes)

@@ -329,7 +329,9 @@ def test_features_that_depend_on_their_neighbours_are_refused(tmp_path):
     assert "\nlogits: KL(live || live)" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", ["torch.randn(10)", "torch.arange(10) * (counted() % 2)"])
+@pytest.mark.parametrize(
+    "change", ["torch.randn(10)", "torch.arange(10) * (counted() % 2)", "0.01 * torch.arange(10) * counted()"]
+)
 def test_a_teacher_that_answers_otherwise_when_asked_again_is_refused(tmp_path, change):
     noisy = LOGGING_TEACHER.replace(RETURNS, f"{RETURNS} + (0 if self.training else {change})")
     noisy += "\n\nCALLS = []\n\n\ndef counted():\n    CALLS.append(None)\n    return len(CALLS)\n"

@@ -520,6 +520,8 @@ def test_logits_of_another_number_of_axes_than_the_students(folder, capsys):
     message = r"the teacher 'big' gives logits of shape \[1, 3\] for a row, the student \[3\]; expected both alike"
     change(folder, {"big": FUNCTION})
     refuses(folder, capsys, message, "check")
+    assert run(["cache-teacher"]) == 0
+    refuses(folder, capsys, r"the teacher 'big' gives logits of shape \[1, 3\] for a row", "evaluate")
 
 
 def test_outputs_that_a_teacher_does_not_give(folder, capsys):

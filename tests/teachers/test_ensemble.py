@@ -174,6 +174,10 @@ def test_a_function_that_runs_out_of_memory_is_shown_fewer_rows(tmp_path, error)
         ),
         ("return {'logits': x}", "speak gave dict for 1 rows; expected logits"),
         ("return [['a', 'b', 'c']]", "speak gave list for 1 rows; expected logits"),
+        (
+            "import torch\n    return torch.zeros(1, 3) * 1j",
+            r"speak gave \[1, 3\] complex64 for 1 rows; expected",
+        ),
         ("raise ValueError('no')", "said.py:speak failed: ValueError: no"),
     ],
 )

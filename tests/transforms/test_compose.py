@@ -155,7 +155,12 @@ def test_functions_that_make_no_sense_are_refused(tmp_path):
     cut = ViewSpec(count=1, transform=PerExample(lambda example, rng: {"image": example["image"][:, :4]}))
     with pytest.raises(ConfigError, match=r"gives image uint8 .*4, 3.*; expected the layout"):
         cut.of(images(), IDS, 1)
-    for given, found in ((None, "None"), ({}, "a mapping of nothing"), ({"pixels": 1}, "a mapping of pixels")):
+    for given, found in (
+        (None, "NoneType"),
+        ({1: 2}, "a mapping of 1"),
+        ({}, "a mapping of nothing"),
+        ({"pixels": 1}, "a mapping of pixels"),
+    ):
         transform = PerExample(lambda example, rng, given=given: given)
         with pytest.raises(ConfigError, match=f"PerExample's function gave {found}; expected a mapping with image"):
             ViewSpec(count=1, transform=transform).of(images(), IDS, 1)

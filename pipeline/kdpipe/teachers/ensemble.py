@@ -94,7 +94,8 @@ class FunctionTeacher:
         """What the function gives, float32."""
         try:
             found = self._function(columns)
-            array = np.asarray(found.detach().cpu().float() if isinstance(found, Tensor) else found)
+            is_real = isinstance(found, Tensor) and not found.is_complex()
+            array = np.asarray(found.detach().cpu().float() if is_real else found)
         except Exception as error:  # anything that a user's function raises
             if is_out_of_memory(error):
                 raise

@@ -119,7 +119,9 @@ class PerExample:
         ]
         for given in rows:
             if not isinstance(given, Mapping) or not columns.keys() <= given.keys():
-                found = f"a mapping of {', '.join(given) or 'nothing'}" if isinstance(given, Mapping) else repr(given)
+                found = type(given).__name__
+                if isinstance(given, Mapping):
+                    found = f"a mapping of {', '.join(map(str, given)) or 'nothing'}"
                 raise ConfigError(
                     f"{_FUNCTION}: PerExample's function gave {found}; expected a mapping with {', '.join(columns)}"
                 )
