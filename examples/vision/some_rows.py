@@ -22,12 +22,11 @@ class SomeRows(Table):
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The rows that are kept, in order. Raises `ConfigError` where there is no such column or split."""
-        left, limited_any = self._num_rows, False
+        left = self._num_rows
         for batch in super().batches():
             splits = named_column(batch, "split_column", self._split_column)
             limited = np.array(splits.to_pylist()) == self._split
             yield batch.filter(pa.array(~limited | (np.cumsum(limited) <= left)))
             left -= int(limited.sum())
-            limited_any |= bool(limited.any())
-        if not limited_any:
+        if left == self._num_rows:
             raise ConfigError(f"data.source.split: no row is of split {self._split!r} in {self._split_column!r}")

@@ -268,9 +268,9 @@ class _Found:
         between = distance(live, _unencoded(other, own), own)
         self.parts["in other batches"].append(_per_row(between, says["control"], own))
         self.parts["asked again"].append(_per_row(distance(live, _unencoded(again, own), own), own, own))
+        exact = _unencoded(live, own)
         for how, share in (("in other batches", BETWEEN_BATCHES), ("asked again", rounding)):
-            explained = allowance(live, _unencoded(live, own), share)
-            self.parts[f"explained {how}"].append(_per_row(explained, own, own))
+            self.parts[f"explained {how}"].append(_per_row(allowance(live, exact, share), own, own))
 
     def line(self) -> str:
         """Both numbers, for a person."""

@@ -95,7 +95,7 @@ class HuggingFace:
             if is_out_of_memory(error):
                 raise
             hint = _parquet_hint(self._path) if self._path is not None else ""
-            if not isinstance(error, _UNLOADABLE):  # a download that broke off
+            if self._name is not None and not isinstance(error, _UNLOADABLE):  # a download that broke off
                 hint = ". Run it again: what was fetched is kept"
             raise DataError(f"{self._where} cannot be loaded: {_text(error).removesuffix('.')}{hint}") from error
 
