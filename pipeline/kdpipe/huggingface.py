@@ -162,15 +162,15 @@ def _is_tokenizers(path: Path) -> bool:
 
 def check_text_fits(model: Any, vocab_size: int | None, max_length: int | None) -> None:
     """Raise `ConfigError` where a tokenizer makes more tokens, or longer rows, than the model has embeddings for."""
-    embeddings = model.get_input_embeddings()
-    known = getattr(embeddings, "num_embeddings", None)
+    # Asked of models of text only: some of images, such as ResNet, raise.
+    known = None if vocab_size is None else getattr(model.get_input_embeddings(), "num_embeddings", None)
     if vocab_size is not None and known is not None and vocab_size > known:
         raise ConfigError(
             f"the model has embeddings for {known} tokens, its tokenizer makes {vocab_size}. Take the tokenizer that "
             "the model was trained with, or a model of that vocabulary (more embeddings than tokens are fine)"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if max_length is not None and positions is not None and max_length > positions:
+    positions = getattr(model.config, "max_position_embeddings", None) or -1  # -1: relative ones, as in XLNet
+    if max_length is not None and 0 < positions < max_length:
         raise ConfigError(
             f"the model has embeddings for {positions} positions, its preprocess makes rows of {max_length} tokens. "
             "Lower the preprocess's max_length, or set max_position_embeddings in the model's config"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from kdpipe.data.columns import Ragged
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.huggingface import quietly
-from kdpipe.models.pretrained import sequence_classifier
-from kdpipe.preprocess import PretrainedTokenizer
+from kdpipe.models.pretrained import image_classifier, sequence_classifier
+from kdpipe.preprocess import ImageTensor, PretrainedTokenizer, Utf8Bytes
 from kdpipe.teachers.pretrained import PretrainedTeacher
 from kdpipe.testing import TeacherContract
 from toy_text import TEXTS, ragged, save_bert, save_tokenizer
@@ -69,6 +70,48 @@ def test_hidden_states_are_features(bert):
     teacher = teacher_in(bert, outputs=("logits", "bert.pooler"))
     assert {each.name: each.shape for each in teacher.outputs} == {"logits": (3,), "bert.pooler": (16,)}
     assert teacher.predict(ALL)["bert.pooler"].shape == (len(TEXTS), 16)
+
+
+def test_hidden_states_are_called_as_transformers_calls_them(bert):
+    teacher = teacher_in(bert, outputs=("logits", "hidden_states.1", "bert.encoder.layer.0"))
+    said = teacher.predict(ALL)
+    assert said["hidden_states.1"].shape == (len(TEXTS), 24, 16)
+    assert torch.equal(said["hidden_states.1"], said["bert.encoder.layer.0"])
+
+
+BLOCKS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+OF_IMAGES = {
+    "vit": {**BLOCKS, "patch_size": 8},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "mobilenet_v2": {"depth_multiplier": 0.35},
+    "regnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4},
+}
+
+
+@pytest.mark.parametrize("kind", OF_IMAGES)
+def test_images_may_be_classified_by_models_of_any_kind(tmp_path, kind):
+    """Those of images alone have no embeddings of tokens to look at."""
+    images = np.random.default_rng(0).integers(0, 256, size=(3, 32, 32, 3), dtype=np.uint8)
+    pixels = ImageTensor(mean=[0.5] * 3, std=[0.25] * 3)
+    model = image_classifier(5, config={"model_type": kind, **OF_IMAGES[kind]}, input_shape=(3, 32, 32)).eval()
+    with quietly():
+        model.save_pretrained(tmp_path)
+    teacher = PretrainedTeacher(5, pixels, {"image": images[:1]}, path=tmp_path, auto="image_classification")
+    with torch.inference_mode():
+        expected = model(pixels({"image": images})).logits
+    torch.testing.assert_close(teacher.predict({"image": images})["logits"], expected)
+
+
+def test_relative_positions_take_texts_of_any_length(tmp_path):
+    preprocess = Utf8Bytes(max_length=24)
+    config = {"model_type": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    model = sequence_classifier(3, config=config, **preprocess.offers)
+    with quietly():
+        model.save_pretrained(tmp_path)
+    logits = PretrainedTeacher(3, preprocess, ONE, path=tmp_path).predict(ALL)["logits"]
+    assert logits.shape == (len(TEXTS), 3)
+    assert logits.isfinite().all()
 
 
 def test_the_fingerprint_covers_weights_configuration_and_tokenizer(tmp_path, bert):

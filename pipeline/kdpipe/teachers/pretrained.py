@@ -24,9 +24,10 @@ _AUTO = {
 class PretrainedTeacher:
     """A model with its head: in the folder `path` that `save_pretrained` wrote, or of `hub`, "name@commit" of the Hub.
 
-    `auto` says what it does. Its tokenizer is the preprocess (`PretrainedTokenizer`). `device_map` (`auto`, a device,
-    or a mapping of modules to devices) is that of Transformers: a model too large for one device lies on several. Needs
-    the package transformers.
+    `auto` says what it does. Its tokenizer is the preprocess (`PretrainedTokenizer`). Among `outputs` may be
+    `hidden_states.0` (the embeddings), `hidden_states.1` (after the first layer) and so on. `device_map` (`auto`, a
+    device, or a mapping of modules to devices) is that of Transformers: a model too large for one device lies on
+    several. Needs the package transformers.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class PretrainedTeacher:
             check_same_tokens(checkpoint, tokens)
         offered = offers(preprocess)
         check_text_fits(model, offered.get("vocab_size"), offered.get("max_length"))
+        if any(name.startswith("hidden_states.") for name in outputs):
+            model.config.output_hidden_states = True
         identity = {"checkpoint": hub if path is None else digest_path(path)}
         self._teacher = TorchTeacher(model, preprocess, num_classes, identity, probe, outputs, precision)
         self.outputs, self.fingerprint = self._teacher.outputs, self._teacher.fingerprint
