@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -329,3 +332,33 @@ def test_the_contract_finds_rows_that_depend_on_their_place(tmp_path):
         "test_rows_do_not_depend_on_others",
         "test_growth_is_appended",
     }
+
+
+OF_ONES_OWN = """
+import pyarrow as pa
+from kdpipe.testing import SourceContract
+
+
+class Letters:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def batches(self):
+        yield pa.RecordBatch.from_pydict({"text": [chr(65 + row) * 1000 for row in self.rows]})
+
+
+class TestLetters(SourceContract):
+    def source(self, folder, rows):
+        return Letters(rows)
+
+    def large(self, folder):
+        return Letters([0] * 70_000)
+"""
+
+
+def test_users_run_it_on_their_own_and_see_what_was_found(tmp_path):
+    (tmp_path / "test_letters.py").write_text(OF_ONES_OWN)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "1 failed, 9 passed" in found.stdout, found.stdout + found.stderr
+    assert re.search(r"assert 70\d{6} <= 33554432", found.stdout), found.stdout
