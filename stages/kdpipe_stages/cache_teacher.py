@@ -23,6 +23,7 @@ from kdpipe.store.layout import choose_shard_rows
 from kdpipe.store.manifest import COVERED, Manifest
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe_stages.building import encodings_of
+from kdpipe_stages.made_of import files_of
 from kdpipe_stages.params import store_sections, views_identity
 from kdpipe_stages.project import Project
 from kdpipe_stages.tables import TableTeacher
@@ -175,6 +176,8 @@ def manifest_of(
     encodings = encodings_of(targets, teacher.outputs)
     specs = [spec for output in teacher.outputs for spec in encodings[output.name].arrays(output).values()]
     encodings_json = {output: encoding.to_json() for output, encoding in encodings.items()}
+    sections, section = store_sections(project.params, name), project.teacher(name)
+    files = files_of(project.root, [section.weights, section.table], teacher.fingerprint)
     views = views_identity(project.params.views)
     if views and project.params.views.transform:
         views["sources"] = project.sources(project.params.views.transform, "views.transform")
@@ -192,7 +195,7 @@ def manifest_of(
         class_names=task.class_names,
         shard_rows=targets.shard_rows or choose_shard_rows(specs, num_rows),
         coverage=isinstance(teacher, TableTeacher) or abstains(teacher),
-        sections=store_sections(project.params, name),
+        sections={**sections, "files": files} if files else sections,
         teacher={
             key: each.to_json() if isinstance(each, TeacherClassifier) else each for key, each in description.items()
         },

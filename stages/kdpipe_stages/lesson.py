@@ -21,6 +21,7 @@ from kdpipe.store import TargetStore
 from kdpipe.tasks.base import Task
 from kdpipe.views import PartnerPlan, ViewSpec
 from kdpipe_stages.building import ModelSpec, label_loss, plan_json
+from kdpipe_stages.made_of import first_changed
 from kdpipe_stages.params import (
     StudentSection,
     first_difference,
@@ -193,9 +194,9 @@ def known_labels(data: PreparedData, rows: NDArray[np.int64], section: StudentSe
 
 
 def open_checked_store(project: Project, name: str) -> TargetStore:
-    """A published store, if it was made from today's settings, and from the weights or table that params.yaml names.
+    """A published store, if it was made from today's settings, and from the files that its teacher is made of today.
 
-    No teacher is needed to tell: weights or a table that are absent are not missed.
+    No teacher is needed to tell: files that are absent are not missed.
 
     Raises `StoreNotFoundError`, `IncompleteStoreError` or `StaleStoreError` naming the command to run.
     """
@@ -209,13 +210,20 @@ def open_checked_store(project: Project, name: str) -> TargetStore:
             f"{store.path} is a store of a table alone, which tells nothing of this project's rows. Name the table as "
             f"teachers.{name}.table, remove the store and run `{command}`."
         )
-    difference = first_difference(store.manifest.sections, store_sections(project.params, name))
+    sections = dict(store.manifest.sections)
+    files = sections.pop("files", {})
+    difference = first_difference(sections, store_sections(project.params, name))
     if difference:
         raise StaleStoreError(
             f"{store.path} was made from other settings: {difference}. Restore them, or run "
             f"`kdpipe train-teacher {name}` and `{command}`."
         )
-    _check_made_from(store, project, name, command)
+    changed = first_changed(project.root, files)
+    if changed:
+        raise StaleStoreError(
+            f"{store.path} was made from another file than {project.root / changed}, of which teachers.{name} is made "
+            f"today. Put the earlier one back, or run `kdpipe train-teacher {name}` and `{command}`."
+        )
     _check_transform(store, project, command)
     return store
 
@@ -234,14 +242,3 @@ def _check_transform(store: TargetStore, project: Project, command: str) -> None
             f"{then.get(changed[0], 'not used')}, it is {now.get(changed[0], 'not used')}. Restore it, or run "
             f"`{command}`."
         )
-
-
-def _check_made_from(store: TargetStore, project: Project, name: str, command: str) -> None:
-    section = project.teacher(name)
-    for kind, given in (("weights", section.weights), ("table", section.table)):
-        path = project.root / (given or "")
-        if given and path.is_file() and digest_file(path) != store.manifest.ingredients["teacher"].get(kind):
-            raise StaleStoreError(
-                f"{store.path} was made from another file than {path}, teachers.{name}.{kind} of today. Put the "
-                f"earlier one back, or run `{command}`."
-            )

@@ -110,7 +110,7 @@ def test_another_table_than_the_stores_is_told(folder, capsys):
     pq.write_table(table.slice(0, 1000), "big.parquet")
     message = fails(capsys, "train-student")
     assert "was made from another file than" in message
-    assert "big.parquet, teachers.big.table of today" in message
+    assert "big.parquet, of which teachers.big is made today" in message
     assert "kdpipe cache-teacher big" in message
     (folder / "big.parquet").unlink()
     assert run(["train-student"]) == 0

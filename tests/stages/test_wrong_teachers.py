@@ -753,3 +753,114 @@ def test_classes_of_a_server_that_do_not_fit(folder, capsys, tmp_path_factory):
         refuses(
             folder, capsys, r"prompt: 'petal' in '\{petal\}'; the columns are sepal length", "check", "cache-teacher"
         )
+
+
+# Files of another teacher than the store's
+
+
+RULED = """
+- {name: long, when: {column: petal length, above: 4.8}, label: 2, weight: WEIGHT}
+- {name: mine, function: "speaks.py:vote", weight: 1}
+"""
+MODULE = """
+import torch
+
+from helper import WIDE
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.head(inputs)
+"""
+VOTE = """
+import numpy as np
+
+
+def vote(columns):
+    return np.where(columns['petal width'] < 1, 0, -1)
+"""
+
+
+def other_weights(path):
+    save_file({"head.weight": torch.rand(3, 4), "head.bias": torch.rand(3)}, path)
+
+
+def other_text(text):
+    return lambda path: path.write_text(text)
+
+
+OTHERS = {
+    "weights": (WEIGHTS, "a.safetensors", other_weights),
+    "onnx": (ONNX, "a.onnx", lambda path: write_network(path, *np.random.default_rng().normal(size=3))),
+    "skops": (READY, "a.skops", None),
+    "function": (FUNCTION, "mine.py", other_text(SPEAK + "# and more\n")),
+    "rules": (
+        {"teacher": {"factory": "kdpipe.teachers.rules:RulesTeacher", "rules": "rules.yaml"}},
+        "rules.yaml",
+        other_text(RULED.replace("WEIGHT", "3")),
+    ),
+    "rule's function": (
+        {"teacher": {"factory": "kdpipe.teachers.rules:RulesTeacher", "rules": "rules.yaml"}},
+        "speaks.py",
+        other_text(VOTE.replace("< 1", "< 0.9")),
+    ),
+    "module": (
+        {"model": {"factory": "net.py:Net"}, "weights": "a.safetensors", "preprocess": GIVEN},
+        "net.py",
+        other_text(MODULE + "# and more\n"),
+    ),
+    "module's helper": (
+        {"model": {"factory": "net.py:Net"}, "weights": "a.safetensors", "preprocess": GIVEN},
+        "helper.py",
+        other_text("WIDE = 2\n"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_store_of_another_file_is_told_without_the_teacher(folder, capsys, kind):
+    """Of the file in another place nothing is said; put back, or cached anew, it is the teacher's."""
+    teacher, name, write_another = OTHERS[kind]
+    other_weights(folder / "a.safetensors")
+    write_network(folder / "a.onnx", 1, 2, 3)
+    (folder / "a.skops").write_bytes(dumps(LogisticRegression(max_iter=200).fit(INPUTS, LABELS)))
+    (folder / "rules.yaml").write_text(RULED.replace("WEIGHT", "2"))
+    for file, text in {"speaks.py": VOTE, "net.py": MODULE, "helper.py": "WIDE = 1\n"}.items():
+        (folder / file).write_text(text)
+    change(folder, {"big": teacher})
+    assert run(["cache-teacher"]) == 0
+    earlier = (folder / name).read_bytes()
+    if write_another is None:
+        (folder / name).write_bytes(dumps(LogisticRegression(max_iter=200, C=0.1).fit(INPUTS, LABELS)))
+    else:
+        write_another(folder / name)
+    settles = "run `kdpipe train-teacher big` and `kdpipe cache-teacher big`"
+    message = rf"was made from another file than \S+{re.escape(name)}, of .*{settles}"
+    refuses(folder, capsys, message, "train-student")
+    another = (folder / name).read_bytes()
+    (folder / name).write_bytes(earlier)
+    project = project_in(folder)
+    open_checked_store(project, "big")
+    (folder / name).unlink()
+    open_checked_store(project, "big")
+    (folder / name).write_bytes(another)
+    for module in ("helper",):
+        sys.modules.pop(module, None)
+    assert run(["cache-teacher"]) == 0
+    open_checked_store(project, "big")
+
+
+def test_a_file_that_says_the_same_in_other_bytes_needs_no_pass(folder, capsys):
+    (folder / "rules.yaml").write_text(RULED.replace("WEIGHT", "2"))
+    (folder / "speaks.py").write_text(VOTE)
+    change(folder, {"big": {"teacher": {"factory": "kdpipe.teachers.rules:RulesTeacher", "rules": "rules.yaml"}}})
+    assert run(["cache-teacher"]) == 0
+    (folder / "rules.yaml").write_text("# my rules" + RULED.replace("WEIGHT", "2"))
+    refuses(folder, capsys, "rules.yaml", "train-student")
+    assert run(["cache-teacher"]) == 0
+    assert "0 rows computed" in capsys.readouterr().err
+    open_checked_store(project_in(folder), "big")
