@@ -20,6 +20,8 @@ Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 LOGITS = "logits"
 ATTENTION_MASK = "attention_mask"
 _NAMES_SHOWN = 20
+_SUM_TOLERANCE = 2e-3
+"""How far float16 probabilities of a softmax may be from a sum of 1."""
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -87,6 +89,18 @@ def class_logits(logits: Tensor, num_classes: int) -> Tensor:
     return torch.cat([torch.zeros_like(single), single], dim=-1)
 
 
+def look_like_probabilities(logits: Tensor) -> bool:
+    """Whether logits `[B, …, C]` are what a softmax gives: from 0 to 1, with a sum of 1, and not all 0 or 1."""
+    values = logits.detach().float()
+    if (
+        values.shape[-1] < 2
+        or not bool(((values >= 0) & (values <= 1)).all())
+        or bool((values == values.round()).all())
+    ):
+        return False
+    return bool(((values.sum(dim=-1) - 1).abs() < _SUM_TOLERANCE).all())
+
+
 def about_classes(shape: Sequence[int], num_classes: int) -> str:
     """What to do about logits of `shape` that are not of `num_classes`, for the end of a message."""
     about = f"task.num_classes is {num_classes}"
@@ -110,6 +124,8 @@ class Head:
         parts = by_name(returned)
         name = self._name or (LOGITS if LOGITS in parts else next(iter(parts)) if len(parts) == 1 else LOGITS)
         logits = parts.get(name)
+        if logits is None and isinstance(returned, tuple) and name.isdecimal() and int(name) < len(returned):
+            logits = returned[int(name)]  # of a named tuple, too
         if not isinstance(logits, Tensor):
             raise ConfigError(
                 f"the model's forward gives no tensor {name!r}; it gives {', '.join(parts) or type(returned).__name__}."

@@ -16,7 +16,7 @@ from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.data.preparing import column_of
 from kdpipe.encodings import TargetEncoding
 from kdpipe.errors import ConfigError, DataError, KdpipeError, at
-from kdpipe.inputs import LOGITS, Head, Inputs, call, described, num_rows, tensors_of
+from kdpipe.inputs import LOGITS, Head, Inputs, call, described, look_like_probabilities, num_rows, tensors_of
 from kdpipe.losses import reuses_classifier
 from kdpipe.preprocess import ImageTensor, Preprocess, Standardize
 from kdpipe.store.manifest import Manifest
@@ -325,6 +325,11 @@ def _check_model(
     if logits.shape[:1] + logits.shape[-1:] != expected:
         raise ConfigError(
             f"{where}.model: forward gives {list(logits.shape)}; expected logits of shape {list(expected)}"
+        )
+    if look_like_probabilities(logits):
+        raise ConfigError(
+            f"{where}.model: forward gives numbers from 0 to 1 with a sum of 1: probabilities, of a softmax at its "
+            "end; expected logits. Leave the softmax out"
         )
     return module, to_input
 

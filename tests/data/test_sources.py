@@ -48,6 +48,17 @@ def test_a_csv_file_has_a_header_and_types(tmp_path, name):
     }
 
 
+def test_a_csv_file_may_have_other_marks(tmp_path):
+    (tmp_path / "rows.csv").write_text('id;text;width\n1;"a;b";0,5\n2;c;1,25\n')
+    read_so = read(Table(tmp_path / "rows.csv", delimiter=";", decimal_point=","))
+    assert read_so.to_pydict() == {"id": [1, 2], "text": ["a;b", "c"], "width": [0.5, 1.25]}
+    (tmp_path / "tabs.csv").write_text("id\ttext\n1\tone, two\n")
+    assert read(Table(tmp_path / "tabs.csv", delimiter="\t")).to_pydict() == {"id": [1], "text": ["one, two"]}
+    for marks in ({"delimiter": ";;"}, {"delimiter": ""}, {"delimiter": "."}):
+        with pytest.raises(ConfigError, match=r"data\.source: delimiter is .*one character each"):
+            Table(tmp_path / "rows.csv", **marks)
+
+
 def test_every_call_starts_from_the_first_row(tmp_path):
     pq.write_table(numbers(9), tmp_path / "rows.parquet")
     source = Table(tmp_path / "rows.parquet", batch_rows=2)

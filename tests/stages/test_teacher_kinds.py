@@ -231,9 +231,9 @@ def test_an_onnx_file(tmp_path):
     metrics = distil(project)
     check_agreement(project, metrics, least=0.7)
     assert metrics["teacher"]["accuracy"] > 0.95
-    otherwise = {"big": {"teacher": {**teacher, "probabilities": False}, "preprocess": preprocess}}
+    otherwise = {"big": {"teacher": {**teacher, "logits": "p"}, "preprocess": preprocess}}
     project = write(tmp_path, write_table(tmp_path, "wine"), otherwise)
-    assert cache_teacher.run(project, "big").rows_computed == 178, "the same file, taken otherwise, is another teacher"
+    assert cache_teacher.run(project, "big").rows_computed == 178, "the same file, asked otherwise, is another teacher"
 
 
 SKLEARN = "kdpipe.teachers.sklearn:SklearnTeacher"

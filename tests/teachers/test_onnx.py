@@ -226,3 +226,28 @@ def test_what_are_no_probabilities_is_refused(tmp_path, outputs, columns, num_cl
     linear(tmp_path, outputs=outputs, weights=WEIGHTS[:, :columns])
     with pytest.raises(TeacherError, match=message):
         teacher_of(tmp_path, num_classes, probabilities=True).predict(COLUMNS)
+
+
+def test_probabilities_are_not_taken_for_logits(tmp_path):
+    linear(tmp_path, outputs=("probabilities",))
+    with pytest.raises(TeacherError, match=r"gives probabilities from 0 to 1 with a sum of 1: .*probabilities: true"):
+        teacher_of(tmp_path)
+
+
+def test_an_output_that_is_no_tensor_is_named(tmp_path):
+    """As skl2onnx has probabilities unless it is told otherwise."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["z"]),
+        helper.make_node("ZipMap", ["z"], ["said"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2]),
+    ]
+    tensors = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 4])]
+    value = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    kind = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, value))
+    graph = helper.make_graph(nodes, "net", tensors, [helper.make_value_info("said", kind)], [WEIGHTS_OF_NET])
+    versions = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=versions, ir_version=9), tmp_path / "net.onnx")
+    with pytest.raises(ConfigError, match=r"'said' of \S+ is seq\(map\(.*expected a tensor.*'zipmap': False"):
+        teacher_of(tmp_path, probabilities=True)
+
+
+WEIGHTS_OF_NET = numpy_helper.from_array(WEIGHTS, "w")

@@ -162,6 +162,14 @@ def test_numbers_are_compared_as_the_column_holds_them():
     assert where({"column": "x", "is": True}, {"x": np.array([True, False])}) == [0]
 
 
+def test_whole_numbers_that_float32_does_not_hold_are_no_conditions():
+    rows = {"x": np.array([16777216, 16777217]).astype(np.float32)}
+    with pytest.raises(ConfigError, match=r"when\.in: 16777217 cannot be told from its neighbours, .*category"):
+        parse_condition({"column": "x", "in": [1, 16777217]}, "when")(rows)
+    assert where({"column": "x", "at_least": 16777216}, rows) == [0, 1]
+    assert where({"column": "x", "is": 16777215}, rows) == []
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -11,7 +11,7 @@ import torch
 from completions_server import CLASSES, VOCABULARY, log_probs, running
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.teachers.base import Teacher, abstains
-from kdpipe.teachers.server import ServedClassifier, ServedLanguageModel
+from kdpipe.teachers.server import ServedClassifier, ServedLanguageModel, _Value
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (5, 9)).astype(np.int32)
 COUNTED = np.random.default_rng(1).random((5, 8)) < 0.6
@@ -272,3 +272,9 @@ def test_probabilities_that_are_more_than_1_are_refused(server):
     server.behave(log_prob=math.log(0.8))
     with pytest.raises(TeacherError, match=r"probabilities sum to 1\.\d+; expected 1 at most"):
         language_model(server)
+
+
+def test_values_stand_in_a_prompt_as_in_the_source():
+    numbers = np.array([0.1, 2, 16777216, np.nan], np.float32)
+    assert [f"{_Value(each)}" for each in [*numbers, None, "a {b}"]] == ["0.1", "2", "16777216", "", "", "a {b}"]
+    assert f"{_Value(numbers[0]):.2f}" == "0.10"

@@ -3,13 +3,19 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
+from sklearn.compose import make_column_transformer
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from kdpipe.config import Factory
+from kdpipe.data.columns import take
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.preprocess import Standardize
 from kdpipe.skops_files import dumps
@@ -266,3 +272,80 @@ def test_an_estimator_that_runs_out_of_memory_is_shown_fewer_rows(tmp_path):
     ask = Asking(teacher)
     assert ask(COLUMNS, 60)["logits"].shape == (60, 4)
     assert ask.at_once == 15
+
+
+# Tables, names of classes
+
+
+PEOPLE = pd.DataFrame(
+    {
+        "town": ["Ulm", "Bonn", None, "Ulm", "Kiel", "Bonn"] * 5,
+        "age": pd.Series([31, 64, 8, np.nan, 47, 25] * 5, dtype=np.float32),
+    }
+)
+BUYS = np.array(["no", "yes", "no", "no", "yes", "no"] * 5)
+ABOUT_PEOPLE = TabularClassification(
+    2, columns=["age"], categorical=["town"], missing="allow", class_names=["yes", "no"]
+)
+
+
+def people():
+    """A pipeline as a user would store it, of columns by name in an order of its own; and the same rows as prepared."""
+    parts = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), ["town"]), (StandardScaler(), ["age"]))
+    pipeline = make_pipeline(parts, HistGradientBoostingClassifier(max_iter=5, min_samples_leaf=2, random_state=0))
+    rows = pa.RecordBatch.from_pandas(PEOPLE, preserve_index=False)
+    return pipeline, ABOUT_PEOPLE.to_inputs(rows, str)
+
+
+def test_a_ready_pipeline_is_given_a_table_and_may_name_its_classes(tmp_path):
+    pipeline, prepared = people()
+    with_nan = PEOPLE.assign(town=PEOPLE["town"].where(PEOPLE["town"].notna(), np.nan))
+    (tmp_path / "a.skops").write_bytes(dumps(pipeline.fit(with_nan, BUYS)))
+    one = {name: take(each, np.array([0])) for name, each in prepared.items()}
+    teacher = SklearnTeacher(
+        tmp_path, 2, ABOUT_PEOPLE.default_preprocess(), path="a.skops", frame=True, task=ABOUT_PEOPLE, probe=one
+    )
+    expected = pipeline.predict_proba(with_nan)[:, ::-1]  # the estimator's classes are no, yes; the task's yes, no
+    assert np.allclose(teacher.predict(prepared)["logits"].softmax(dim=1), expected, atol=1e-6)
+    assert teacher.fingerprint["preprocess_state"] is None
+
+
+def test_a_pipeline_may_be_fitted_on_tables_here(tmp_path):
+    pipeline, prepared = people()
+    factory = Factory(path="sklearn.pipeline:Pipeline", arguments={"steps": pipeline.steps})
+    preprocess = ABOUT_PEOPLE.default_preprocess()
+    teacher = SklearnTeacher(tmp_path, 2, preprocess, estimator=factory, frame=True, task=ABOUT_PEOPLE)
+    labels = (BUYS == "no").astype(np.int64)
+    labels[3] = -1
+    teacher.fit([({name: take(each, rows) for name, each in prepared.items()}, labels[rows]) for rows in TWO_BLOCKS])
+    with_nan = PEOPLE.assign(town=PEOPLE["town"].where(PEOPLE["town"].notna(), np.nan))
+    reference = people()[0].fit(with_nan[labels >= 0], labels[labels >= 0])
+    said = teacher.predict(prepared)["logits"].softmax(dim=1)
+    assert np.allclose(said, reference.predict_proba(with_nan), atol=1e-6)
+
+
+TWO_BLOCKS = (np.arange(20), np.arange(20, 30))
+
+
+def test_a_column_that_the_task_has_not_is_named(tmp_path):
+    pipeline, prepared = people()
+    (tmp_path / "a.skops").write_bytes(dumps(pipeline.fit(PEOPLE.fillna({"town": "?"}), BUYS)))
+    task = TabularClassification(2, columns=["age"], missing="allow")
+    numbers = {"features": prepared["features"][:1]}
+    with pytest.raises(ConfigError, match="fitted on a column 'town'; the task has age"):
+        SklearnTeacher(tmp_path, 2, task.default_preprocess(), path="a.skops", frame=True, task=task, probe=numbers)
+
+
+def test_several_labels_per_row_are_refused(tmp_path):
+    several = KNeighborsClassifier().fit(FEATURES, np.stack([LABELS > 0, LABELS > 1], axis=1).astype(np.int64))
+    (tmp_path / "a.skops").write_bytes(dumps(several))
+    with pytest.raises(TeacherError, match="of one label per row"):
+        teacher_of(tmp_path, 2, path="a.skops", probe={"features": FEATURES[:1]})
+
+
+def test_a_stack_knows_after_fitting_only_that_it_has_probabilities(tmp_path):
+    arguments = {"estimators": [("a", LogisticRegression(max_iter=500))], "cv": 2}
+    stack = Factory(path="sklearn.ensemble:StackingClassifier", arguments=arguments)
+    teacher = teacher_of(tmp_path, 2, estimator=stack)
+    teacher.fit([(COLUMNS, (LABELS > 0).astype(np.int64))])
+    assert teacher.predict(COLUMNS)["logits"].shape == (60, 2)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import namedtuple
+
 import numpy as np
 import pytest
 import torch
@@ -188,6 +190,16 @@ def test_parts_of_tuples_go_by_position():
     assert torch.equal(said["both.1"], said["pair.0"].flatten(1))
     named = teacher_of(Returns(lambda inputs: (inputs[:, :2], inputs[:, 1:])), logits="1")
     assert torch.equal(on_cpu(named.predict(FEATURES)["logits"]), fitted()(FEATURES)[:, 1:])
+    pair = namedtuple("pair", "hidden scores")
+    named = teacher_of(Returns(lambda inputs: pair(inputs[:, :2], inputs[:, 1:])), logits="1")
+    assert torch.equal(on_cpu(named.predict(FEATURES)["logits"]), fitted()(FEATURES)[:, 1:])
+
+
+def test_probabilities_are_not_taken_for_logits():
+    with pytest.raises(TeacherError, match="numbers from 0 to 1 with a sum of 1: probabilities, of a softmax"):
+        teacher_of(Returns(lambda inputs: inputs[:, 1:].softmax(dim=1)))
+    sure = teacher_of(Returns(lambda inputs: torch.eye(3)[inputs[:, 1:].argmax(dim=1)]))
+    assert set(sure.predict(FEATURES)["logits"].flatten().tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize(

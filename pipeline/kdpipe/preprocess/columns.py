@@ -105,7 +105,7 @@ class ColumnEncoder:
         categories = [name for name in values if name not in self._columns]
         transformer = self._of(categories) if self._given is None else self._given
         try:
-            transformer.fit(_table(values))
+            transformer.fit(table_of(values))
         except Exception as error:  # any transformer's own
             raise DataError(f"{_NAME}: fit failed: {type(error).__name__}: {error}") from error
         content = base64.b64encode(zlib.compress(dumps(transformer), 9)).decode()
@@ -138,7 +138,7 @@ class ColumnEncoder:
     def __call__(self, columns: Columns) -> Tensor:
         """`[B, D]`. Raises `DataError` where the transformer fails or gives no table of numbers."""
         self.state()
-        table = _table(self._values(columns))
+        table = table_of(self._values(columns))
         try:
             encoded = self._fitted.transform(table)
             array = np.asarray(encoded.toarray() if hasattr(encoded, "toarray") else encoded, np.float32)
@@ -199,8 +199,8 @@ def _made(factory: Factory, root: Path) -> Any:
     return transformer
 
 
-def _table(values: Mapping[str, Array]) -> Any:
-    """A DataFrame; missing categories are NaN, as scikit-learn expects them."""
+def table_of(values: Mapping[str, Array]) -> Any:
+    """A pandas DataFrame of columns by name; missing categories are NaN, as scikit-learn expects them."""
     pandas = package("pandas", "sklearn")
     with_nan = {name: np.where(pandas.isna(each), np.nan, each) for name, each in values.items()}
     return pandas.DataFrame({name: pandas.Series(each, dtype=values[name].dtype) for name, each in with_nan.items()})

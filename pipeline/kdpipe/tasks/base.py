@@ -93,6 +93,8 @@ def class_labels(
         return _ids_of_names(_as_text(values), class_names, name_of)
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
+    if pa.types.is_floating(values.type):
+        values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
     try:
         ids: NDArray[np.int64] = pc.fill_null(values.cast(pa.int64()), MISSING_LABEL).to_numpy(zero_copy_only=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -19,7 +19,7 @@ from kdpipe.config import load_module, resolve
 from kdpipe.data.columns import Columns
 from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import source_digests
-from kdpipe.inputs import LOGITS, class_logits, kind
+from kdpipe.inputs import LOGITS, class_logits, kind, look_like_probabilities
 from kdpipe.targets import OutputSpec
 from kdpipe.teachers.base import COVERED, Teacher, abstains
 
@@ -82,7 +82,13 @@ class FunctionTeacher:
         self._function: Any = found() if inspect.isclass(found) else found
         self._name, self._num_classes = function, num_classes
         self._sources = source_digests(found, load_module(function, root, "function").__name__)
-        shape = tuple(self.predict(probe)[LOGITS].shape[1:])
+        said = self.predict(probe)[LOGITS]
+        if look_like_probabilities(said):
+            raise TeacherError(
+                f"{function} gives numbers from 0 to 1 with a sum of 1: probabilities; expected logits. Give their "
+                "logarithm"
+            )
+        shape = tuple(said.shape[1:])
         self.outputs = (OutputSpec(name=LOGITS, shape=shape),)
 
     @property

@@ -19,7 +19,16 @@ from kdpipe.config import package
 from kdpipe.data.columns import Columns
 from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import digest, digest_file
-from kdpipe.inputs import LOGITS, Inputs, about_classes, class_logits, described, num_rows, trimmed
+from kdpipe.inputs import (
+    LOGITS,
+    Inputs,
+    about_classes,
+    class_logits,
+    described,
+    look_like_probabilities,
+    num_rows,
+    trimmed,
+)
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
 
@@ -78,11 +87,22 @@ class OnnxTeacher:
         for name in self._names.values():
             if name not in found:
                 raise ConfigError(f"OnnxTeacher: {self._path} has no output {name!r}; it has {', '.join(found)}")
+        for each in self._session.get_outputs():
+            if each.name in self._names.values() and not each.type.startswith("tensor("):
+                raise ConfigError(
+                    f"OnnxTeacher: the output {each.name!r} of {self._path} is {each.type}; expected a tensor. Export "
+                    "it as one (skl2onnx: options={'zipmap': False})"
+                )
         said = self._say(probe)
         if said[LOGITS].ndim < 2 or said[LOGITS].shape[-1] != num_classes:
             raise TeacherError(
                 f"{self._path} gives {self._names[LOGITS]} of shape {list(said[LOGITS].shape)} for one row; expected "
                 f"[1, …, {num_classes}]{about_classes(said[LOGITS].shape, num_classes)}"
+            )
+        if not probabilities and look_like_probabilities(said[LOGITS]):
+            raise TeacherError(
+                f"{self._path} gives {self._names[LOGITS]} from 0 to 1 with a sum of 1: probabilities; expected "
+                "logits. Say so: probabilities: true"
             )
         self.outputs = tuple(
             OutputSpec(name=name, shape=tuple(each.shape[1:]), kind="logits" if name == LOGITS else "features")

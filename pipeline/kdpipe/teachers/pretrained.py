@@ -59,6 +59,9 @@ class PretrainedTeacher:
             check_same_tokens(checkpoint, tokens)
         offered = offers(preprocess)
         check_text_fits(model, offered.get("vocab_size"), offered.get("max_length"))
+        if "pad_id" in offered and getattr(model.config, "pad_token_id", None) is None:
+            # By it, models such as GPT-2 find the last token of a row.
+            model.config.pad_token_id = offered["pad_id"]
         if any(name.startswith("hidden_states.") for name in outputs):
             model.config.output_hidden_states = True
         identity = {"checkpoint": hub if path is None else digest_path(path)}

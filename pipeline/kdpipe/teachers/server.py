@@ -360,6 +360,22 @@ class ServedLanguageModel:
         return ids, log_probs, math.log(left) if left > 0 else -math.inf
 
 
+class _Value:
+    """A value of a column as a prompt has it: `0.1` and `2` as in the source, nothing where it is missing.
+
+    A format is the prompt's own: `{price:.2f}`.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __format__(self, form: str) -> str:
+        if self._value is None or self._value != self._value:
+            return ""
+        is_plain_number = isinstance(self._value, np.floating) and not form
+        return np.format_float_positional(self._value, trim="-") if is_plain_number else format(self._value, form)
+
+
 class ServedClassifier:
     """A language model asked for a class: the log-probs of the `answers` as the next token after the `prompt`.
 
@@ -417,7 +433,9 @@ class ServedClassifier:
         values = self._values(columns)
         rows = len(next(iter(values.values())))
         try:
-            prompts = [self._prompt.format(**{name: each[row] for name, each in values.items()}) for row in range(rows)]
+            prompts = [
+                self._prompt.format(**{name: _Value(each[row]) for name, each in values.items()}) for row in range(rows)
+            ]
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(f"prompt: {error} in {self._prompt!r}; the columns are {', '.join(values)}") from None
         questions = [{"prompt": prompt, "max_tokens": 1, "logprobs": self._top, "temperature": 0} for prompt in prompts]

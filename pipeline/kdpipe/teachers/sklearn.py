@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from kdpipe import durable
-from kdpipe.config import FactoryField, bind, load_module, resolve
+from kdpipe.config import FactoryField, bind, load_module, package, resolve
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import digest, digest_file, source_digests
 from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess, Standardize
+from kdpipe.preprocess.columns import table_of
 from kdpipe.skops_files import dumps, loads
 from kdpipe.targets import OutputSpec
 
@@ -54,19 +55,24 @@ class SklearnTeacher:
         path: str | None = None,
         trusted: Sequence[str] = (),
         smallest: float = 1e-6,
+        frame: bool = False,
         probe: Columns | None = None,
         task: Any = None,
     ) -> None:
-        """`trusted`: types of other packages that the file may hold. `task`: one of tables tells its columns' order.
+        """`trusted`: types of other packages that the file may hold. `task`: tells class names, and columns' order.
 
-        A ready estimator is tried on `probe`, a prepared row, at once. Raises `ConfigError`, `TeacherError`.
+        `frame`: the estimator is given a pandas DataFrame of the task's columns by name, and not what the preprocess
+        makes of them: float32 (NaN: missing), and objects of str (NaN: missing) for categories. A ready estimator is
+        tried on `probe`, a prepared row, at once. Its classes are class numbers, or names of the task's. Raises
+        `ConfigError`, `TeacherError`.
         """
         if (estimator is None) == (path is None):
             raise ConfigError("SklearnTeacher: give estimator (it is fitted here, on `fit_on`) or path (it is ready)")
         if not 0 < smallest < 1 / num_classes:
             raise ConfigError(f"SklearnTeacher: smallest is {smallest}; expected a probability below 1 / {num_classes}")
         self._num_classes, self._preprocess, self._trusted = num_classes, preprocess, trusted
-        self._smallest = smallest
+        self._smallest, self._class_names = smallest, list(getattr(task, "class_names", None) or ())
+        self._values = _values_by_name(task) if frame else None
         self.outputs = (OutputSpec(name=LOGITS, shape=(num_classes,)),)
         self._estimator: Any = None
         self._is_ready, self._learnt = path is not None, ""
@@ -99,11 +105,10 @@ class SklearnTeacher:
                 "the estimator has not seen any rows: give the teacher `fit_on: SPLIT` and run `kdpipe train-teacher`, "
                 "or name a file that holds a fitted one (path)"
             )
-        state = digest(dict(self._preprocess.state()))
         return {
             "estimator": self._learnt,
             "scikit-learn": sklearn.__version__,
-            "preprocess_state": state,
+            "preprocess_state": digest(dict(self._preprocess.state())) if self._values is None else None,
             "smallest": self._smallest,
         }
 
@@ -112,7 +117,7 @@ class SklearnTeacher:
         if self._is_ready:
             raise ConfigError("SklearnTeacher: the estimator of `path` is ready; leave fit_on out")
         parts = [(self._inputs(columns)[labels != MISSING_LABEL], labels) for columns, labels in blocks]
-        inputs = np.concatenate([each for each, _ in parts])
+        inputs = self._joined([each for each, _ in parts])
         labels = np.concatenate([each[each != MISSING_LABEL] for _, each in parts])
         if not len(labels):
             raise TeacherError("the teacher's split has no row with a label; expected some to fit it on")
@@ -155,21 +160,42 @@ class SklearnTeacher:
     def _spread(self, values: NDArray[np.float64], absent: float | NDArray[np.float64]) -> NDArray[np.float64]:
         """Values of the classes that the estimator knows as `[B, C]`, and that of an absent class (`[B]`, or all)."""
         classes = np.asarray(self._estimator.classes_)
+        if classes.dtype.kind in "OU" and classes.ndim == 1 and {*classes.tolist()} <= {*self._class_names}:
+            classes = np.array([self._class_names.index(name) for name in classes.tolist()])
+        if values.shape[1:] != classes.shape:
+            raise TeacherError(
+                f"the estimator gives {list(values.shape)} for classes of shape {list(classes.shape)}; expected a "
+                "number per row and class, of one label per row"
+            )
         if classes.dtype.kind not in "iu" or classes.min() < 0 or classes.max() >= self._num_classes:
             raise TeacherError(
                 f"the estimator's classes are {classes.tolist()}; expected class numbers from 0 to "
-                f"{self._num_classes - 1}, as the task numbers them"
+                f"{self._num_classes - 1}, as the task numbers them, or names of task.class_names"
             )
         spread = np.empty((len(values), self._num_classes))
         spread.T[:] = absent
         spread[:, classes] = values
         return spread
 
-    def _inputs(self, columns: Columns) -> NDArray[np.float32]:
+    def _inputs(self, columns: Columns) -> Any:
+        """`[B, D]`, or a DataFrame of the columns that the estimator knows, in its order."""
+        if self._values is not None:
+            table = table_of(self._values(columns))
+            known = [str(name) for name in getattr(self._estimator, "feature_names_in_", table.columns)]
+            absent = [name for name in known if name not in table.columns]
+            if absent:
+                raise ConfigError(
+                    f"SklearnTeacher: the estimator was fitted on a column {absent[0]!r}; the task has "
+                    f"{', '.join(table.columns)}"
+                )
+            return table[known]
         inputs = self._preprocess(columns)
         if not isinstance(inputs, Tensor):
             raise ConfigError("SklearnTeacher: the preprocess gives several inputs; expected one tensor [B, D]")
         return inputs.flatten(1).numpy()
+
+    def _joined(self, parts: Sequence[Any]) -> Any:
+        return np.concatenate(parts) if self._values is None else package("pandas", "sklearn").concat(parts)
 
     def _open(self, path: Path) -> None:
         if not path.is_file():
@@ -178,9 +204,13 @@ class SklearnTeacher:
         self._learnt = digest_file(path)
 
     def _checked(self, estimator: Any, name: str) -> Any:
+        from sklearn.base import is_classifier
+
         if hasattr(estimator, "predict_proba"):
             return estimator
         if not hasattr(estimator, "decision_function"):
+            if is_classifier(estimator) and not hasattr(estimator, "classes_"):
+                return estimator  # until it is fitted, a stack, say, does not know what it will have
             raise ConfigError(
                 f"SklearnTeacher: {name} is no classifier: it has neither predict_proba nor decision_function"
             )
@@ -197,11 +227,20 @@ class SklearnTeacher:
         fitted_on = [str(name) for name in getattr(self._estimator, "feature_names_in_", ())]
         if fitted_on == list(columns):
             warnings.filterwarnings("ignore", "X does not have valid feature names")
-        elif isinstance(self._preprocess, Standardize) and sorted(fitted_on) == sorted(columns):
+        elif (
+            self._values is None and isinstance(self._preprocess, Standardize) and sorted(fitted_on) == sorted(columns)
+        ):
             raise ConfigError(
                 f"SklearnTeacher: the estimator was fitted on the columns {', '.join(fitted_on)} and is given "
                 f"{', '.join(columns)}: the same in another order. Write task.columns in the estimator's order"
             )
+
+
+def _values_by_name(task: Any) -> Callable[[Columns], Mapping[str, Any]]:
+    found: Callable[[Columns], Mapping[str, Any]] | None = getattr(task, "column_values", None)
+    if found is None:
+        raise ConfigError(f"SklearnTeacher: frame is for tables; {type(task).__name__} has no columns by name")
+    return found
 
 
 def _scoring(estimator: Any) -> Any:

@@ -17,7 +17,17 @@ from kdpipe.data.columns import Columns
 from kdpipe.devices import compute_device
 from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
 from kdpipe.fingerprint import brief
-from kdpipe.inputs import LOGITS, Head, Outputs, about_classes, changed, described, kind, num_rows
+from kdpipe.inputs import (
+    LOGITS,
+    Head,
+    Outputs,
+    about_classes,
+    changed,
+    described,
+    kind,
+    look_like_probabilities,
+    num_rows,
+)
 from kdpipe.preprocess import Preprocess
 from kdpipe.targets import OutputSpec
 from kdpipe.teachers.base import COVERED
@@ -66,6 +76,11 @@ class TorchTeacher:
         found = said[LOGITS]
         if found.ndim < 2 or found.shape[:1] + found.shape[-1:] != (1, num_classes):
             raise self._misfit(said, LOGITS, 1, f"[1, …, {num_classes}]")
+        if look_like_probabilities(found):
+            raise TeacherError(
+                "the teacher's forward gives numbers from 0 to 1 with a sum of 1: probabilities, of a softmax at its "
+                "end; expected logits. Take what goes into the softmax, or return the logarithm of what comes out"
+            )
         self.abstains = COVERED in said
         self.outputs = (
             OutputSpec(name=LOGITS, shape=tuple(found.shape[1:]), kind="logits"),

@@ -20,12 +20,14 @@ from kdpipe.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """How files are read: rows of a block, types by column, bytes parsed at a time, nulls, the first file's schema."""
+    """How files are read: rows of a block, types, bytes parsed at a time, nulls, CSV's marks, the first schema."""
 
     batch_rows: int
     types: Mapping[str, Any]
     block_bytes: int
     null_values: Sequence[str]
+    delimiter: str = ","
+    decimal_point: str = "."
     first: pa.Schema | None = None
 
 
@@ -38,6 +40,7 @@ class Table:
     may be longer than `block_bytes`. Files of a folder come in the order of their names and have the same columns;
     those that match a pattern of `ignore` are left out.
 
+    Of CSV, `delimiter` stands between the values of a row (`";"`, `"\\t"`) and `decimal_point` in a number (`","`).
     `null_values` are texts that stand for a missing value, such as `?`, in columns of text and, of CSV, in any column.
     `number_as` names a further column, of row numbers from 0 on over all files: ids where rows repeat and have no key.
     """
@@ -51,13 +54,26 @@ class Table:
         block_bytes: int = BLOCK_BYTES,
         null_values: Sequence[str] = (),
         number_as: str | None = None,
+        delimiter: str = ",",
+        decimal_point: str = ".",
     ) -> None:
+        """Raises `ConfigError` for types that there are not, and for a delimiter that is no single character."""
+        if not len(delimiter) == len(decimal_point) == 1 or delimiter == decimal_point:
+            raise ConfigError(
+                f"data.source: delimiter is {delimiter!r} and decimal_point {decimal_point!r}; expected one character "
+                "each, and two of them"
+            )
         self.path = path
         self.batch_rows = batch_rows
         self._ignore, self._number_as = ignore, number_as
         arrow_types = {name: _type(name, alias) for name, alias in (types or {}).items()}
         self._options = _Options(
-            batch_rows=batch_rows, types=arrow_types, block_bytes=block_bytes, null_values=null_values
+            batch_rows=batch_rows,
+            types=arrow_types,
+            block_bytes=block_bytes,
+            null_values=null_values,
+            delimiter=delimiter,
+            decimal_point=decimal_point,
         )
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -158,8 +174,12 @@ def _read_csv(path: Path, options: _Options) -> Iterator[pa.RecordBatch]:
         pyarrow.csv.open_csv(
             path,
             pyarrow.csv.ReadOptions(block_size=options.block_bytes),
-            pyarrow.csv.ParseOptions(newlines_in_values=True),
-            pyarrow.csv.ConvertOptions(column_types=types, null_values=[*_NULLS_OF_CSV, *options.null_values]),
+            pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter=options.delimiter),
+            pyarrow.csv.ConvertOptions(
+                column_types=types,
+                null_values=[*_NULLS_OF_CSV, *options.null_values],
+                decimal_point=options.decimal_point,
+            ),
         ) as reader,
     ):
         unknown = sorted(options.types.keys() - set(reader.schema.names))

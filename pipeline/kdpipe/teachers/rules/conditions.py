@@ -48,6 +48,10 @@ _SEARCHES = ("contains", "words", "matches")
 _TESTS = ("is", "in", *_COMPARISONS, *_SEARCHES, "missing")
 
 
+_WHOLE_NUMBERS = 2**24
+"""Below it, float32 holds every whole number."""
+
+
 def parse_condition(spec: Any, where: str) -> Condition:
     """A condition as YAML gives it. Raises `ConfigError` naming the place and the choices."""
     if not isinstance(spec, Mapping) or not spec:
@@ -125,7 +129,7 @@ def _parse_test(column: str, test: str, value: Any, where: str) -> Condition:
     if all(isinstance(each, str) for each in choices):
         return _texts(column, frozenset(choices).__contains__, where)
     numbers = [_number(each, where, or_text=True) for each in choices]
-    return _numbers(column, lambda found: _is_among(found, numbers), where)
+    return _numbers(column, lambda found: _is_among(found, numbers, where), where)
 
 
 def _number(value: Any, where: str, or_text: bool = False) -> float:
@@ -134,7 +138,13 @@ def _number(value: Any, where: str, or_text: bool = False) -> float:
     return float(value)
 
 
-def _is_among(found: NDArray[Any], numbers: Sequence[float]) -> Bools:
+def _is_among(found: NDArray[Any], numbers: Sequence[float], where: str) -> Bools:
+    large = [each for each in numbers if abs(each) >= _WHOLE_NUMBERS]
+    if found.dtype == np.float32 and large:
+        raise ConfigError(
+            f"{where}: {large[0]:.0f} cannot be told from its neighbours, as the rows' numbers are float32, which hold "
+            f"whole ones below {_WHOLE_NUMBERS} only. Make the column a category (task.categorical)"
+        )
     # Rounded as the column is: 0.1 is among float32 values too.
     among: Bools = np.isin(found, np.asarray(numbers, found.dtype if found.dtype.kind == "f" else np.float64))
     return among
