@@ -20,8 +20,6 @@ Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 LOGITS = "logits"
 ATTENTION_MASK = "attention_mask"
 _NAMES_SHOWN = 20
-_SUM_TOLERANCE = 2e-3
-"""How far float16 probabilities of a softmax may be from a sum of 1."""
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -91,14 +89,12 @@ def class_logits(logits: Tensor, num_classes: int) -> Tensor:
 
 def look_like_probabilities(logits: Tensor) -> bool:
     """Whether logits `[B, …, C]` are what a softmax gives: from 0 to 1, with a sum of 1, and not all 0 or 1."""
-    values = logits.detach().float()
-    if (
-        values.shape[-1] < 2
-        or not bool(((values >= 0) & (values <= 1)).all())
-        or bool((values == values.round()).all())
-    ):
+    values = logits.detach().double()
+    is_sure = bool((values == values.round()).all())
+    if values.shape[-1] < 2 or is_sure or not bool(((values >= 0) & (values <= 1)).all()):
         return False
-    return bool(((values.sum(dim=-1) - 1).abs() < _SUM_TOLERANCE).all())
+    tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
+    return bool(((values.sum(dim=-1) - 1).abs() < tolerance).all())
 
 
 def about_classes(shape: Sequence[int], num_classes: int) -> str:

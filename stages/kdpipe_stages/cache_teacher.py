@@ -176,8 +176,7 @@ def manifest_of(
     encodings = encodings_of(targets, teacher.outputs)
     specs = [spec for output in teacher.outputs for spec in encodings[output.name].arrays(output).values()]
     encodings_json = {output: encoding.to_json() for output, encoding in encodings.items()}
-    sections, section = store_sections(project.params, name), project.teacher(name)
-    files = files_of(project.root, [section.weights, section.table], teacher.fingerprint)
+    files = files_of(project, name, teacher.fingerprint)
     views = views_identity(project.params.views)
     if views and project.params.views.transform:
         views["sources"] = project.sources(project.params.views.transform, "views.transform")
@@ -195,9 +194,13 @@ def manifest_of(
         class_names=task.class_names,
         shard_rows=targets.shard_rows or choose_shard_rows(specs, num_rows),
         coverage=isinstance(teacher, TableTeacher) or abstains(teacher),
-        sections={**sections, "files": files} if files else sections,
+        sections=store_sections(project.params, name),
         teacher={
-            key: each.to_json() if isinstance(each, TeacherClassifier) else each for key, each in description.items()
+            **{
+                key: each.to_json() if isinstance(each, TeacherClassifier) else each
+                for key, each in description.items()
+            },
+            **({"files": files} if files else {}),
         },
         recorded={
             "torch": torch.__version__,

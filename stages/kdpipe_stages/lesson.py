@@ -210,19 +210,17 @@ def open_checked_store(project: Project, name: str) -> TargetStore:
             f"{store.path} is a store of a table alone, which tells nothing of this project's rows. Name the table as "
             f"teachers.{name}.table, remove the store and run `{command}`."
         )
-    sections = dict(store.manifest.sections)
-    files = sections.pop("files", {})
-    difference = first_difference(sections, store_sections(project.params, name))
+    difference = first_difference(store.manifest.sections, store_sections(project.params, name))
     if difference:
         raise StaleStoreError(
             f"{store.path} was made from other settings: {difference}. Restore them, or run "
             f"`kdpipe train-teacher {name}` and `{command}`."
         )
-    changed = first_changed(project.root, files)
+    changed = first_changed(project.root, store.manifest.teacher.get("files", {}))
     if changed:
         raise StaleStoreError(
-            f"{store.path} was made from another file than {project.root / changed}, of which teachers.{name} is made "
-            f"today. Put the earlier one back, or run `kdpipe train-teacher {name}` and `{command}`."
+            f"{store.path} was made from another {project.root / changed} than today's, of which teachers.{name} is "
+            f"made. Put the earlier one back, or run `kdpipe train-teacher {name}` and `{command}`."
         )
     _check_transform(store, project, command)
     return store

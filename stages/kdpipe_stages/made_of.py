@@ -6,48 +6,87 @@ Its store names them, so that a student can tell without the teacher whether the
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kdpipe.fingerprint import digest_path
+from kdpipe_stages.building import WEIGHTS
+from kdpipe_stages.project import Project
 
 _CODE = re.compile(r"(?P<file>[^:\n]+\.py):\w+")
-_LONGEST = 255
+_SIGN_OF_A_PATH = re.compile(r"[./]")
 
 
-def files_of(root: Path, *settings: Any) -> dict[str, str]:
-    """Digests, by path, of the files, folders and code that settings and a fingerprint (JSON) name.
+def files_of(project: Project, name: str, fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """Digests, by path, of the files, folders and code that a teacher's section and its fingerprint name.
 
     What is not there is left out, as are folders that hold the pipeline's own data.
     """
-    named = {name for each in settings for name in _names(each) if 0 < len(name) <= _LONGEST and "\n" not in name}
-    paths = {name: root / name for name in sorted(named)}
-    return {name: digest_path(path) for name, path in paths.items() if path.exists() and not _holds_data(path, root)}
+    root = project.root
+    named = {*_of_section(project, name, ()), *_of_values(fingerprint, root)}
+    return {
+        each: digest_path(root / each) for each in sorted(named) if _exists(root / each) and not _holds_data(root, each)
+    }
 
 
 def first_changed(root: Path, files: Mapping[str, str]) -> str | None:
     """The first of such files that is there and has another digest."""
-    there = (name for name in files if (root / name).exists())
+    there = (name for name in files if _exists(root / name))
     return next((name for name in there if digest_path(root / name) != files[name]), None)
 
 
-def _names(value: Any) -> Iterator[str]:
-    """Whatever may be a path in JSON: its strings, the files of `file.py:Name`, the modules of `sources`."""
+def _of_section(project: Project, name: str, above: tuple[str, ...]) -> Iterator[str]:
+    """What params.yaml says that a teacher is made of, and what it learnt here; the same of its members."""
+    section = project.teacher(name)
+    yield from (each for each in (section.weights, section.table) if each is not None)
+    learnt = project.teacher_model(name).relative_to(project.root)
+    if section.train is not None:
+        yield (learnt / WEIGHTS).as_posix()
+    if section.fit_on is not None:
+        yield learnt.as_posix()
+    for each in _strings(section.teacher.arguments if section.teacher else {}):
+        if each in project.params.teachers and each not in (*above, name):
+            yield from _of_section(project, each, (*above, name))
+
+
+def _of_values(value: Any, root: Path) -> Iterator[str]:
+    """Whatever may be a path in a fingerprint: its `path`, texts with a dot or slash, `file.py:Name`, its `sources`."""
+    for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+        if key == "sources":
+            for module in each:
+                yield from (module, *_modules_files(module, root))
+        elif isinstance(each, str):
+            code = _CODE.fullmatch(each)
+            if key == "path" or _SIGN_OF_A_PATH.search(each):
+                yield code["file"] if code else each
+        elif isinstance(each, Mapping | list | tuple):
+            yield from _of_values(each, root)
+
+
+def _modules_files(module: str, root: Path) -> Iterator[str]:
+    path = module.replace(".", "/")
+    yield from (f"{path}.py", f"{path}/__init__.py")
+    loaded = getattr(sys.modules.get(module), "__file__", None)
+    if loaded is not None and Path(loaded).is_relative_to(root):
+        yield Path(loaded).relative_to(root).as_posix()
+
+
+def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        code = _CODE.fullmatch(value)
-        yield code["file"] if code else value
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            if key == "sources":
-                for module in each:
-                    path = module.replace(".", "/")
-                    yield from (f"{path}.py", f"{path}/__init__.py")
-            yield from _names(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _names(each)
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(each)
 
 
-def _holds_data(path: Path, root: Path) -> bool:
-    return (root / "data").resolve().is_relative_to(path.resolve())
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a text that is too long for a path, or may not be looked at
+        return False
+
+
+def _holds_data(root: Path, name: str) -> bool:
+    return (root / "data").resolve().is_relative_to((root / name).resolve())

@@ -54,6 +54,9 @@ def test_a_csv_file_may_have_other_marks(tmp_path):
     assert read_so.to_pydict() == {"id": [1, 2], "text": ["a;b", "c"], "width": [0.5, 1.25]}
     (tmp_path / "tabs.csv").write_text("id\ttext\n1\tone, two\n")
     assert read(Table(tmp_path / "tabs.csv", delimiter="\t")).to_pydict() == {"id": [1], "text": ["one, two"]}
+    pq.write_table(numbers(2), tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match=r"are about CSV; rows\.parquet is none"):
+        read(Table(tmp_path / "rows.parquet", delimiter=";"))
     for marks in ({"delimiter": ";;"}, {"delimiter": ""}, {"delimiter": "."}):
         with pytest.raises(ConfigError, match=r"data\.source: delimiter is .*one character each"):
             Table(tmp_path / "rows.csv", **marks)

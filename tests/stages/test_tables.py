@@ -109,8 +109,8 @@ def test_another_table_than_the_stores_is_told(folder, capsys):
     table = pq.read_table("big.parquet")
     pq.write_table(table.slice(0, 1000), "big.parquet")
     message = fails(capsys, "train-student")
-    assert "was made from another file than" in message
-    assert "big.parquet, of which teachers.big is made today" in message
+    assert "was made from another" in message
+    assert "big.parquet than today" in message
     assert "kdpipe cache-teacher big" in message
     (folder / "big.parquet").unlink()
     assert run(["train-student"]) == 0

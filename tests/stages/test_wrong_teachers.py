@@ -14,6 +14,8 @@ from types import MappingProxyType
 
 import numpy as np
 import onnx
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
 import yaml
@@ -66,14 +68,19 @@ def refuses(folder, capsys, message, *commands):
     assert tree(folder / "data" / "targets") == before
 
 
-def write_network(path, *factors):
-    """An ONNX file: each class is the sum of the inputs times a factor."""
+def write_network(path, *factors, beside=None):
+    """An ONNX file: each class is the sum of the inputs times a factor. Its weights may lie in a file `beside` it."""
     weights = numpy_helper.from_array(np.tile(np.array(factors, np.float32), (4, 1)), "w")
     node = helper.make_node("MatMul", ["x", "w"], ["logits"])
     shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 4])
     said = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", weights.dims[1]])
     graph = helper.make_graph([node], "net", [shape], [said], [weights])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    if beside is None:
+        onnx.save(model, path)
+    else:
+        (path.parent / beside).unlink(missing_ok=True)
+        onnx.save(model, path, save_as_external_data=True, location=beside, size_threshold=0)
 
 
 ONNX = {"teacher": {"factory": "kdpipe.teachers.onnx:OnnxTeacher", "path": "a.onnx"}, "preprocess": GIVEN}
@@ -786,7 +793,8 @@ def vote(columns):
 
 
 def other_weights(path):
-    save_file({"head.weight": torch.rand(3, 4), "head.bias": torch.rand(3)}, path)
+    drawn = torch.from_numpy(np.random.default_rng().random((3, 5), np.float32))
+    save_file({"head.weight": drawn[:, :4].contiguous(), "head.bias": drawn[:, 4].contiguous()}, path)
 
 
 def other_text(text):
@@ -839,7 +847,7 @@ def test_a_store_of_another_file_is_told_without_the_teacher(folder, capsys, kin
     else:
         write_another(folder / name)
     settles = "run `kdpipe train-teacher big` and `kdpipe cache-teacher big`"
-    message = rf"was made from another file than \S+{re.escape(name)}, of .*{settles}"
+    message = rf"was made from another \S+{re.escape(name)} than today's, of .*{settles}"
     refuses(folder, capsys, message, "train-student")
     another = (folder / name).read_bytes()
     (folder / name).write_bytes(earlier)
@@ -864,3 +872,88 @@ def test_a_file_that_says_the_same_in_other_bytes_needs_no_pass(folder, capsys):
     assert run(["cache-teacher"]) == 0
     assert "0 rows computed" in capsys.readouterr().err
     open_checked_store(project_in(folder), "big")
+
+
+def refuses_until_cached(folder, capsys, name):
+    refuses(folder, capsys, rf"was made from another \S+{re.escape(name)} than today's", "train-student")
+    assert run(["cache-teacher"]) == 0
+    open_checked_store(project_in(folder), "big")
+
+
+@pytest.mark.parametrize("kind", ["Ensemble", "ConstrainedTeacher"])
+def test_a_store_of_another_members_file_is_told(folder, capsys, kind):
+    (folder / "rules.yaml").write_text(RULED.replace("WEIGHT", "2"))
+    (folder / "speaks.py").write_text(VOTE)
+    other_weights(folder / "a.safetensors")
+    arguments = {
+        "Ensemble": {"factory": "kdpipe.teachers.ensemble:Ensemble", "members": ["lin", "fn"]},
+        "ConstrainedTeacher": {
+            "factory": "kdpipe.teachers.rules:ConstrainedTeacher",
+            "teacher": "lin",
+            "rules": "rules.yaml",
+        },
+    }[kind]
+    change(folder, {"lin": WEIGHTS, "fn": FUNCTION, "big": {"teacher": arguments}})
+    assert run(["cache-teacher"]) == 0
+    other_weights(folder / "a.safetensors")
+    refuses_until_cached(folder, capsys, "a.safetensors")
+
+
+def test_a_store_of_other_weights_beside_the_file_is_told(folder, capsys):
+    write_network(folder / "a.onnx", 1, 2, 3, beside="a.data")
+    change(folder, {"big": ONNX})
+    assert run(["cache-teacher"]) == 0
+    then = (folder / "a.onnx").read_bytes()
+    write_network(folder / "a.onnx", 3, 2, 1, beside="a.data")
+    assert (folder / "a.onnx").read_bytes() == then
+    refuses_until_cached(folder, capsys, "a.data")
+
+
+@pytest.mark.parametrize("how", ["trained", "fitted"])
+def test_a_store_of_what_was_learnt_before_is_told(folder, capsys, how):
+    """New labels: learnt again, and not asked again yet."""
+    train = {"epochs": 1, "batch_size": 32, "learning_rate": 0.01}
+    change(folder, {"big": FOREST if how == "fitted" else {"model": LINEAR, "train": train}})
+    for command in ("train-teacher", "cache-teacher"):
+        assert run([command]) == 0
+    table = pyarrow.csv.read_csv(folder / "rows.csv")
+    flipped = pa.array([2 - each for each in table["label"].to_pylist()])
+    flipped = table.set_column(table.schema.get_field_index("label"), "label", flipped)
+    pyarrow.csv.write_csv(flipped, folder / "rows.csv")
+    for command in ("prepare-data", "train-teacher"):
+        assert run([command]) == 0
+    refuses_until_cached(folder, capsys, "model.safetensors" if how == "trained" else "big")
+
+
+def test_words_are_no_folders(folder, capsys):
+    """A folder that is called like a setting's value has nothing to do with the teacher."""
+    estimator = {"factory": "sklearn.linear_model:LogisticRegression", "solver": "lbfgs", "max_iter": 200}
+    (folder / "lbfgs").mkdir()
+    change(folder, {"big": {"teacher": {"factory": SKLEARN, "estimator": estimator}, "fit_on": "train"}})
+    for command in ("train-teacher", "cache-teacher"):
+        assert run([command]) == 0
+    (folder / "lbfgs" / "notes.txt").write_text("new")
+    open_checked_store(project_in(folder), "big")
+
+
+def test_a_store_with_files_is_of_todays_settings_for_the_work_area(folder, capsys):
+    shutil.rmtree(folder / "data" / "targets")
+    capsys.readouterr()
+    assert run(["gc"]) == 0
+    assert "current" in capsys.readouterr().out
+
+
+def test_a_prompt_of_any_length_and_script_is_no_path(served, tmp_path):
+    server, _ = served
+    long = {"factory": "kdpipe.teachers.server:ServedClassifier", "prompt": "这是一个很长的提示。/" * 60 + "{text}"}
+    texts = [f"text number {number}!" for number in range(20)]
+    sections = {
+        "data": write_texts(tmp_path, texts, label=[0, 1] * 10),
+        "task": {"factory": "kdpipe.tasks.text:TextClassification", "num_classes": 2, "column": "text"},
+    }
+    teacher = {"teacher": {**long, "model": "toy", "answers": CLASSES}, "runtime": {"server": server.settings()}}
+    student = {"model": {"factory": "kdpipe.models.lstm:LSTM", "width": 4, "hidden": 4}}
+    project = write(tmp_path, sections, {"big": teacher}, student)
+    assert run(["prepare-data", "--params", str(project.root / "params.yaml")]) == 0
+    assert run(["cache-teacher", "--params", str(project.root / "params.yaml")]) == 0
+    open_checked_store(project, "big")

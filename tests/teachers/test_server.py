@@ -11,7 +11,7 @@ import torch
 from completions_server import CLASSES, VOCABULARY, log_probs, running
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.teachers.base import Teacher, abstains
-from kdpipe.teachers.server import ServedClassifier, ServedLanguageModel, _Value
+from kdpipe.teachers.server import ServedClassifier, ServedLanguageModel, _written
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (5, 9)).astype(np.int32)
 COUNTED = np.random.default_rng(1).random((5, 8)) < 0.6
@@ -276,5 +276,8 @@ def test_probabilities_that_are_more_than_1_are_refused(server):
 
 def test_values_stand_in_a_prompt_as_in_the_source():
     numbers = np.array([0.1, 2, 16777216, np.nan], np.float32)
-    assert [f"{_Value(each)}" for each in [*numbers, None, "a {b}"]] == ["0.1", "2", "16777216", "", "", "a {b}"]
-    assert f"{_Value(numbers[0]):.2f}" == "0.10"
+    tenth, *others = [_written(each) for each in [*numbers, None, "a {b}"]]
+    assert [f"{each}" for each in others] == ["2", "16777216", "", "", "a {b}"]
+    assert f"{tenth} {tenth!r} {tenth:>5} {tenth:.2f} {others[2]:.2f} {others[4][0]} {others[4]!r}" == (
+        "0.1 0.1   0.1 0.10  a 'a {b}'"
+    )

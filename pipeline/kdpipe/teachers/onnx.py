@@ -110,6 +110,13 @@ class OnnxTeacher:
         )
         self.description = {"size_bytes": self._path.stat().st_size}
 
+    @staticmethod
+    def reads(arguments: Mapping[str, Any], root: Path) -> dict[str, str]:
+        """Digests of the file, and of the files beside it that hold its weights."""
+        path = root / str(arguments.get("path"))
+        files = [path, *_weights_beside(path)] if path.is_file() else []
+        return {each.relative_to(root).as_posix(): digest_file(each) for each in files if each.is_relative_to(root)}
+
     def _only(self, found: Sequence[str], features: Sequence[str]) -> str:
         """The output `logits`, or the one that is no feature."""
         others = [name for name in found if name not in features]

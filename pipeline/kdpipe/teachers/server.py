@@ -360,20 +360,31 @@ class ServedLanguageModel:
         return ids, log_probs, math.log(left) if left > 0 else -math.inf
 
 
-class _Value:
-    """A value of a column as a prompt has it: `0.1` and `2` as in the source, nothing where it is missing.
+class _Number(float):
+    """A number of float32 in a prompt: in its own digits (`0.1`, `2`), or as a format says (`{price:.2f}`)."""
 
-    A format is the prompt's own: `{price:.2f}`.
-    """
+    def __str__(self) -> str:
+        return np.format_float_positional(np.float32(self), trim="-")
 
-    def __init__(self, value: Any) -> None:
-        self._value = value
+    __repr__ = __str__
 
     def __format__(self, form: str) -> str:
-        if self._value is None or self._value != self._value:
-            return ""
-        is_plain_number = isinstance(self._value, np.floating) and not form
-        return np.format_float_positional(self._value, trim="-") if is_plain_number else format(self._value, form)
+        is_about_digits = (form != "" and form[-1] in "eEfFgGn%,") or "_" in form
+        return format(float(self), form) if is_about_digits else format(str(self), form)
+
+
+class _Missing(str):
+    """Nothing, whatever the format."""
+
+    def __format__(self, form: str) -> str:
+        return ""
+
+
+def _written(value: Any) -> Any:
+    """A value of a column as a prompt has it."""
+    if isinstance(value, np.floating):
+        return _Missing() if np.isnan(value) else _Number(value)
+    return _Missing() if value is None else value
 
 
 class ServedClassifier:
@@ -434,7 +445,8 @@ class ServedClassifier:
         rows = len(next(iter(values.values())))
         try:
             prompts = [
-                self._prompt.format(**{name: _Value(each[row]) for name, each in values.items()}) for row in range(rows)
+                self._prompt.format(**{name: _written(each[row]) for name, each in values.items()})
+                for row in range(rows)
             ]
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(f"prompt: {error} in {self._prompt!r}; the columns are {', '.join(values)}") from None

@@ -61,7 +61,7 @@ class Table:
         if not len(delimiter) == len(decimal_point) == 1 or delimiter == decimal_point:
             raise ConfigError(
                 f"data.source: delimiter is {delimiter!r} and decimal_point {decimal_point!r}; expected one character "
-                "each, and two of them"
+                'each, not the same, such as delimiter: ";" and decimal_point: ","'
             )
         self.path = path
         self.batch_rows = batch_rows
@@ -117,6 +117,8 @@ class Table:
             raise DataError(f"{self.path}: expected files of one kind ({', '.join(_KINDS)}); found {found}")
         if self._options.types and not kinds.keys() & {".csv", ".jsonl", ".ndjson"}:
             raise ConfigError(f"data.source.types: {paths[0].name} has types of its own; leave them out")
+        if (self._options.delimiter, self._options.decimal_point) != (",", ".") and ".csv" not in kinds:
+            raise ConfigError(f"data.source: delimiter and decimal_point are about CSV; {paths[0].name} is none")
         return paths
 
 
