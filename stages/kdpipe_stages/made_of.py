@@ -16,6 +16,7 @@ from kdpipe_stages.building import WEIGHTS
 from kdpipe_stages.project import Project
 
 _CODE = re.compile(r"(?P<file>[^:\n]+\.py):\w+")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _SIGN_OF_A_PATH = re.compile(r"[./]")
 
 
@@ -54,9 +55,10 @@ def _of_section(project: Project, name: str, above: tuple[str, ...]) -> Iterator
 def _of_values(value: Any, root: Path) -> Iterator[str]:
     """Whatever may be a path in a fingerprint: its `path`, texts with a dot or slash, `file.py:Name`, its `sources`."""
     for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
-        if key == "sources":
-            for module in each:
-                yield from (module, *_modules_files(module, root))
+        if key == "sources" and isinstance(each, Mapping):
+            for module, digest in each.items():
+                if _DIGEST.fullmatch(str(digest)):  # others are versions of packages
+                    yield from (module, *_modules_files(module, root))
         elif isinstance(each, str):
             code = _CODE.fullmatch(each)
             if key == "path" or _SIGN_OF_A_PATH.search(each):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -31,11 +32,14 @@ from kdpipe.skops_files import dumps
 from kdpipe.store import TargetStore
 from kdpipe_stages.cli import run
 from kdpipe_stages.lesson import open_checked_store
+from kdpipe_stages.made_of import files_of
+from kdpipe_stages.project import Project
 from kdpipe_stages.teachers import build_teacher
 from projects import fails, project_in, tree, write_params
 from stages.test_teacher_kinds import FOREST, GPT2, LINEAR, SKLEARN, given, write, write_table, write_texts
 from toy_text import save_bert, save_tokenizer
 
+REPOSITORY = Path(__file__).parents[2]
 GIVEN, INPUTS, LABELS = given("iris")
 FUNCTION = {"teacher": {"factory": "kdpipe.teachers.ensemble:FunctionTeacher", "function": "mine.py:speak"}}
 SPEAK = "import numpy as np\n\n\ndef speak(columns):\n    return columns['features'][:, :3]\n"
@@ -957,3 +961,10 @@ def test_a_prompt_of_any_length_and_script_is_no_path(served, tmp_path):
     assert run(["prepare-data", "--params", str(project.root / "params.yaml")]) == 0
     assert run(["cache-teacher", "--params", str(project.root / "params.yaml")]) == 0
     open_checked_store(project, "big")
+
+
+def test_the_installed_library_is_no_file_of_the_project(folder):
+    """Though it may lie below the project's folder, as in its own repository."""
+    assert files_of(Project(REPOSITORY / "params.yaml"), "big", {"sources": {"kdpipe": "0.1.0"}}).keys() <= {
+        "data/models/teachers/big/model.safetensors"
+    }
