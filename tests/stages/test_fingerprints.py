@@ -270,6 +270,10 @@ INGREDIENTS = {
     ),
 }
 SEEN_BY_STUDENTS = {
+    "source of the teacher's file",
+    "source of a module it imports",
+    "source of a module it imports lazily",
+    "preprocess's source",
     "weights",
     "factory",
     "arguments",
@@ -455,7 +459,9 @@ def test_weights_that_are_not_here_are_not_missed(folder):
     """The student's machine needs no teacher; but a file that is here must be the one that the store was made from."""
     cache(folder)
     write_weights(folder, 1)
-    with pytest.raises(StaleStoreError, match=r"another file than .*ready\.safetensors, teachers\.big\.weights"):
+    with pytest.raises(
+        StaleStoreError, match=r"made from another .*ready\.safetensors than today.s, of which teachers\.big"
+    ):
         Lesson(visit(folder))
     (folder / "ready.safetensors").unlink()
     assert student_accepts(folder)
