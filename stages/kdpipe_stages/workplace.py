@@ -319,7 +319,7 @@ def _contents(folder: Path) -> dict[str, str]:
 def _created(folder: Path, manifest: Manifest, inputs: PreparedInputs, views: ViewSpec) -> TargetStore:
     """See `TargetStore.create`."""
     splits = None if views.partners is None else views.partners.splits
-    return TargetStore.create(folder, manifest, inputs.sample_ids, inputs.digests, views.num_views, splits=splits)
+    return TargetStore.create(folder, manifest, inputs.id_column(), inputs.digests, views.num_views, splits=splits)
 
 
 def _told_of_views(store: TargetStore, project: Project, num_rows: int) -> TargetStore:

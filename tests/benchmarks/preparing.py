@@ -139,7 +139,7 @@ def capture_all(prepared: Path, store: Path) -> int:
         class_names=None,
         shard_rows=choose_shard_rows(encoding.arrays(teacher.outputs[0]).values(), len(inputs)),
     )
-    target = TargetStore.create(store, manifest, inputs.sample_ids, inputs.digests)
+    target = TargetStore.create(store, manifest, inputs.id_column(), inputs.digests)
     return capture(target, teacher, inputs, BATCH_ROWS).num_rows
 
 

@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from kdpipe.data.columns import Ragged, bytes_of, concatenate, fixed_bytes, ragged_bytes, take, texts_of
+from kdpipe.data import columns as columns_module
+from kdpipe.data.columns import (
+    Ragged,
+    bytes_of,
+    concatenate,
+    fixed_bytes,
+    ragged_bytes,
+    take,
+    text_array,
+    text_column,
+    text_pieces,
+    texts_of,
+)
 from kdpipe.errors import DataError
 
 ROWS = st.lists(st.lists(st.integers(0, 255), max_size=5), min_size=1, max_size=12)
@@ -88,6 +100,19 @@ def test_bytes_of_reads_chunks_and_slices(data):
 def test_fixed_bytes_takes_rows_that_are_not_contiguous():
     values = np.arange(40, dtype=np.uint8).reshape(10, 4)[::3, ::-1]
     np.testing.assert_array_equal(bytes_of(pa.chunked_array([fixed_bytes(values)])), values)
+
+
+@given(blocks=st.lists(st.lists(st.text(max_size=3), max_size=9), max_size=6), at_once=st.integers(1, 7))
+def test_pieces_of_texts_do_not_tell_how_the_texts_came(blocks, at_once):
+    texts = [text for block in blocks for text in block]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(columns_module, "_TEXTS_AT_ONCE", at_once)
+        pieces = text_pieces(pa.array(["other", *block], pa.string()).slice(1) for block in blocks)
+        assert [chunk.to_pylist() for chunk in pieces.chunks] == [
+            texts[start : start + at_once] for start in range(0, len(texts), at_once)
+        ]
+        assert pieces == text_column(np.array(texts, np.str_)) or "\0" in "".join(texts)
+        assert text_array(lambda: pieces.chunks).tolist() == np.array(texts, np.str_).tolist()
 
 
 ARROW_KINDS = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.string_view()]

@@ -134,6 +134,7 @@ def test_ids_digests_labels_and_splits_are_in_row_order(folder):
     for sample_id, digest in zip(data.inputs.sample_ids.tolist(), data.inputs.digests, strict=True):
         assert bytes(digest).hex().startswith(sample_id.partition("-")[2])
     assert data.inputs.digests.shape == (NUM_ROWS, 16)
+    assert data.inputs.id_column().to_pylist() == data.inputs.sample_ids.tolist()
     assert data.labels.tolist() == [-1 if label is None else label for label in LABELS]
     assert data.split_names == ["test", "train"]
 

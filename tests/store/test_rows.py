@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdpipe.data.columns import text_pieces
 from kdpipe.errors import ConfigError
-from kdpipe.store import WithTargets
+from kdpipe.store import TargetStore, WithTargets
 from kdpipe.store.rows import SampleIndex, grouped
 from store.test_stream import store_of
 
@@ -31,6 +33,17 @@ def test_rows_are_found_by_id(known, wanted):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return store_of(tmp_path_factory.mktemp("store"), num_rows=40, num_views=1)
+
+
+@pytest.mark.parametrize("rows", [[], [7], [39, 3, 3, 20]])
+def test_ids_of_rows_are_in_their_order(store, rows):
+    assert store.rows.ids_of(np.array(rows, np.int64)).tolist() == [f"row-{row}" for row in rows]
+
+
+def test_a_store_started_with_a_column_of_ids_has_the_same_bytes(store, tmp_path):
+    ids = pa.chunked_array([store.sample_ids[:13].tolist(), store.sample_ids[13:].tolist()])
+    again = TargetStore.create(tmp_path / "again", store.manifest, text_pieces(ids.chunks), store.digests)
+    assert (again.path / "rows.parquet").read_bytes() == (store.path / "rows.parquet").read_bytes()
 
 
 @pytest.mark.parametrize(("single", "found"), [("row-1", "a single id, 'row-1'"), (7, "a single id, 7")])

@@ -117,7 +117,7 @@ def capture(
     total = sum(int(store.wanted(view, shard).sum()) for view, shard in missing)
     started, teacher_seconds, done = time.perf_counter(), 0.0, 0
     with _torch_thread("loader") as loading, _torch_thread("writer") as writing:
-        writer, ask = Writer(store, inputs.sample_ids, writing), Asking(teacher)
+        writer, ask = Writer(store, writing), Asking(teacher)
         for batch, columns in Loader(inputs, views, loading).read(batches):
             before = time.perf_counter()
             said = ask(columns, len(batch.rows)) if len(batch.rows) else {}

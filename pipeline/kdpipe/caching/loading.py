@@ -56,13 +56,18 @@ class Loader:
         whole = Batch.joined(block)
         if not len(whole.rows):
             return [(batch, {}) for batch in block]
-        ids, read = self._inputs.sample_ids, partial(read_intact, self._inputs)
-        columns = self._views.read(read, ids, whole.rows, whole.view).columns
+        columns = self._shown(whole)
         num_bytes = sum((each.values if isinstance(each, Ragged) else each).nbytes for each in columns.values())
         self._batches_per_block = max(1, LOAD_BYTES * len(block) // max(1, num_bytes))
         starts = np.cumsum([0, *(len(batch.rows) for batch in block)]).tolist()
         places = [np.arange(start, stop) for start, stop in pairwise(starts)]
         return [(batch, taken(columns, place)) for batch, place in zip(block, places, strict=True)]
+
+    def _shown(self, batch: Batch) -> Columns:
+        read = partial(read_intact, self._inputs)
+        if batch.view == 0:  # nothing is drawn, so ids are not read
+            return read(batch.rows)
+        return self._views.read(read, self._inputs.sample_ids, batch.rows, batch.view).columns
 
 
 def read_intact(inputs: PreparedInputs, rows: NDArray[np.int64]) -> Columns:

@@ -74,9 +74,9 @@ class _Said:
 class Writer:
     """Takes what the teacher says; its thread encodes that into the shard in work, and commits the shard when full."""
 
-    def __init__(self, store: TargetStore, sample_ids: NDArray[np.str_], thread: Executor) -> None:
+    def __init__(self, store: TargetStore, thread: Executor) -> None:
         manifest = store.manifest
-        self._store, self._sample_ids, self._thread = store, sample_ids, thread
+        self._store, self._thread = store, thread
         self._at_once = 0
         self._said = _Said()
         self._waiting: deque[tuple[_Said, Future[None]]] = deque()
@@ -158,7 +158,7 @@ class Writer:
         self._failed = False
 
     def _encode(self, batch: Batch, said: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
-        ids, covered = self._sample_ids[batch.rows], said.get(COVERED)
+        ids, covered = self._store.rows.ids_of(batch.rows), said.get(COVERED)
         arrays: dict[str, NDArray[Any]] = {}
         for output in self._store.manifest.outputs:
             if output.name == LOGITS and CLASS_IDS in said:

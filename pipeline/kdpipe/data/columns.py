@@ -116,15 +116,30 @@ def text_array(blocks: Callable[[], Iterable[pa.StringArray]]) -> NDArray[np.str
 
 
 def text_column(texts: NDArray[np.str_]) -> pa.ChunkedArray:
-    """Inverse of `text_array`."""
+    """Inverse of `text_array`, in pieces as those of `text_pieces`."""
     starts = range(0, len(texts), _TEXTS_AT_ONCE)
     parts = [pa.array(texts[start : start + _TEXTS_AT_ONCE].tolist(), pa.string()) for start in starts]
     return pa.chunked_array(parts, pa.string())
 
 
+def text_pieces(blocks: Iterable[pa.StringArray]) -> pa.ChunkedArray:
+    """Texts that come in blocks of any length, as one column, whose pieces do not tell how they came."""
+    parts: list[pa.StringArray] = []
+    waiting: list[pa.StringArray] = []
+    for block in blocks:
+        for first in range(0, len(block), _TEXTS_AT_ONCE):
+            waiting.append(block.slice(first, _TEXTS_AT_ONCE))
+            if sum(map(len, waiting)) >= _TEXTS_AT_ONCE:
+                texts = pa.concat_arrays(waiting)
+                parts.append(pa.concat_arrays([texts.slice(0, _TEXTS_AT_ONCE)]))  # a copy: the rest is let go of
+                waiting = [texts.slice(_TEXTS_AT_ONCE)]
+    rest = [pa.concat_arrays(waiting)] if sum(map(len, waiting)) else []
+    return pa.chunked_array([*parts, *rest], pa.string())
+
+
 def fixed_bytes(values: NDArray[np.uint8]) -> pa.FixedSizeBinaryArray:
     """Rows of bytes `[N, width]` as an Arrow column, without a Python loop."""
-    buffer = pa.py_buffer(np.ascontiguousarray(values).tobytes())
+    buffer = pa.py_buffer(np.ascontiguousarray(values))
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.shape[1]), len(values), [None, buffer])
 
 

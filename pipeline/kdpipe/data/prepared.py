@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdpipe.data.columns import Array, Column, Columns, Ragged, bytes_of, concatenate, take, text_array
+from kdpipe.data.columns import Array, Column, Columns, Ragged, bytes_of, concatenate, take, text_array, text_pieces
 from kdpipe.data.growing import Growing
 from kdpipe.errors import DataError
 
@@ -92,6 +92,10 @@ class PreparedInputs:
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
         return text_array(lambda: (block["sample_id"] for block in self.identities("sample_id")))
+
+    def id_column(self) -> pa.ChunkedArray:
+        """Sample ids `[N]` as Arrow holds them, in a quarter of the memory of `sample_ids` or less; read anew."""
+        return text_pieces(block["sample_id"] for block in self.identities("sample_id"))
 
     @cached_property
     def digests(self) -> NDArray[np.uint8]:

@@ -84,6 +84,12 @@ class StoredRows:
         """Sample ids `[N]`, in row order."""
         return text_array(lambda: self._table["sample_id"].chunks)
 
+    def ids_of(self, rows: NDArray[np.int64]) -> NDArray[np.str_]:
+        """Sample ids `[B]` of row numbers that are near each other, without an array of all rows' ids."""
+        first, last = (rows.min(), rows.max()) if len(rows) else (0, -1)
+        near = self._table["sample_id"].slice(first, last - first + 1)
+        return text_array(lambda: near.chunks)[rows - first]
+
     @cached_property
     def digests(self) -> NDArray[np.uint8]:
         """Content digests `[N, 16]`."""
@@ -117,8 +123,11 @@ class StoredRows:
 
 
 def rows_table(
-    sample_ids: NDArray[np.str_], digests: NDArray[np.uint8], splits: NDArray[np.str_] | None = None
+    sample_ids: NDArray[np.str_] | pa.ChunkedArray,
+    digests: NDArray[np.uint8],
+    splits: NDArray[np.str_] | None = None,
 ) -> pa.Table:
     """rows.parquet of rows `[N]` with content digests `[N, 16]`, and splits `[N]` where views mix rows."""
-    columns = {"sample_id": text_column(sample_ids), "digest": fixed_bytes(digests)}
+    ids = sample_ids if isinstance(sample_ids, pa.ChunkedArray) else text_column(sample_ids)
+    columns = {"sample_id": ids, "digest": fixed_bytes(digests)}
     return pa.table(columns if splits is None else {**columns, SPLIT: text_column(splits)})

@@ -73,7 +73,7 @@ class TargetStore:
         cls,
         path: Path,
         manifest: Manifest,
-        sample_ids: NDArray[np.str_],
+        sample_ids: NDArray[np.str_] | pa.ChunkedArray,
         digests: NDArray[np.uint8],
         num_views: int = 1,
         *,
@@ -82,7 +82,8 @@ class TargetStore:
     ) -> TargetStore:
         """Start a store for rows `[N]` with content digests `[N, 16]`, or go on with one of the same manifest.
 
-        `splits [N]` are those of `PartnerPlan` where views mix rows.
+        `sample_ids` are an array, or `PreparedInputs.id_column()`, which is smaller in memory. `splits [N]` are those
+        of `PartnerPlan` where views mix rows.
 
         The manifest stands before the first shard. Rows may have grown since; what was committed for rows that are
         still the same stays. `sweep` removes what killed writers left: only for one that is alone. Raises
