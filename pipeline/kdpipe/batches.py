@@ -111,7 +111,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         if self.views.count and self.views.mixes and self.token_labels is not None:
-            raise ConfigError("views.transform mixes rows, and labels of tokens cannot be mixed; leave it out")
+            raise ConfigError(f"{self.views.where} mixes rows, and labels of tokens cannot be mixed; leave it out")
 
     def batch(self, rows: NDArray[np.int64], view: int = 0) -> Batch:
         """The given rows as a batch."""

@@ -134,13 +134,14 @@ class Shown:
 class ViewSpec:
     """How many augmented views a store holds beside the clean row, from which transform and seed.
 
-    `partners` are needed where the transform mixes rows.
+    `partners` are needed where the transform mixes rows; `where` is the transform's key in params.yaml, for messages.
     """
 
     count: int = 0
     seed: int = 0
     transform: Transform | MixingTransform | None = None
     partners: PartnerPlan | None = None
+    where: str = "views.transform"
 
     @property
     def num_views(self) -> int:
@@ -166,12 +167,12 @@ class ViewSpec:
         if not self.mixes:
             return Shown(columns=self.of(read(rows), sample_ids[rows].tolist(), view))
         if self.partners is None:
-            raise ConfigError("views.transform mixes rows: give ViewSpec(partners=PartnerPlan(sample_ids, splits))")
+            raise ConfigError(f"{self.where} mixes rows: give ViewSpec(partners=PartnerPlan(sample_ids, splits))")
         partners = self.partners.of(rows, view, self.seed)
         needed, places = np.unique(np.concatenate([rows, partners]), return_inverse=True)
         pairs = Pairs(rows=places[: len(rows)], partners=places[len(rows) :])
         keys = row_keys(sample_ids[needed].tolist(), view)
-        columns, share = _mixed(cast("MixingTransform", self.transform), read(needed), keys, self.seed, pairs)
+        columns, share = self._mixed(cast("MixingTransform", self.transform), read(needed), keys, pairs)
         return Shown(columns=columns, partners=partners, share=share)
 
     def of(self, columns: Columns, sample_ids: Iterable[str], view: int) -> Columns:
@@ -183,8 +184,8 @@ class ViewSpec:
         if view == 0 or self.transform is None:
             return columns
         if not isinstance(self.transform, Transform) or self.mixes:
-            raise ConfigError(f"views.transform: {_name_of(self.transform)} mixes rows; use ViewSpec.read")
-        return _transformed(self.transform, columns, row_keys(sample_ids, view), self.seed)
+            raise ConfigError(f"{self._name} mixes rows; use ViewSpec.read")
+        return self._transformed(self.transform, columns, row_keys(sample_ids, view))
 
     def probe(self, columns: Columns, sample_ids: Sequence[str]) -> None:
         """Show up to `PROBE_ROWS` of some rows in view 1, a second time, in another order and one by one.
@@ -213,11 +214,46 @@ class ViewSpec:
             for name, column in first.items():
                 if not look_the_same(column, found[name]):
                     raise ConfigError(
-                        f"views.transform: {_name_of(self.transform)} makes another {name!r} of the same {len(rows)} "
-                        f"rows when it is given them {way}; expected the same row for the same key, whatever the "
-                        "batch. Draw with kdpipe.random_numbers.uniform(keys, shape, seed), and let no row depend on "
-                        "the others (no shuffling, no mean over the batch)."
+                        f"{self._name} makes another {name!r} of the same {len(rows)} rows when it is "
+                        f"given them {way}; expected the same row for the same key, whatever the batch. Draw with "
+                        "kdpipe.random_numbers.uniform(keys, shape, seed), and let no row depend on the others (no "
+                        "shuffling, no mean over the batch)."
                     )
+
+    @property
+    def _name(self) -> str:
+        return f"{self.where}: {getattr(self.transform, '__name__', type(self.transform).__name__)}"
+
+    def _transformed(self, transform: Transform, columns: Columns, keys: NDArray[np.uint64]) -> Columns:
+        expected = layout_of(columns)
+        with self._naming(expected):
+            found = transform(columns, keys, self.seed)
+        self._check_layout(found, expected)
+        return found
+
+    def _mixed(
+        self, transform: MixingTransform, columns: Columns, keys: NDArray[np.uint64], pairs: Pairs
+    ) -> tuple[Columns, NDArray[np.float64]]:
+        expected = layout_of(taken(columns, pairs.rows))
+        with self._naming(expected):
+            found, share = transform.mix(columns, keys, self.seed, pairs)
+            if share.shape != pairs.rows.shape or not ((share >= 0) & (share <= 1)).all():
+                raise ConfigError(f"the shares are {share}; expected {len(pairs.rows)} numbers from 0 to 1")
+        self._check_layout(found, expected)
+        return found, share
+
+    @contextmanager
+    def _naming(self, given: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise ConfigError(f"{self._name} fails on {given}: {type(error).__name__}: {error}") from error
+
+    def _check_layout(self, found: Any, expected: str) -> None:
+        if layout_of(found) != expected:
+            raise ConfigError(
+                f"{self._name} gives {layout_of(found)}; expected the layout that it was given: {expected}"
+            )
 
 
 CLEAN = ViewSpec()
@@ -233,48 +269,6 @@ def row_keys(sample_ids: Iterable[str], view: int) -> NDArray[np.uint64]:
 def taken(columns: Columns, rows: NDArray[np.int64]) -> Columns:
     """The given rows of columns, in the given order."""
     return {name: take(column, rows) for name, column in columns.items()}
-
-
-def _transformed(transform: Transform, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
-    expected = layout_of(columns)
-    with _naming(transform, expected):
-        found = transform(columns, keys, seed)
-    _check_layout(transform, found, expected)
-    return found
-
-
-def _mixed(
-    transform: MixingTransform, columns: Columns, keys: NDArray[np.uint64], seed: int, pairs: Pairs
-) -> tuple[Columns, NDArray[np.float64]]:
-    expected = layout_of(taken(columns, pairs.rows))
-    with _naming(transform, expected):
-        found, share = transform.mix(columns, keys, seed, pairs)
-        if share.shape != pairs.rows.shape or not ((share >= 0) & (share <= 1)).all():
-            raise ConfigError(f"the shares are {share}; expected {len(pairs.rows)} numbers from 0 to 1")
-    _check_layout(transform, found, expected)
-    return found, share
-
-
-@contextmanager
-def _naming(transform: Transform | MixingTransform, given: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise ConfigError(
-            f"views.transform: {_name_of(transform)} fails on {given}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _check_layout(transform: Transform | MixingTransform, found: Any, expected: str) -> None:
-    if layout_of(found) != expected:
-        raise ConfigError(
-            f"views.transform: {_name_of(transform)} gives {layout_of(found)}; expected the layout that it was given: "
-            f"{expected}"
-        )
-
-
-def _name_of(transform: Transform | MixingTransform) -> str:
-    return getattr(transform, "__name__", type(transform).__name__)
 
 
 def look_the_same(one: Column, other: Column) -> bool:

@@ -190,9 +190,13 @@ def encodings_of(section: TargetsSection, outputs: Iterable[OutputSpec]) -> dict
 
 
 def plan_json(section: TrainSection) -> dict[str, Any]:
-    """A `train` section without what changes no number, and without what it does not ask of its labels."""
-    left_out = {key for key in ("class_weights", "logit_adjustment", "sampling") if getattr(section, key) is None}
-    return {key: value for key, value in asdict(section).items() if key not in left_out.union(FREE_OF_TRAINING)}
+    """A `train` section without what changes no number, and without newer keys that it does not have."""
+    asked = {key: value for key, value in asdict(section).items() if key not in FREE_OF_TRAINING}
+    return {key: value for key, value in asked.items() if value is not None or key not in _NEWER_KEYS}
+
+
+_NEWER_KEYS = {"class_weights", "logit_adjustment", "sampling", "transform"}
+"""Left out where they are null, as an earlier kdpipe took a section."""
 
 
 def save_model(folder: Path, model: nn.Module, preprocess: Preprocess, description: Mapping[str, Any]) -> None:
@@ -239,6 +243,9 @@ def teacher_fingerprint(project: Project, name: str) -> str:
     factory = section.model or section.teacher
     assert factory is not None
     spec = ModelSpec(where=where, model=factory, preprocess=section.preprocess, logits=section.logits)
+    sources = spec.sources(project) | project.sources(project.params.task, "task")
+    if section.train is not None and section.train.transform is not None:
+        sources |= project.sources(section.train.transform, f"{where}.train.transform")
     split_file = project.prepared / "splits" / f"{split}.json"
     if not split_file.is_file():
         names = ", ".join(sorted(path.stem for path in split_file.parent.glob("*.json"))) or "none"
@@ -251,7 +258,7 @@ def teacher_fingerprint(project: Project, name: str) -> str:
         {
             "kind": "teacher",
             "spec": spec.to_json(),
-            "sources": spec.sources(project) | project.sources(project.params.task, "task"),
+            "sources": sources,
             "train": plan_json(section.train) if section.train is not None else None,
             "task": project.params.task.to_json(),
             "split": split_file.read_text(),

@@ -24,6 +24,7 @@ from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task, TokenTask, rows_of
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher
+from kdpipe.views import ViewSpec
 from kdpipe_stages.building import (
     ModelSpec,
     check_class_weights,
@@ -190,6 +191,9 @@ def _module(project: Project, name: str, task: Task, sample: Columns | None) -> 
     assert section.model is not None
     if section.train is not None:
         check_class_weights(task, section.train, f"teachers.{name}.train")
+        views = project.views_of_training(name)
+        if sample is not None:
+            _probe(views, sample)
     spec = ModelSpec(
         where=f"teachers.{name}", model=section.model, preprocess=section.preprocess, logits=section.logits
     )
@@ -382,9 +386,13 @@ def _check_views(project: Project, sample: Columns | None) -> str:
     if section.transform is None:
         return "the clean rows"
     if sample is not None:
-        views.probe(sample, [f"row {row}" for row in range(len(next(iter(sample.values()))))])
+        _probe(views, sample)
     of = "all rows" if section.splits is None else ", ".join(section.splits)
     return f"{section.count} of {of} by {section.transform.path}"
+
+
+def _probe(views: ViewSpec, sample: Columns) -> None:
+    views.probe(sample, [f"row {row}" for row in range(len(next(iter(sample.values()))))])
 
 
 def _check_splits(project: Project) -> str:

@@ -86,11 +86,12 @@ class TrainSection:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TeacherTrainSection(TrainSection):
-    """teachers.<name>.train: label-only training on one split."""
+    """teachers.<name>.train: label-only training on one split, in each epoch on another view of it by `transform`."""
 
     split: str = "train"
     seed: int = Field(default=0, ge=0, lt=2**64)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    transform: FactoryField | None = None
 
 
 OutputName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]

@@ -19,8 +19,9 @@ from kdpipe.errors import ConfigError, DataError
 from kdpipe.fingerprint import canonical_json, source_digests
 from kdpipe.preprocess import Preprocess
 from kdpipe.preprocess.named import NamedPreprocess
+from kdpipe.random_numbers import derived_seed
 from kdpipe.tasks.base import Task
-from kdpipe.views import PartnerPlan, ViewSpec, is_transform
+from kdpipe.views import CLEAN, MixingTransform, PartnerPlan, Transform, ViewSpec, is_transform
 from kdpipe_stages.params import (
     Params,
     TargetsSection,
@@ -155,15 +156,26 @@ class Project:
     def views(self) -> ViewSpec:
         """The augmented views that teacher and student see."""
         section = self.params.views
-        transform = None
-        if section.transform is not None:
-            transform = self.bind(section.transform, "views.transform", root=self.root).make()
-            if not is_transform(transform):
-                raise ConfigError(
-                    f"views.transform: {section.transform.path} is no Transform: it must take (columns, keys, seed), "
-                    "see kdpipe.views.Transform"
-                )
+        transform = None if section.transform is None else self.transform(section.transform, "views.transform")
         return ViewSpec(count=section.count, seed=section.seed, transform=transform)
+
+    def views_of_training(self, name: str) -> ViewSpec:
+        """What a teacher that is trained here is shown: one view for each epoch, of a seed that no store has."""
+        plan, where = self.teacher(name).train, f"teachers.{name}.train.transform"
+        if plan is None or plan.transform is None:
+            return CLEAN
+        seed = derived_seed(plan.seed, "views of training")
+        return ViewSpec(count=plan.epochs, seed=seed, transform=self.transform(plan.transform, where), where=where)
+
+    def transform(self, factory: Factory, where: str) -> Transform | MixingTransform:
+        """What `factory`, the key `where` of params.yaml, makes. Raises `ConfigError` where that is no transform."""
+        made: Transform | MixingTransform = self.bind(factory, where, root=self.root, where=where).make()
+        if not is_transform(made):
+            raise ConfigError(
+                f"{where}: {factory.path} is no Transform: it must take (columns, keys, seed), see "
+                "kdpipe.views.Transform"
+            )
+        return made
 
     def views_of(self, inputs: PreparedInputs) -> ViewSpec:
         """The augmented views of prepared rows, with the partners where the transform mixes them: of the same split.

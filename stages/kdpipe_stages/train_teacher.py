@@ -5,20 +5,24 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kdpipe import durable
 from kdpipe.batches import Rows
 from kdpipe.checkpoint import read_weights
 from kdpipe.config import Factory
-from kdpipe.data.prepared import MISSING_LABEL
+from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import canonical_json, digest_file
 from kdpipe.order import BatchOrder
 from kdpipe.tasks.base import token_labels
 from kdpipe.terms import LabelTerm, TrainingTerm
 from kdpipe.training import Progress, fit
+from kdpipe.views import PROBE_ROWS, PartnerPlan, ViewSpec
 from kdpipe_stages.building import (
     DESCRIPTION,
     ModelSpec,
@@ -96,6 +100,7 @@ def _train(
         rows=rows,
         preprocess=preprocess,
         labels=data.labels,
+        views=_views(project, name, data.inputs, rows),
         token_labels=token_labels(task),
     )
     balance = balance_of(task, plan, data.labels[rows], f"{where}.train")
@@ -113,6 +118,17 @@ def _train(
     timings = {"seconds": fitted.seconds, "steps": fitted.steps_done}
     project.write_timings("train_teacher", name, timings)
     return TrainedTeacher(skipped="", seconds=fitted.seconds)
+
+
+def _views(project: Project, name: str, inputs: PreparedInputs, rows: NDArray[np.int64]) -> ViewSpec:
+    """`Project.views_of_training`, tried on the rows learnt from, which are mixed with each other."""
+    views = project.views_of_training(name)
+    views.probe(inputs.read(rows[:PROBE_ROWS]), inputs.sample_ids[rows[:PROBE_ROWS]].tolist())
+    if not views.mixes:
+        return views
+    learnt = np.full(len(inputs), "", "<U6")
+    learnt[rows] = "learnt"
+    return replace(views, partners=PartnerPlan(inputs.sample_ids, learnt))
 
 
 def _fit(project: Project, name: str, split: str, work: Path, fingerprint: str) -> TrainedTeacher:

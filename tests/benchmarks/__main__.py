@@ -25,6 +25,7 @@ LONG = [
     "gains.fashion_mnist",
     "gains.cifar10_views",
     "gains.cifar10_unseen",
+    "gains.cifar10_augmented",
     "gains.teachers",
     "gains.features",
 ]

@@ -24,7 +24,7 @@ from benchmarks import (
     read_store,
     views,
 )
-from benchmarks.gains import cifar10_unseen, cifar10_views, digits, fashion_mnist, features, teachers
+from benchmarks.gains import cifar10_augmented, cifar10_unseen, cifar10_views, digits, fashion_mnist, features, teachers
 from kdpipe.losses import LOSSES
 
 
@@ -164,9 +164,10 @@ def test_gains_of_views(capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("few_views")
-def test_gains_of_views_of_rows_that_the_teacher_has_not_learnt(capsys, tmp_path):
+@pytest.mark.parametrize("bench", [cifar10_unseen, cifar10_augmented])
+def test_gains_of_views_of_rows_that_the_teacher_has_not_learnt(capsys, tmp_path, bench):
     rows = pictures(tmp_path / "rows.parquet", 32, 3)
-    cifar10_unseen.main(num_seeds=2, epochs=1, teacher_epochs=1, num_rows=50, path=rows)
+    bench.main(num_seeds=2, epochs=1, teacher_epochs=1, num_rows=50, path=rows)
     printed = capsys.readouterr().out
     assert "training rows, and of view 1" in printed
     assert {"3 cached views", "1 cached views", cifar10_views.CLEAN} <= set(lines_of(printed))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kdpipe.errors import StaleStoreError
 from kdpipe.store import TargetStore
-from kdpipe_stages import train_student
+from kdpipe_stages import prepare_data, train_student, train_teacher
 from kdpipe_stages.cli import run
 from projects import REPOSITORY, cache, fails, make_project, params, project_in, rows_shown, write_params
 
@@ -100,3 +103,78 @@ def test_what_does_not_fit_is_told_by_check(tmp_path, capsys, monkeypatch):
     message = fails(capsys, "check")
     assert "views.transform.transforms.0.pading: kdpipe.transforms:PadAndCrop does not take it" in message
     assert "did you mean 'padding'?" in message
+
+
+MIRROR = """
+class Mirror:
+    def __call__(self, columns, keys, seed):
+        return {**columns, "image": columns["image"][:, :, ::-1].copy()}
+"""
+
+
+def taught(folder, transform, **options):
+    """A project whose teacher is trained on what `transform` shows."""
+    train = {"epochs": 3, "batch_size": 128, "learning_rate": 0.01, **({"transform": transform} if transform else {})}
+    teacher = {**params()["teachers"]["big"], "train": train}
+    make_project(folder, teachers={"big": teacher}, **options)
+    (folder / "own.py").write_text(OWN + MIRROR)
+    return project_in(folder)
+
+
+def trained(folder, transform, **options):
+    project = taught(folder, transform, **options)
+    prepare_data.run(project)
+    assert not train_teacher.run(project, "big").skipped
+    return (folder / "data" / "models" / "teachers" / "big" / "model.safetensors").read_bytes()
+
+
+def test_a_teacher_is_trained_on_what_its_transform_shows(tmp_path):
+    """Mirrored in every epoch, it learns what it learns of a source whose rows are mirrored."""
+    mirrored, data = tmp_path / "mirrored", {**params()["data"], "splits": {"validation_fraction": 0}}
+    weights = trained(tmp_path / "shown", {"factory": "own.py:Mirror"}, data=data)
+    project = taught(mirrored, None, data=data)
+    source = mirrored / "data" / "raw" / "digits.parquet"
+    table = pq.read_table(source)
+    pixels = np.array(table["image"].to_pylist(), np.uint8).reshape(-1, 8, 8)[:, :, ::-1].reshape(len(table), -1)
+    column = pa.array(pixels.tolist(), table.schema.field("image").type)
+    pq.write_table(table.set_column(table.column_names.index("image"), "image", column), source)
+    prepare_data.run(project)
+    train_teacher.run(project, "big")
+    assert (project.teacher_model("big") / "model.safetensors").read_bytes() == weights
+    assert trained(tmp_path / "plain", None, data=data) != weights
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [{"factory": "kdpipe.transforms:PadAndCrop", "padding": 1}],
+        [{"factory": "kdpipe.transforms:PadAndCrop", "padding": 1}, {"factory": "kdpipe.transforms:Mixup"}],
+    ],
+)
+def test_each_epoch_of_a_teacher_is_another_view_that_no_store_holds(tmp_path, transforms):
+    project = taught(tmp_path, views(*transforms)["transform"], views=views(*transforms))
+    prepare_data.run(project)
+    training, cached = project.views_of_training("big"), project.views()
+    assert [training.view_of_epoch(epoch) for epoch in range(3)] == [1, 2, 3]
+    assert training.seed != cached.seed
+    train_teacher.run(project, "big")
+    assert train_teacher.run(project, "big").skipped == "it was trained with these settings and rows before"
+
+
+def test_other_code_of_its_transform_is_another_teacher(tmp_path):
+    transform = {"factory": "kdpipe.transforms:PerExample", "function": "own.py:dim"}
+    first = trained(tmp_path, transform)
+    (tmp_path / "own.py").write_text(OWN.replace("3", "4"))
+    assert not train_teacher.run(project_in(tmp_path), "big").skipped
+    assert project_in(tmp_path).teacher_model("big").joinpath("model.safetensors").read_bytes() != first
+
+
+def test_check_tries_the_transform_of_a_teachers_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = r"teachers.big.train.transform"
+    taught(tmp_path, {"factory": "kdpipe.transforms:WordDropout"})
+    assert f"{where}: WordDropout fails on image uint8" in fails(capsys, "check")
+    taught(tmp_path, views({"factory": "kdpipe.transforms:PadAndCrop", "pading": 1})["transform"])
+    assert f"{where}.transforms.0.pading: kdpipe.transforms:PadAndCrop does not take it" in fails(capsys, "check")
+    taught(tmp_path, {"factory": "kdpipe.models.linear:Linear"})
+    assert where in fails(capsys, "check")

@@ -20,7 +20,7 @@ from kdpipe.fingerprint import source_digests
 from kdpipe.random_numbers import derived_seed
 from kdpipe.views import MixingTransform, Pairs, Transform, is_transform
 
-_TRANSFORMS, _FUNCTION = "views.transform.transforms", "views.transform.function"
+_WHERE = "views.transform"
 
 PerRow = Callable[[Mapping[str, Array], np.random.Generator], Mapping[str, Array]]
 """`(example, rng) -> example`: one row's values by column name."""
@@ -32,18 +32,19 @@ class Compose:
     One of them may mix rows: those before it change a row and its partner, those after it what became of both.
     """
 
-    def __init__(self, transforms: Sequence[Any], root: Path = Path()) -> None:
+    def __init__(self, transforms: Sequence[Any], root: Path = Path(), where: str = _WHERE) -> None:
         """`transforms`: each a `Transform`, or its factory as params.yaml has it; files are relative to `root`.
 
-        Raises `ConfigError`.
+        `where` is its own key in params.yaml, for messages. Raises `ConfigError`.
         """
+        where = f"{where}.transforms"
         if isinstance(transforms, str | Mapping) or not isinstance(transforms, Sequence) or not transforms:
-            raise ConfigError(f"{_TRANSFORMS}: expected a list of transforms (found {transforms!r})")
-        self._transforms = [_made(each, root, f"{_TRANSFORMS}.{place}") for place, each in enumerate(transforms)]
+            raise ConfigError(f"{where}: expected a list of transforms (found {transforms!r})")
+        self._transforms = [_made(each, root, f"{where}.{place}") for place, each in enumerate(transforms)]
         mixing = [place for place, each in enumerate(self._transforms) if getattr(each, "mixes", False)]
         if len(mixing) > 1:
             names = ", ".join(type(self._transforms[place]).__name__ for place in mixing)
-            raise ConfigError(f"{_TRANSFORMS}: {names} all mix rows; a row has one partner, so name one of them")
+            raise ConfigError(f"{where}: {names} all mix rows; a row has one partner, so name one of them")
         self._mixing = mixing[0] if mixing else None
 
     @property
@@ -56,9 +57,9 @@ class Compose:
         """Digests of the code that the transforms reach."""
         digests: dict[str, str] = {}
         for value in arguments["transforms"]:
-            factory = parse(FactoryField, value, _TRANSFORMS)
-            target = resolve(factory.path, root, _TRANSFORMS)
-            digests |= source_digests(target, load_module(factory.path, root, _TRANSFORMS).__name__)
+            factory = parse(FactoryField, value, _WHERE)
+            target = resolve(factory.path, root, _WHERE)
+            digests |= source_digests(target, load_module(factory.path, root, _WHERE).__name__)
             digests |= target.reads(factory.arguments, root) if hasattr(target, "reads") else {}
         return digests
 
@@ -92,21 +93,22 @@ class PerExample:
     `rng` is the row's and the view's own; everything random must come from it.
     """
 
-    def __init__(self, function: str | PerRow, root: Path = Path()) -> None:
+    def __init__(self, function: str | PerRow, root: Path = Path(), where: str = _WHERE) -> None:
         """`function`: "package.module:name" or "file.py:name", relative to `root`; a class is called first.
 
-        Raises `ConfigError`.
+        `where` is its own key in params.yaml, for messages. Raises `ConfigError`.
         """
-        found: Any = resolve(function, root, _FUNCTION) if isinstance(function, str) else function
+        self._where = f"{where}.function"
+        found: Any = resolve(function, root, self._where) if isinstance(function, str) else function
         self._function: PerRow = cast("PerRow", found() if inspect.isclass(found) else found)
         if not takes(self._function, 2):
-            raise ConfigError(f"{_FUNCTION}: {function} does not take (example, rng)")
+            raise ConfigError(f"{self._where}: {function} does not take (example, rng)")
 
     @staticmethod
     def reads(arguments: Mapping[str, Any], root: Path) -> dict[str, str]:
         """Digests of the code that the function reaches."""
         path = arguments["function"]
-        return source_digests(resolve(path, root, _FUNCTION), load_module(path, root, _FUNCTION).__name__)
+        return source_digests(resolve(path, root, _WHERE), load_module(path, root, _WHERE).__name__)
 
     def __call__(self, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
         """What the function gives, row by row. Raises `ConfigError` where that lacks a column."""
@@ -123,7 +125,7 @@ class PerExample:
                 if isinstance(given, Mapping):
                     found = f"a mapping of {', '.join(map(str, given)) or 'nothing'}"
                 raise ConfigError(
-                    f"{_FUNCTION}: PerExample's function gave {found}; expected a mapping with {', '.join(columns)}"
+                    f"{self._where}: PerExample's function gave {found}; expected a mapping with {', '.join(columns)}"
                 )
         return {name: _joined(column, [each[name] for each in rows]) for name, column in columns.items()}
 
@@ -131,7 +133,7 @@ class PerExample:
 def _made(value: Any, root: Path, where: str) -> Transform | MixingTransform:
     if isinstance(value, Mapping):
         factory = parse(FactoryField, value, where)
-        value = bind(factory, root, where, root=root).make()
+        value = bind(factory, root, where, root=root, where=where).make()
     if not is_transform(value):
         raise ConfigError(f"{where}: {value!r} is no Transform: it must take (columns, keys, seed)")
     transform: Transform | MixingTransform = value

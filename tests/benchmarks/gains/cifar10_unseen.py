@@ -33,13 +33,20 @@ def main(
     num_rows: int = 8000,
     path: Path = DATASETS / "cifar10_jpeg" / "cifar10_jpeg.parquet",
     folder: Path | None = None,
+    augmented: bool = False,
 ) -> None:
-    """Print the table: the settings of `cifar10_views`, but for whose rows the teacher learns from."""
+    """Print the table: the settings of `cifar10_views`, but for whose rows the teacher learns from.
+
+    An `augmented` teacher is trained under the students' augmentation.
+    """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         rows = dealt(path, num_rows, Path(scratch) / "rows.parquet")
         base = settings(num_seeds, epochs, teacher_epochs, rows)
         base["teachers"]["resnet"]["train"]["split"] = TEACHERS_OWN
+        if augmented:
+            base["teachers"]["resnet"]["train"]["transform"] = base["views"]["transform"]
         arms = arms_of((cifar10_views.VIEWS[0], cifar10_views.VIEWS[-1]))
         title = f"CIFAR-10, {num_rows:,} rows that the teacher has not learnt"
+        title += ", augmented as it is used to" if augmented else ""
         compare(title, Path(scratch) / "project", base, arms, began)
