@@ -327,6 +327,11 @@ def answers(**said):
         (answers(logits=lambda logits, _: logits[:, :1]), r"logits have shape \[5, 1\]; expected \[5, 5\]"),
         (answers(logits=lambda logits, _: logits[:1]), r"logits have shape \[1, 5\]; expected \[5, 5\]"),
         (answers(logits=lambda logits, _: logits.fill_(-torch.inf)), r"NaN or infinite for 16 of 16"),
+        (
+            answers(logits=lambda logits, _: logits.softmax(-1)),
+            r"16 samples are numbers from 0 to 1 .* probabilities",
+        ),
+        (answers(logits=lambda logits, _: logits.softmax(-1).half().float()), "probabilities"),
     ],
 )
 def test_what_is_not_what_the_teacher_promised_is_refused(tmp_path, change, message):

@@ -248,6 +248,9 @@ def test_a_folders_digest_is_of_names_and_bytes(tmp_path):
     assert digest_path(tmp_path / "a") == digest_file(tmp_path / "a")
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "note").write_text("hidden")
+    for name in ("README.md", "training_args.bin", "sub/runs/events", "LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("how the model came to be")
     assert digest_path(tmp_path) == before
     (tmp_path / "sub" / "b").rename(tmp_path / "sub" / "c")
     renamed = digest_path(tmp_path)

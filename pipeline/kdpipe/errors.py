@@ -89,10 +89,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """Puts a key of params.yaml before what a `ConfigError` says."""
+    """Puts a key of params.yaml before what a `ConfigError` says, unless that begins with it."""
     try:
         yield
     except ConfigError as error:
+        if str(error).startswith(place):
+            raise
         raise ConfigError(f"{place}: {error}") from error
 
 

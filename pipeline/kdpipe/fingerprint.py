@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import functools
 import hashlib
 import importlib.metadata
@@ -41,15 +42,26 @@ def digest_file(path: Path) -> str:
 
 
 def digest_path(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, or of the names and bytes of a folder's files; hidden ones do not count."""
-    if path.is_file():
-        return digest_file(path)
-    names = sorted(
-        each.relative_to(path).as_posix()
-        for each in path.rglob("*")
-        if each.is_file() and not any(part.startswith(".") for part in each.relative_to(path).parts)
+    """SHA-256 (hex) of a file's bytes, or of the names and bytes of a folder's files that count."""
+    return digest_file(path) if path.is_file() else digest({name: digest_file(path / name) for name in files_in(path)})
+
+
+def files_in(folder: Path) -> list[str]:
+    """A model's folder: its files, sorted, without hidden ones and what says or logs how the model came to be."""
+    names = (each.relative_to(folder) for each in folder.rglob("*") if each.is_file())
+    counted = (
+        name
+        for name in names
+        if not any(part.startswith(".") or fnmatch.filter([part], pattern) for part in name.parts for pattern in _NOTES)
     )
-    return digest({name: digest_file(path / name) for name in names})
+    return sorted(name.as_posix() for name in counted)
+
+
+_NOTES = (
+    *("*.md", "LICENSE*", "NOTICE*", "*.png", "*.log", "runs", "events.out.*"),
+    *("training_args.bin", "trainer_state.json", "optimizer.*", "scheduler.*", "rng_state*"),
+)
+"""Model cards and pictures, and what a trainer leaves beside the weights."""
 
 
 def brief(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def loads(content: bytes, where: str, trusted: Sequence[str] = ()) -> Any:
     skops = _library()
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise ConfigError(
-            f"{where} is no skops file; expected one written by skops.io.dump. A pickle is not loaded: it may hold any "
-            "code"
+            f"{where} is no skops file; expected one written by skops.io.dump, whole. A pickle is not loaded: it may "
+            "hold any code"
         )
     try:
         unknown = [each for each in skops.get_untrusted_types(data=content) if not each.startswith(_KNOWN)]

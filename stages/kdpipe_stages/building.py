@@ -161,8 +161,8 @@ def _class_counts(task: Task, labels: NDArray[np.int64], where: str) -> NDArray[
     if len(absent):
         shown = ", ".join(str(each) for each in absent[:5]) + (", …" if len(absent) > 5 else "")
         raise ConfigError(
-            f"{where}: class {shown} has no labelled row to learn from, so its share is unknown; label one, leave it "
-            "out, or give class_weights as a list in its place"
+            f"{where}: class {shown} has no labelled row to learn from, so its share is unknown; label one, "
+            + ("or give a list of weights" if where.endswith("class_weights") else "or leave it out")
         )
     return counts
 

@@ -220,7 +220,7 @@ def open_checked_store(project: Project, name: str) -> TargetStore:
     if changed:
         raise StaleStoreError(
             f"{store.path} was made from another {project.root / changed} than today's, of which teachers.{name} is "
-            f"made. Put the earlier one back, or run `kdpipe train-teacher {name}` and `{command}`."
+            f"made. Put the earlier one back, or run `kdpipe train-teacher` and `{command}`."
         )
     _check_transform(store, project, command)
     return store

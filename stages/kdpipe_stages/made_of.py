@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdpipe.fingerprint import digest_path
+from kdpipe.fingerprint import digest_file, files_in
 from kdpipe_stages.building import WEIGHTS
 from kdpipe_stages.project import Project
 
@@ -21,21 +21,26 @@ _SIGN_OF_A_PATH = re.compile(r"[./]")
 
 
 def files_of(project: Project, name: str, fingerprint: Mapping[str, Any]) -> dict[str, str]:
-    """Digests, by path, of the files, folders and code that a teacher's section and its fingerprint name.
+    """Digests, by path, of the files and code that a teacher's section and its fingerprint name, or whose folder.
 
     What is not there is left out, as are folders that hold the pipeline's own data.
     """
     root = project.root
     named = {*_of_section(project, name, ()), *_of_values(fingerprint, root)}
-    return {
-        each: digest_path(root / each) for each in sorted(named) if _exists(root / each) and not _holds_data(root, each)
-    }
+    there = [each for each in named if _exists(root / each) and not _holds_data(root, each)]
+    files = {file for each in there for file in _files(root, each)}
+    return {each: digest_file(root / each) for each in sorted(files)}
 
 
 def first_changed(root: Path, files: Mapping[str, str]) -> str | None:
     """The first of such files that is there and has another digest."""
-    there = (name for name in files if _exists(root / name))
-    return next((name for name in there if digest_path(root / name) != files[name]), None)
+    there = (name for name in files if (root / name).is_file())
+    return next((name for name in there if digest_file(root / name) != files[name]), None)
+
+
+def _files(root: Path, name: str) -> list[str]:
+    """A file by itself, or a folder's."""
+    return [name] if (root / name).is_file() else [f"{name}/{each}" for each in files_in(root / name)]
 
 
 def _of_section(project: Project, name: str, above: tuple[str, ...]) -> Iterator[str]:

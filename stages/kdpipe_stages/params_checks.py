@@ -83,11 +83,12 @@ def _check_views(params: Params) -> None:
     views = params.views
     if views.count and views.transform is None:
         raise ConfigError(f"views.count is {views.count}, but there is no views.transform to make views with")
-    beyond = set(params.student.distil_on) - set(views.splits or params.student.distil_on)
+    beyond = set() if views.splits is None else set(params.student.distil_on) - set(views.splits)
     if views.count and beyond:
         raise ConfigError(
             f"student.distil_on: {', '.join(sorted(beyond))} is not among views.splits "
-            f"({', '.join(views.splits or ())}), so it has no augmented views. Add it there, or set views.count: 0"
+            f"({', '.join(views.splits or ()) or 'none'}), so it has no augmented views. Add it there, or set "
+            "views.count: 0"
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from kdpipe import durable
 from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve
 from kdpipe.data.prepared import PreparedData, PreparedInputs
-from kdpipe.errors import ConfigError, DataError
+from kdpipe.errors import ConfigError, DataError, at
 from kdpipe.fingerprint import canonical_json, source_digests
 from kdpipe.preprocess import Preprocess
 from kdpipe.preprocess.named import NamedPreprocess
@@ -169,7 +169,9 @@ class Project:
 
     def transform(self, factory: Factory, where: str) -> Transform | MixingTransform:
         """What `factory`, the key `where` of params.yaml, makes. Raises `ConfigError` where that is no transform."""
-        made: Transform | MixingTransform = self.bind(factory, where, root=self.root, where=where).make()
+        bound = self.bind(factory, where, root=self.root, where=where)
+        with at(where):
+            made: Transform | MixingTransform = bound.make()
         if not is_transform(made):
             raise ConfigError(
                 f"{where}: {factory.path} is no Transform: it must take (columns, keys, seed), see "

@@ -136,6 +136,8 @@ def check_term(where: str, term: LossTerm, stored: Mapping[str, Stored], heard: 
             values = values_of(term.loss, student, targets, torch.zeros(student.shape[:-1], dtype=torch.int64))
         if not values.requires_grad:
             raise ConfigError(f"{name} has no gradient in the student's numbers, so it teaches nothing")
+        if not torch.isfinite(values).all():
+            raise ConfigError(f"{name} gives {values.tolist()} for a made-up row; expected finite numbers")
     except ConfigError as error:
         raise ConfigError(f"{where}: on {term.output} of {', '.join(term.teachers)}: {error}") from error
     except Exception as error:

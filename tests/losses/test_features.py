@@ -339,6 +339,11 @@ def test_a_row_does_not_see_the_other_rows(name):
     close(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("loss", [HintMSE(), CosineFeature(), SimilarityPreserving(), RKD()])
+def test_of_no_row_there_is_no_loss(loss):
+    assert kd_loss(torch.zeros(0, 4), FeatureTargets(values=torch.zeros(0, 4)), loss=loss) == 0
+
+
 def test_losses_on_relations_say_so():
     assert set(RELATIONAL) == {"similarity", "rkd_distance", "rkd_angle", "rkd"}
     for name in RELATIONAL:

@@ -360,3 +360,24 @@ def test_a_training_term_leaves_rows_without_label_out(name):
     term = DistillTerm(term=LossTerm(teacher="big", output="logits", loss=LOSSES[name], weight=1.0))
     assert term.valid(batch).tolist() == [True, False, False, True, True, True]
     assert torch.equal(term.values(student, batch), values_of(LOSSES[name], student, targets, labels))
+
+
+@every_loss
+def test_whatever_stands_in_rows_that_do_not_count_has_no_part_in_the_gradient(name):
+    """NaN too, on either side; the others' is that without these rows."""
+    loss = LOSSES[name]
+    student, teacher, labels = triple(7, 6, 4)
+    counts = torch.tensor([True, False, True, True, False, True])
+    known = {"labels": labels} if name in LABELLED else {}
+    there = student[counts].requires_grad_()
+    kept = {key: each[counts] for key, each in known.items()}
+    expected = kdpipe_losses.kd_loss(there, dense_of(teacher[counts]), loss=loss, **kept)
+    expected.backward()
+    for bad in (torch.nan, -torch.inf):
+        given = torch.where(counts.unsqueeze(-1), student, bad).requires_grad_()
+        said = replace(dense_of(torch.where(counts.unsqueeze(-1), teacher, bad)), covered=counts)
+        value = kdpipe_losses.kd_loss(given, said, loss=loss, **known)
+        value.backward()
+        close(value, expected)
+        close(given.grad[counts], there.grad)
+        assert (given.grad[~counts] == 0).all()

@@ -850,7 +850,7 @@ def test_a_store_of_another_file_is_told_without_the_teacher(folder, capsys, kin
         (folder / name).write_bytes(dumps(LogisticRegression(max_iter=200, C=0.1).fit(INPUTS, LABELS)))
     else:
         write_another(folder / name)
-    settles = "run `kdpipe train-teacher big` and `kdpipe cache-teacher big`"
+    settles = "run `kdpipe train-teacher` and `kdpipe cache-teacher big`"
     message = rf"was made from another \S+{re.escape(name)} than today's, of .*{settles}"
     refuses(folder, capsys, message, "train-student")
     another = (folder / name).read_bytes()
@@ -926,7 +926,25 @@ def test_a_store_of_what_was_learnt_before_is_told(folder, capsys, how):
     pyarrow.csv.write_csv(flipped, folder / "rows.csv")
     for command in ("prepare-data", "train-teacher"):
         assert run([command]) == 0
-    refuses_until_cached(folder, capsys, "model.safetensors" if how == "trained" else "big")
+    refuses_until_cached(folder, capsys, "model.safetensors" if how == "trained" else "estimator.skops")
+
+
+def test_a_store_knows_each_file_of_a_checkpoint(texts, tmp_path, capsys):
+    """A card that is written, weights that are fetched later; but not other weights."""
+    checkpoint = tmp_path / "bert"
+    texts(BERT_TEACHER)
+    assert run(["cache-teacher"]) == 0
+    for name in ("README.md", "training_args.bin"):
+        (checkpoint / name).write_text("how it came to be")
+    open_checked_store(project_in(tmp_path), "big")
+    assert run(["cache-teacher"]) == 0
+    assert "complete already" in capsys.readouterr().err.splitlines()[-1]
+    weights = checkpoint / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    open_checked_store(project_in(tmp_path), "big")
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refuses(tmp_path, capsys, r"was made from another \S+bert/model\.safetensors than today's", "train-student")
 
 
 def test_words_are_no_folders(folder, capsys):

@@ -76,7 +76,7 @@ def test_a_slice_is_its_own_rows():
             None,
             "labels are text (such as cat); name the classes, in order, in task.class_names",
         ),
-        (pa.array([0.0, 1.5]), None, "labels of type double are no class numbers"),
+        (pa.array([0.0, None, 1.5]), None, "labels must be class numbers; found 1.5 in row 102"),
         (pa.array([[0], [1]]), None, "labels of type list<item: int64> are no class numbers"),
         (pa.array([2**63], pa.uint64()), None, "labels of type uint64 are no class numbers"),
     ],

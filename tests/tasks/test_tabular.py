@@ -63,6 +63,7 @@ def test_all_kinds_of_numbers_are_numbers(kind):
         (pa.array([2**60 + 1, 1, 2]), "column 'a' has numbers too large for a feature"),
         (pa.array(["1", "2", "3"]), "column 'a' has type string; expected numbers. Leave it out of task.columns."),
         (pa.array([None, None, None]), "column 'a' has type null; expected numbers"),
+        (pa.array([None, "1,5", "2"]), "expected numbers. Of a decimal comma, as in 1,5, data.source.decimal_point: "),
     ],
 )
 def test_what_is_no_number_is_refused(values, message):

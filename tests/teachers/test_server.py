@@ -249,6 +249,19 @@ def test_a_prompt_that_names_no_column_is_refused_before_any_row_is_asked_about(
 
 
 @pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("{text", r"prompt: expected '}' before end of string in '\{text'; a column stands in braces"),
+        ("{text.length}", r"no attribute 'length' in '\{text.length\}'; expected columns by name"),
+        ("{text:d}", r"format code 'd' .* in '\{text:d\}'; expected columns by name"),
+    ],
+)
+def test_a_prompt_that_cannot_be_written_is_shown(server, prompt, message):
+    with pytest.raises(ConfigError, match=message):
+        ServedClassifier(TASK, "toy", server.section(), prompt, CLASSES, probe={"rows": np.array([0])})
+
+
+@pytest.mark.parametrize(
     ("choice", "message"),
     [
         ({}, "there is no logprobs"),

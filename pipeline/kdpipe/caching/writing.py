@@ -17,6 +17,7 @@ from torch import Tensor
 from kdpipe.caching.batches import Batch
 from kdpipe.encodings import Sampled, TargetEncoding, TopK
 from kdpipe.errors import ConfigError, TeacherError
+from kdpipe.inputs import look_like_probabilities
 from kdpipe.store import TargetStore
 from kdpipe.store.statistics import kept_statistics, teacher_statistics
 from kdpipe.targets import OutputSpec
@@ -84,7 +85,7 @@ class Writer:
         self._arrays = {
             name: np.empty((manifest.shard_rows, *spec.shape), spec.dtype) for name, spec in manifest.arrays().items()
         }
-        self._failed = False
+        self._failed = self._looked_at = False
 
     def put(self, batch: Batch, said: dict[str, Tensor]) -> None:
         """Hand over what the teacher said. Waits for the writer thread when it is behind; raises what it raised."""
@@ -165,6 +166,9 @@ class Writer:
                 arrays |= self._encode_kept(said, ids)
                 continue
             values = zero_where_abstained(said[output.name], covered)
+            if output.name == LOGITS and not self._looked_at:
+                self._looked_at = True
+                _refuse_probabilities(values if covered is None else values[covered])
             refuse_nonfinite(values, output, ids)
             encoding = self._store.encodings[output.name]
             keys = row_keys(ids.tolist(), batch.view) if isinstance(encoding, Sampled) else None
@@ -215,6 +219,15 @@ def refuse_nonfinite(values: Tensor, output: OutputSpec, sample_ids: NDArray[np.
     """Raise `TeacherError` naming samples; -inf is a masked class: legal in logits unless every class is masked."""
     worst = values.amax(dim=-1) if output.kind == "logits" else values  # of NaN and others, the maximum is NaN
     _refuse(~torch.isfinite(worst), f"{output.name} are NaN or infinite", sample_ids)
+
+
+def _refuse_probabilities(logits: Tensor) -> None:
+    """Raise `TeacherError` for what only rounding keeps from being a softmax's output, of several rows."""
+    if len(logits) > 1 and look_like_probabilities(logits.half()):
+        raise TeacherError(
+            f"the teacher's logits of {len(logits)} samples are numbers from 0 to 1 with a sum of 1: probabilities. "
+            "Take what goes into the softmax, or give their logarithm."
+        )
 
 
 def _refuse(bad: Tensor, what: str, sample_ids: NDArray[np.str_]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from kdpipe.losses.divergences import ForwardKL, GeneralisedJSD, ReverseKL, Soft
 from kdpipe.losses.logits import LogitMSE
 from kdpipe.losses.relational import DIST
 from kdpipe.losses.vocabularies import ULD
-from kdpipe.targets import Targets
+from kdpipe.targets import DenseTargets, Targets
 
 LOSSES: Mapping[str, type[Any]] = {
     "forward_kl": ForwardKL,
@@ -56,6 +57,11 @@ def kd_loss(
     check_targets(targets)
     if labels is not None and needs_labels(loss):
         labels = check_labels(type(loss).__name__, labels, tuple(logits.shape[:-1]), logits.shape[-1])
+    if isinstance(targets, DenseTargets) and targets.covered is not None and targets.covered.shape == logits.shape[:-1]:
+        # Whatever stands in rows that do not count, NaN too, has no part in the gradient.
+        counts = targets.covered.unsqueeze(-1)
+        logits, said = torch.where(counts, logits, 0.0), torch.where(counts, targets.values, 0.0)
+        targets = replace(targets, values=said, row_max=torch.where(targets.covered, targets.row_max, 0.0))
     values, valid = values_of(loss, logits, targets, labels), valid_rows(loss, targets, labels)
     if valid is None:
         return values.sum() / max(1, values.numel())

@@ -30,7 +30,7 @@ class HintMSE:
     def __call__(self, features: Tensor, targets: Targets) -> Tensor:
         """One value per row `[B]` (or token) for student features `[B, ...]`."""
         student, teacher, shape = _same_shape(features, targets, type(self).__name__)
-        return (student - teacher).square().reshape(*shape, -1).mean(dim=-1)
+        return _by_row((student - teacher).square(), shape).mean(dim=-1)
 
     def unscaled(self, values: Tensor) -> Tensor:
         """As they are."""
@@ -71,7 +71,7 @@ class CosineFeature:
         """One value per row `[B]` (or token) for student features `[B, ...]`."""
         student, teacher, shape = _same_shape(features, targets, type(self).__name__)
         cosine = (unit(vectors(student)) * unit(vectors(teacher))).sum(dim=-1)
-        return (1 - cosine).reshape(*shape, -1).mean(dim=-1)
+        return _by_row(1 - cosine, shape).mean(dim=-1)
 
     def unscaled(self, values: Tensor) -> Tensor:
         """As they are."""
@@ -136,6 +136,11 @@ def of_features(targets: Targets, what: str) -> tuple[Tensor, torch.Size]:
             "a vector per token, as the teacher says for each token whether it counts"
         )
     return targets.values, shape
+
+
+def _by_row(values: Tensor, shape: torch.Size) -> Tensor:
+    """`[*shape, n]`: the numbers of each row (or token) as its last axis, of no row at all too."""
+    return values.reshape(*shape, values.shape[len(shape) :].numel())
 
 
 def found(features: Tensor, teacher: Tensor) -> str:

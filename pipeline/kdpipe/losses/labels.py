@@ -35,6 +35,9 @@ def class_weighted(loss: LabelLoss, weights: Tensor) -> LabelLoss:
     divides by the sum of the rows' weights. With label smoothing the whole value is weighted by the label's class.
     """
 
+    if not bool((weights >= 0).all()):
+        raise ConfigError(f"weights are {weights.tolist()}; expected a number from 0 for each class")
+
     def weighted(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         _check_per_class("weights", weights, logits)
         values = loss(logits, labels, smoothing)

@@ -96,9 +96,10 @@ def _rows_of_both(features: Tensor, targets: Targets, what: str) -> tuple[Tensor
     teacher, shape = of_features(targets, what)
     if features.shape[: len(shape)] != shape:
         raise ConfigError(f"{found(features, teacher)}; expected the same {'rows' if len(shape) == 1 else 'tokens'}")
-    student = widened(features).reshape(shape.numel(), -1)
-    used = torch.ones(shape, dtype=torch.bool, device=student.device) if targets.covered is None else targets.covered
-    return student, widened(teacher).to(student.dtype).reshape(shape.numel(), -1), used.flatten(), shape
+    used = torch.ones(shape, dtype=torch.bool, device=features.device) if targets.covered is None else targets.covered
+    both = (features, teacher)
+    student, said = (widened(each).reshape(len(used.flatten()), each.shape[len(shape) :].numel()) for each in both)
+    return student, said.to(student.dtype), used.flatten(), shape
 
 
 def _mean_over(values: Tensor, used: Tensor) -> Tensor:

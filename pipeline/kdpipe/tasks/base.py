@@ -95,6 +95,10 @@ def class_labels(
         values = values.cast(pa.int8())
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+        broken = np.flatnonzero(pc.fill_null(pc.not_equal(values, pc.floor(values)), False).to_numpy(False))
+        if len(broken):
+            row = int(broken[0])
+            raise DataError(f"labels must be class numbers; found {values[row].as_py()} in {name_of(row)}")
     try:
         ids: NDArray[np.int64] = pc.fill_null(values.cast(pa.int64()), MISSING_LABEL).to_numpy(zero_copy_only=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -84,10 +85,11 @@ class TabularClassification:
         is_empty = pa.types.is_null(kind) and self._missing == "allow"
         is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
         if not (is_number or pa.types.is_boolean(kind) or is_empty):
-            raise DataError(
-                f"column {name!r} has type {kind}; expected numbers. Leave it out of task.columns. A category belongs "
-                "in task.categorical."
-            )
+            first = next((str(each) for each in values.to_pylist() if each is not None), "")
+            advice = "Leave it out of task.columns. A category belongs in task.categorical."
+            if re.fullmatch(r"[+-]?\d*,\d+", first):
+                advice = f'Of a decimal comma, as in {first}, data.source.decimal_point: "," makes numbers.'
+            raise DataError(f"column {name!r} has type {kind}; expected numbers. {advice}")
         try:
             wide = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid as error:

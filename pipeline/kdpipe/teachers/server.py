@@ -426,7 +426,13 @@ class ServedClassifier:
             raise ConfigError(
                 f"top is {top}; expected how many of its most probable tokens the server gives, such as 20"
             )
-        if not any(name for _, name, _, _ in Formatter().parse(prompt)):
+        try:
+            named = [name for _, name, _, _ in Formatter().parse(prompt) if name]
+        except ValueError as error:
+            raise ConfigError(
+                f"prompt: {error} in {prompt!r}; a column stands in braces, {{text}}, and braces themselves are doubled"
+            ) from None
+        if not named:
             raise ConfigError(f"prompt is {prompt!r}, the same for every row; name a column in it, such as {{text}}")
         self._values, self._prompt, self._answers, self._top = values, prompt, list(answers), top
         self._server, self._model = _Server(server, model, say), model
@@ -448,8 +454,13 @@ class ServedClassifier:
                 self._prompt.format(**{name: _written(each[row]) for name, each in values.items()})
                 for row in range(rows)
             ]
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError) as error:
             raise ConfigError(f"prompt: {error} in {self._prompt!r}; the columns are {', '.join(values)}") from None
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"prompt: {error} in {self._prompt!r}; expected columns by name, numbers with a format such as "
+                "{price:.2f} or none"
+            ) from None
         questions = [{"prompt": prompt, "max_tokens": 1, "logprobs": self._top, "temperature": 0} for prompt in prompts]
         logits = np.stack([self._logits(choice) for choice in self._server.ask(questions)])
         covered = np.asarray(np.isfinite(logits).any(axis=1))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdpipe.config import FactoryField, bind, load_module, parse, resolve, takes
 from kdpipe.data.columns import Array, Column, Columns, Ragged
-from kdpipe.errors import ConfigError
+from kdpipe.errors import ConfigError, at
 from kdpipe.fingerprint import source_digests
 from kdpipe.random_numbers import derived_seed
 from kdpipe.views import MixingTransform, Pairs, Transform, is_transform
@@ -133,7 +133,9 @@ class PerExample:
 def _made(value: Any, root: Path, where: str) -> Transform | MixingTransform:
     if isinstance(value, Mapping):
         factory = parse(FactoryField, value, where)
-        value = bind(factory, root, where, root=root, where=where).make()
+        bound = bind(factory, root, where, root=root, where=where)
+        with at(where):
+            value = bound.make()
     if not is_transform(value):
         raise ConfigError(f"{where}: {value!r} is no Transform: it must take (columns, keys, seed)")
     transform: Transform | MixingTransform = value

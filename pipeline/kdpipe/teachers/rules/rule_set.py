@@ -108,13 +108,17 @@ def digests_of(rules: Any, root: Path) -> dict[str, str]:
     return digests
 
 
+def _brief(value: Any) -> str:
+    return f"a mapping with {', '.join(map(str, value))}" if isinstance(value, Mapping) else repr(value)[:80]
+
+
 def _load(rules: Any, root: Path) -> tuple[list[Any], str]:
     """What stands in a rules file or list, and how messages name it."""
     if isinstance(rules, str) and not (root / rules).is_file():
         raise ConfigError(f"rules: there is no file {root / rules}; expected a YAML list of rules, or the list itself")
     specs, where = (load_yaml(root / rules), rules) if isinstance(rules, str) else (rules, "rules")
     if not isinstance(specs, list) or not specs:
-        raise ConfigError(f"{where}: expected a list of rules, each with a name (found {specs!r})")
+        raise ConfigError(f"{where}: expected a list of rules, each with a name (found {_brief(specs)})")
     return specs, where
 
 
