@@ -58,7 +58,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 _NOTES = (
-    *("*.md", "LICENSE*", "NOTICE*", "*.png", "*.log", "runs", "events.out.*"),
+    *("*.md", "LICENSE*", "NOTICE*", "*.png", "*.log", "runs", "events.out.*", "__pycache__"),
     *("training_args.bin", "trainer_state.json", "optimizer.*", "scheduler.*", "rng_state*"),
 )
 """Model cards and pictures, and what a trainer leaves beside the weights."""

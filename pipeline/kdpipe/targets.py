@@ -329,7 +329,20 @@ class MixedTargets:
 Targets = DenseTargets | SparseTargets | SampledTargets | FeatureTargets | MixedTargets
 """All that a loss sees."""
 
-_Kind = TypeVar("_Kind", DenseTargets, SparseTargets, SampledTargets, FeatureTargets, MixedTargets)
+_Kind = TypeVar("_Kind", bound=Targets)
+
+
+def only_where(counts: Tensor, targets: _Kind) -> _Kind:
+    """The same targets with zeros in rows that do not count, `counts` bool `[B, ...]`: NaN there spreads nowhere."""
+    kept = _changed(targets, lambda each: zero_unless(counts, each) if each.is_floating_point() else each)
+    if isinstance(kept, MixedTargets):
+        return replace(kept, parts=tuple(only_where(counts, each) for each in kept.parts))
+    return kept
+
+
+def zero_unless(counts: Tensor, values: Tensor) -> Tensor:
+    """`values [B, ...]` with zeros where `counts` is False: bool, of `values`' first axes."""
+    return torch.where(counts.reshape(*counts.shape, *[1] * (values.ndim - counts.ndim)), values, 0)
 
 
 def _moved(targets: _Kind, device: torch.device) -> _Kind:

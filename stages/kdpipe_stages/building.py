@@ -243,9 +243,11 @@ def teacher_fingerprint(project: Project, name: str) -> str:
     factory = section.model or section.teacher
     assert factory is not None
     spec = ModelSpec(where=where, model=factory, preprocess=section.preprocess, logits=section.logits)
-    sources = spec.sources(project) | project.sources(project.params.task, "task")
+    sources, rows = spec.sources(project) | project.sources(project.params.task, "task"), None
     if section.train is not None and section.train.transform is not None:
         sources |= project.sources(section.train.transform, f"{where}.train.transform")
+        if project.views_of_training(name).mixes:  # who is mixed with whom is told by their places
+            rows = digest(project.prepared_data().rows_of([split]).tolist())
     split_file = project.prepared / "splits" / f"{split}.json"
     if not split_file.is_file():
         names = ", ".join(sorted(path.stem for path in split_file.parent.glob("*.json"))) or "none"
@@ -262,5 +264,6 @@ def teacher_fingerprint(project: Project, name: str) -> str:
             "train": plan_json(section.train) if section.train is not None else None,
             "task": project.params.task.to_json(),
             "split": split_file.read_text(),
+            **({"rows": rows} if rows else {}),
         }
     )

@@ -214,9 +214,11 @@ def open_checked_store(project: Project, name: str) -> TargetStore:
     if difference:
         raise StaleStoreError(
             f"{store.path} was made from other settings: {difference}. Restore them, or run "
-            f"`kdpipe train-teacher {name}` and `{command}`."
+            f"`kdpipe train-teacher` and `{command}`."
         )
-    changed = first_changed(project.root, store.manifest.teacher.get("files", {}))
+    changed = first_changed(
+        project, name, store.manifest.ingredients["teacher"], store.manifest.teacher.get("files", {})
+    )
     if changed:
         raise StaleStoreError(
             f"{store.path} was made from another {project.root / changed} than today's, of which teachers.{name} is "

@@ -5,6 +5,7 @@ Its store names them, so that a student can tell without the teacher whether the
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from kdpipe.fingerprint import digest_file, files_in
 from kdpipe_stages.building import WEIGHTS
+from kdpipe_stages.params import teacher_and_members
 from kdpipe_stages.project import Project
 
 _CODE = re.compile(r"(?P<file>[^:\n]+\.py):\w+")
@@ -25,17 +27,39 @@ def files_of(project: Project, name: str, fingerprint: Mapping[str, Any]) -> dic
 
     What is not there is left out, as are folders that hold the pipeline's own data.
     """
+    code = {**fingerprint, "of training": [_transforms_code(project, each) for each in _all_of(project, name)]}
+    files = {file for each in _named(project, name, code) for file in _files(project.root, each)}
+    return {each: digest_file(project.root / each) for each in sorted(files)}
+
+
+def first_changed(project: Project, name: str, fingerprint: Mapping[str, Any], files: Mapping[str, str]) -> str | None:
+    """The first of such files that has another digest today, or that joined one of their folders; None: none did."""
     root = project.root
-    named = {*_of_section(project, name, ()), *_of_values(fingerprint, root)}
-    there = [each for each in named if _exists(root / each) and not _holds_data(root, each)]
-    files = {file for each in there for file in _files(root, each)}
-    return {each: digest_file(root / each) for each in sorted(files)}
+    there = (each for each in files if (root / each).is_file())
+    folders = (each for each in sorted(_named(project, name, fingerprint)) if files and not (root / each).is_file())
+    joined = (each for folder in folders for each in _files(root, folder) if each not in files)
+    return next(itertools.chain((each for each in there if digest_file(root / each) != files[each]), joined), None)
 
 
-def first_changed(root: Path, files: Mapping[str, str]) -> str | None:
-    """The first of such files that is there and has another digest."""
-    there = (name for name in files if (root / name).is_file())
-    return next((name for name in there if digest_file(root / name) != files[name]), None)
+def _named(project: Project, name: str, fingerprint: Mapping[str, Any]) -> set[str]:
+    """The files and folders."""
+    root = project.root
+    named = {each for every in _all_of(project, name) for each in _of_section(project, every)}
+    named |= set(_of_values(fingerprint, root))
+    return {each for each in named if _exists(root / each) and not _holds_data(root, each)}
+
+
+def _all_of(project: Project, name: str) -> list[str]:
+    return teacher_and_members(project.params, name)
+
+
+def _transforms_code(project: Project, name: str) -> dict[str, Any]:
+    """The code that a teacher saw rows through while it learnt here."""
+    train = project.teacher(name).train
+    if train is None or train.transform is None:
+        return {}
+    sources = project.sources(train.transform, f"teachers.{name}.train.transform")
+    return {"sources": sources, "transform": train.transform.to_json()}
 
 
 def _files(root: Path, name: str) -> list[str]:
@@ -43,8 +67,8 @@ def _files(root: Path, name: str) -> list[str]:
     return [name] if (root / name).is_file() else [f"{name}/{each}" for each in files_in(root / name)]
 
 
-def _of_section(project: Project, name: str, above: tuple[str, ...]) -> Iterator[str]:
-    """What params.yaml says that a teacher is made of, and what it learnt here; the same of its members."""
+def _of_section(project: Project, name: str) -> Iterator[str]:
+    """What params.yaml says that a teacher is made of, and what it learnt here."""
     section = project.teacher(name)
     yield from (each for each in (section.weights, section.table) if each is not None)
     learnt = project.teacher_model(name).relative_to(project.root)
@@ -52,9 +76,6 @@ def _of_section(project: Project, name: str, above: tuple[str, ...]) -> Iterator
         yield (learnt / WEIGHTS).as_posix()
     if section.fit_on is not None:
         yield learnt.as_posix()
-    for each in _strings(section.teacher.arguments if section.teacher else {}):
-        if each in project.params.teachers and each not in (*above, name):
-            yield from _of_section(project, each, (*above, name))
 
 
 def _of_values(value: Any, root: Path) -> Iterator[str]:
@@ -78,14 +99,6 @@ def _modules_files(module: str, root: Path) -> Iterator[str]:
     loaded = getattr(sys.modules.get(module), "__file__", None)
     if loaded is not None and Path(loaded).is_relative_to(root):
         yield Path(loaded).relative_to(root).as_posix()
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(each)
 
 
 def _exists(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -340,10 +340,7 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
 
     The student compares them with today's params.yaml: it can tell a store of other settings without any teacher.
     """
-    section = to_json(params.teachers[teacher])
-    section.pop("runtime")
-    for free in FREE_OF_TRAINING:
-        (section["train"] or {}).pop(free, None)
+    section, *members = (_section(params, each) for each in teacher_and_members(params, teacher))
     chosen = params.targets.get(teacher, TargetsSection())
     parameters = {key for keys in PARAMETERS.values() for key in keys}
     left_out = {"url", "batch_size", "batch_tokens", "threads", "temperatures", "profile", *parameters}
@@ -352,7 +349,37 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
         targets.pop("classifier")
     targets["encoding"] = logits_encoding(chosen).to_json()
     sections = {"teacher": section, "targets": targets, "task": to_json(params.task)}
+    if members:
+        sections["members"] = dict(zip(teacher_and_members(params, teacher)[1:], members, strict=True))
     return {**sections, "views": views_identity(params.views)}
+
+
+def teacher_and_members(params: Params, name: str) -> list[str]:
+    """A teacher, the teachers that its arguments name, as an ensemble's do, and theirs."""
+    names = [name]
+    for each in names:
+        factory = params.teachers[each].teacher
+        named = texts_in(factory.arguments if factory else {})
+        names += dict.fromkeys(other for other in named if other in params.teachers and other not in names)
+    return names
+
+
+def _section(params: Params, teacher: str) -> dict[str, Any]:
+    """A teacher's own section without what changes no number."""
+    section: dict[str, Any] = to_json(params.teachers[teacher])
+    section.pop("runtime")
+    for free in FREE_OF_TRAINING:
+        (section["train"] or {}).pop(free, None)
+    return section
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts of a value that params.yaml may hold."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_in(each)
 
 
 def views_identity(section: ViewsSection) -> dict[str, Any] | None:

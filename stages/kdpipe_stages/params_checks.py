@@ -90,6 +90,12 @@ def _check_views(params: Params) -> None:
             f"({', '.join(views.splits or ()) or 'none'}), so it has no augmented views. Add it there, or set "
             "views.count: 0"
         )
+    shown = {f"teachers.{name}.train": each.train for name, each in params.teachers.items() if each.train}
+    kept = [f"{where}.keep_on_device" for where, each in shown.items() if each.transform and each.keep_on_device]
+    if views.count and params.student.train.keep_on_device:
+        kept.append("student.train.keep_on_device")
+    for where in kept:
+        raise ConfigError(f"{where}: rows that a transform changes in every epoch are not kept; leave it out")
 
 
 def _check_targets(name: str, section: TargetsSection) -> None:

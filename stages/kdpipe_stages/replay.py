@@ -90,6 +90,8 @@ def _compared(
     row_of = dict(zip(inputs.sample_ids[present].tolist(), present.tolist(), strict=True))
     places = np.array([place for place, each in enumerate(kept.sample_ids.tolist()) if each in row_of], np.int64)
     rows = np.array([row_of[each] for each in kept.sample_ids[places].tolist()], np.int64)
+    if not len(rows):
+        return kept.take(places), rows
     kept, shown = kept.take(places), _shown(inputs, read, views, rows)
     same = np.flatnonzero(kept.partners == shown.partners)
     kept, found = kept.take(same), taken(shown.columns, same)

@@ -25,7 +25,7 @@ from kdpipe.losses import (
     reuses_classifier,
     values_of,
 )
-from kdpipe.targets import OutputSpec, SampledTargets, Targets
+from kdpipe.targets import OutputSpec, SampledTargets, Targets, check_temperature
 from kdpipe.views import ViewSpec
 from kdpipe_stages.params import LOSS_KEYS, LossSection, StudentSection, TrainSection, schedule_of
 from kdpipe_stages.project import Project
@@ -138,6 +138,12 @@ def check_term(where: str, term: LossTerm, stored: Mapping[str, Stored], heard: 
             raise ConfigError(f"{name} has no gradient in the student's numbers, so it teaches nothing")
         if not torch.isfinite(values).all():
             raise ConfigError(f"{name} gives {values.tolist()} for a made-up row; expected finite numbers")
+        unscaled: object = term.loss.unscaled(values.detach())
+        if not isinstance(unscaled, torch.Tensor) or unscaled.shape != values.shape:
+            raise ConfigError(
+                f"{name}.unscaled gives no tensor of shape {list(values.shape)}; expected the values without T^2"
+            )
+        check_temperature(term.loss.temperature)
     except ConfigError as error:
         raise ConfigError(f"{where}: on {term.output} of {', '.join(term.teachers)}: {error}") from error
     except Exception as error:

@@ -505,3 +505,21 @@ def test_a_projector_that_does_not_fit_names_both_shapes(kind, student, teacher)
         make_projector(kind, student, teacher, seed=0)
     assert f"projector: {kind} takes" in str(caught.value)
     assert f"found {list(student)} of the student and {list(teacher)} of the teacher" in str(caught.value)
+
+
+@every_loss
+def test_features_that_do_not_count_have_no_part_in_the_gradient(name):
+    """NaN too, on either side; the others' is that without these rows."""
+    student, teacher = features_of(0), features_of(1)
+    counts = torch.tensor([True, True, False, True, False])
+    there = student[counts].requires_grad_()
+    expected = kd_loss(there, targets_of(teacher[counts]), loss=LOSSES[name])
+    expected.backward()
+    wide = counts.view(-1, 1, 1, 1)
+    said = torch.where(wide, teacher, torch.nan)
+    given = torch.where(wide, student, torch.nan).requires_grad_()
+    value = kd_loss(given, FeatureTargets(values=said, covered=counts), loss=LOSSES[name])
+    value.backward()
+    close(value, expected)
+    close(given.grad[counts], there.grad)
+    assert (given.grad[~counts] == 0).all()

@@ -373,6 +373,13 @@ def test_whatever_stands_in_rows_that_do_not_count_has_no_part_in_the_gradient(n
     kept = {key: each[counts] for key, each in known.items()}
     expected = kdpipe_losses.kd_loss(there, dense_of(teacher[counts]), loss=loss, **kept)
     expected.backward()
+    if name in LABELLED:
+        unlabelled = torch.where(counts, labels, -1)
+        given = torch.where(counts.unsqueeze(-1), student, torch.nan).requires_grad_()
+        value = kdpipe_losses.kd_loss(given, dense_of(teacher), loss=loss, labels=unlabelled)
+        value.backward()
+        close(value, expected)
+        close(given.grad, torch.where(counts.unsqueeze(-1), given.grad, 0.0))
     for bad in (torch.nan, -torch.inf):
         given = torch.where(counts.unsqueeze(-1), student, bad).requires_grad_()
         said = replace(dense_of(torch.where(counts.unsqueeze(-1), teacher, bad)), covered=counts)

@@ -282,6 +282,8 @@ def test_another_mix_is_refused(mix):
 def test_what_is_no_targets_cannot_be_mixed():
     with pytest.raises(ConfigError, match="there are no targets to mix"):
         mixed([])
+    with pytest.raises(ConfigError, match="targets to mix are a DenseTargets; expected a list"):
+        mixed(everybody()[0])
     with pytest.raises(ConfigError, match=r"target 2 of 2 are a tensor of torch\.float64"):
         mixed([everybody()[0], TEACHERS[1]])
     with pytest.raises(ConfigError, match="mix: confidence got the label 99"):
@@ -292,6 +294,23 @@ def test_what_is_no_targets_cannot_be_mixed():
 def test_confidence_needs_labels(labels):
     with pytest.raises(ConfigError, match=r"mix: confidence (needs|got) labels.*shape \[6\], a label per row"):
         mixed(everybody(), "confidence", labels)
+
+
+def test_what_a_silent_teacher_left_behind_is_not_looked_at():
+    """NaN, as of a teacher that was asked and gave none; of a row without any teacher, too."""
+    covered = torch.tensor(np.arange(ROWS) % 2 == 0)
+    student = torch.zeros(TEACHERS[0].shape, dtype=torch.float64, requires_grad=True)
+
+    def loss_of(left, everywhere):
+        there = torch.where(covered.unsqueeze(-1), TEACHERS[1], left)
+        silent = replace(dense_of(there), covered=covered)
+        both = [silent, dense_of(TEACHERS[0])] if everywhere else [silent, silent]
+        value = kd_loss(student, mixed(both))
+        return value, torch.autograd.grad(value, student)[0]
+
+    for everywhere in (True, False):
+        for one, other in zip(loss_of(torch.nan, everywhere), loss_of(1.0, everywhere), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_weights_do_not_depend_on_what_a_silent_teacher_left_behind():

@@ -21,6 +21,7 @@ from kdpipe.losses import (
     RKD,
     ULD,
     AttentionTransfer,
+    BalancedKL,
     DistillLoss,
     ForwardKL,
     GeneralisedJSD,
@@ -390,6 +391,19 @@ def test_label_losses_say_what_does_not_fit():
         logit_adjusted(cross_entropy, torch.tensor([1, 2]))(STUDENT, LABELS)
     with pytest.raises(ConfigError, match=r"weights have shape \[2\]; expected one for each of 5 classes"):
         class_weighted(cross_entropy, torch.ones(2))(STUDENT, LABELS)
+    assert torch.equal(
+        logit_adjusted(cross_entropy, [1, 2, 3, 4, 5])(STUDENT, LABELS),
+        logit_adjusted(cross_entropy, torch.tensor([1, 2, 3, 4, 5]))(STUDENT, LABELS),
+    )
+    weights = [0.5, 1.0, 1.0, 1.0, 1.5]
+    assert torch.equal(
+        class_weighted(cross_entropy, weights)(STUDENT, LABELS.int()),
+        class_weighted(cross_entropy, torch.tensor(weights))(STUDENT, LABELS),
+    )
+    with pytest.raises(ConfigError, match="cross_entropy got the label 5; expected 0 to 4, or -1 for none"):
+        cross_entropy(STUDENT, torch.full_like(LABELS, 5))
+    with pytest.raises(ConfigError, match="no labelled row of class 2"):
+        BalancedKL(class_counts=[1, 2, float("nan")])
 
 
 class Quadratic:

@@ -160,3 +160,23 @@ def test_blocks_and_slices_change_nothing(block, sliced, monkeypatch):
     monkeypatch.setattr(buckets, "_BLOCK_NUMBERS", block)
     found = value_and_gradient(LOSSES["forward_kl"], student, targets, None)
     close(found, expected, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "sparse") for name in ALL), ("forward_kl", "sampled"), ("soft_target_ce", "sampled")]
+)
+def test_tokens_that_do_not_count_have_no_part_in_the_gradient(name, kind):
+    """NaN too, as padding may have; the others' is that without them."""
+    student, teacher = pair(5, 6, 8)
+    counts = torch.tensor([True, False, True, True, False, True])
+    loss = ALL[name] if kind == "sparse" else replace(ALL[name], temperature=1.0)
+    targets = sparse_of(teacher, 3, TEMPERATURES) if kind == "sparse" else sampled_of(teacher)
+    there = student[counts].requires_grad_()
+    expected = kdpipe_losses.kd_loss(there, targets[counts], loss=loss)
+    expected.backward()
+    given = torch.where(counts.unsqueeze(-1), student, torch.nan).requires_grad_()
+    value = kdpipe_losses.kd_loss(given, replace(targets, covered=counts), loss=loss)
+    value.backward()
+    close(value, expected)
+    close(given.grad[counts], there.grad)
+    assert (given.grad[~counts] == 0).all()

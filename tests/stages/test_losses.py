@@ -325,23 +325,42 @@ class Wrong:
         {body}
 
     def unscaled(self, values):
-        return values
+        return {unscaled}
 """
 
 
 @pytest.mark.parametrize(
-    ("body", "named"),
+    ("body", "unscaled", "named"),
     [
+        ("return logits.sum(dim=-1)", "None", r"Wrong\.unscaled gives no tensor of shape \[1\]; expected the values"),
+        ("return logits.sum(dim=-1)", "3", r"Wrong\.unscaled gives no tensor"),
         (
             "return logits.sum(dim=-1, keepdim=True)",
+            "values",
             r"student.losses.0: .*Wrong gives a tensor of torch.float32 \[1, 1\]; expected",
         ),
-        ("return logits.detach().sum(dim=-1)", "student.losses.0: .*Wrong has no gradient in the student's numbers"),
-        ("return {}['key']", "student.losses.0: Wrong fails on one made-up row of logits of big: KeyError: 'key'"),
+        (
+            "return logits.detach().sum(dim=-1)",
+            "values",
+            "student.losses.0: .*Wrong has no gradient in the student's numbers",
+        ),
+        (
+            "return {}['key']",
+            "values",
+            "student.losses.0: Wrong fails on one made-up row of logits of big: KeyError: 'key'",
+        ),
     ],
 )
-def test_a_loss_of_ones_own_that_cannot_teach_is_refused(folder, body, named):
-    (folder / "my_losses.py").write_text(WRONG_LOSS.format(body=body))
+def test_a_loss_of_ones_own_that_cannot_teach_is_refused(folder, body, unscaled, named):
+    (folder / "my_losses.py").write_text(WRONG_LOSS.format(body=body, unscaled=unscaled))
     write_params(folder, settings({}, losses=[{"factory": "my_losses.py:Wrong", "teacher": "big"}]))
     with pytest.raises(ConfigError, match=named):
+        check.run(project_in(folder))
+
+
+def test_a_loss_of_ones_own_has_a_temperature(folder):
+    code = WRONG_LOSS.format(body="return logits.sum(dim=-1)", unscaled="values")
+    (folder / "my_losses.py").write_text(code.replace("temperature = 1.0", "temperature = None"))
+    write_params(folder, settings({}, losses=[{"factory": "my_losses.py:Wrong", "teacher": "big"}]))
+    with pytest.raises(ConfigError, match=r"student\.losses\.0: .*temperature is None; expected a number above 0"):
         check.run(project_in(folder))

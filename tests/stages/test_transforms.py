@@ -7,13 +7,17 @@ from importlib.metadata import version
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from kdpipe.errors import StaleStoreError
 from kdpipe.store import TargetStore
 from kdpipe_stages import prepare_data, train_student, train_teacher
+from kdpipe_stages.building import teacher_fingerprint
 from kdpipe_stages.cli import run
+from kdpipe_stages.lesson import open_checked_store
 from projects import REPOSITORY, cache, fails, make_project, params, project_in, rows_shown, write_params
 
 OWN = """
@@ -178,3 +182,60 @@ def test_check_tries_the_transform_of_a_teachers_training(tmp_path, capsys, monk
     assert f"{where}.transforms.0.pading: kdpipe.transforms:PadAndCrop does not take it" in fails(capsys, "check")
     taught(tmp_path, {"factory": "kdpipe.models.linear:Linear"})
     assert where in fails(capsys, "check")
+
+
+def test_a_store_of_a_teacher_that_saw_rows_otherwise_is_told(tmp_path):
+    """The code through which it saw them has changed since, and it has not learnt again yet."""
+    train = {"factory": "kdpipe.transforms:PerExample", "function": "own.py:dim"}
+    trained(tmp_path, train)
+    cache(tmp_path)
+    open_checked_store(project_in(tmp_path), "big")
+    (tmp_path / "own.py").write_text(OWN.replace("3", "4"))
+    with pytest.raises(StaleStoreError, match=r"was made from another \S+own\.py than today's, of which teachers\.big"):
+        open_checked_store(project_in(tmp_path), "big")
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_who_was_mixed_with_whom_is_part_of_a_teacher(tmp_path, mixes):
+    """Without rows between those that it learns from, these are in other blocks, and have other partners."""
+    transform = views({"factory": "kdpipe.transforms:Mixup" if mixes else "kdpipe.transforms:PadAndCrop"})["transform"]
+    projects = [taught(tmp_path / name, transform, evaluate={"split": "validation"}) for name in ("all", "fewer")]
+    source = tmp_path / "fewer" / "data" / "raw" / "digits.parquet"
+    table = pq.read_table(source)
+    pq.write_table(table.filter(pc.not_equal(table["split"], "test")), source)
+    for project in projects:
+        prepare_data.run(project)
+    one, other = (teacher_fingerprint(project, "big") for project in projects)
+    assert (one != other) == mixes
+
+
+def test_rows_that_change_in_every_epoch_are_not_kept_on_a_device(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_project(tmp_path, views=views({"factory": "kdpipe.transforms:PadAndCrop"}))
+    settings = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    settings["student"]["train"]["keep_on_device"] = True
+    write_params(tmp_path, settings)
+    assert "student.train.keep_on_device: rows that a transform changes" in fails(capsys, "check")
+    del settings["student"]["train"]["keep_on_device"]
+    settings["teachers"]["big"]["train"] |= {"keep_on_device": True, "transform": settings["views"]["transform"]}
+    write_params(tmp_path, settings)
+    assert "teachers.big.train.keep_on_device: rows that a transform changes" in fails(capsys, "check")
+
+
+def test_rows_that_are_all_new_are_captured(tmp_path, capsys, monkeypatch):
+    """None of those that the store keeps is among them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n\n\ndef speak(columns):\n    return columns['image'].reshape(-1, 64)[:, 20:30]\n"
+    )
+    function = {"teacher": {"factory": "kdpipe.teachers.ensemble:FunctionTeacher", "function": "own.py:speak"}}
+    make_project(tmp_path, teachers={"big": function}, views=views({"factory": "kdpipe.transforms:PadAndCrop"}))
+    for command in ("prepare-data", "cache-teacher"):
+        assert run([command]) == 0
+    settings = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    settings["data"]["columns"]["id"] = None
+    write_params(tmp_path, settings)
+    assert run(["prepare-data"]) == 0
+    assert "has no targets for" in fails(capsys, "train-student")
+    assert run(["cache-teacher"]) == 0
+    assert run(["train-student"]) == 0

@@ -903,6 +903,22 @@ def test_a_store_of_another_members_file_is_told(folder, capsys, kind):
     refuses_until_cached(folder, capsys, "a.safetensors")
 
 
+def test_a_store_of_other_settings_of_a_member_is_told(folder, capsys):
+    """Its factory's, and how it was trained, as if the teacher had been named directly."""
+    train = {"epochs": 1, "batch_size": 32, "learning_rate": 0.01}
+    members = {"lin": {"model": LINEAR, "train": train}, "fn": FUNCTION, "inner": ensemble("lin")}
+    change(folder, {**members, "big": ensemble("inner", "fn")})
+    for command in ("train-teacher", "cache-teacher"):
+        assert run([command]) == 0
+    changed = {"model": LINEAR, "train": {**train, "epochs": 2}}
+    change(folder, {**members, "lin": changed, "big": ensemble("inner", "fn")})
+    message = r"made from other settings: members\.lin\.train\.epochs was 1, params\.yaml says 2"
+    refuses(folder, capsys, message, "train-student")
+    for command in ("train-teacher", "cache-teacher"):
+        assert run([command]) == 0
+    open_checked_store(project_in(folder), "big")
+
+
 def test_a_store_of_other_weights_beside_the_file_is_told(folder, capsys):
     write_network(folder / "a.onnx", 1, 2, 3, beside="a.data")
     change(folder, {"big": ONNX})
@@ -943,6 +959,10 @@ def test_a_store_knows_each_file_of_a_checkpoint(texts, tmp_path, capsys):
     content = weights.read_bytes()
     weights.unlink()
     open_checked_store(project_in(tmp_path), "big")
+    weights.write_bytes(content)
+    (checkpoint / "adapter.safetensors").write_bytes(content)
+    refuses(tmp_path, capsys, r"was made from another \S+bert/adapter\.safetensors than today's", "train-student")
+    (checkpoint / "adapter.safetensors").unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     refuses(tmp_path, capsys, r"was made from another \S+bert/model\.safetensors than today's", "train-student")
 

@@ -20,7 +20,7 @@ from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.inputs import look_like_probabilities
 from kdpipe.store import TargetStore
 from kdpipe.store.statistics import kept_statistics, teacher_statistics
-from kdpipe.targets import OutputSpec
+from kdpipe.targets import OutputSpec, zero_unless
 from kdpipe.teachers.base import CLASS_IDS, COVERED, LOG_PROBS, LOGITS, TAIL_LOG_MASS
 from kdpipe.views import row_keys
 
@@ -167,8 +167,7 @@ class Writer:
                 continue
             values = zero_where_abstained(said[output.name], covered)
             if output.name == LOGITS and not self._looked_at:
-                self._looked_at = True
-                _refuse_probabilities(values if covered is None else values[covered])
+                self._looked_at = _can_tell(values if covered is None else values[covered])
             refuse_nonfinite(values, output, ids)
             encoding = self._store.encodings[output.name]
             keys = row_keys(ids.tolist(), batch.view) if isinstance(encoding, Sampled) else None
@@ -212,7 +211,7 @@ def zero_where_abstained(values: Tensor, covered: Tensor | None) -> Tensor:
         return values
     if values.shape[: covered.ndim] != covered.shape:
         covered = covered.flatten(1).any(dim=1)
-    return torch.where(covered.reshape(*covered.shape, *[1] * (values.ndim - covered.ndim)), values, 0)
+    return zero_unless(covered, values)
 
 
 def refuse_nonfinite(values: Tensor, output: OutputSpec, sample_ids: NDArray[np.str_]) -> None:
@@ -221,13 +220,19 @@ def refuse_nonfinite(values: Tensor, output: OutputSpec, sample_ids: NDArray[np.
     _refuse(~torch.isfinite(worst), f"{output.name} are NaN or infinite", sample_ids)
 
 
-def _refuse_probabilities(logits: Tensor) -> None:
-    """Raise `TeacherError` for what only rounding keeps from being a softmax's output, of several rows."""
-    if len(logits) > 1 and look_like_probabilities(logits.half()):
+def _can_tell(logits: Tensor) -> bool:
+    """Whether these are enough to tell logits from probabilities: several rows.
+
+    Raises `TeacherError` for what only rounding keeps from being a softmax's output.
+    """
+    if len(logits) < 2:
+        return False
+    if look_like_probabilities(logits.half()):
         raise TeacherError(
             f"the teacher's logits of {len(logits)} samples are numbers from 0 to 1 with a sum of 1: probabilities. "
             "Take what goes into the softmax, or give their logarithm."
         )
+    return True
 
 
 def _refuse(bad: Tensor, what: str, sample_ids: NDArray[np.str_]) -> None:

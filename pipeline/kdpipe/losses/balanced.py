@@ -36,7 +36,7 @@ class BalancedKL:
         if not 0 <= self.beta < 1:
             raise ConfigError(f"beta is {self.beta}; expected 0 <= beta < 1")
         counts = torch.as_tensor(self.class_counts, dtype=torch.float64)
-        absent = (counts <= 0).nonzero().flatten().tolist()
+        absent = (~(counts > 0)).nonzero().flatten().tolist()
         if not len(counts) or absent:
             named = ", ".join(map(str, absent[:5])) or "none at all"
             raise ConfigError(f"BalancedKL: no labelled row of class {named}, so its weight is unknown; label one")

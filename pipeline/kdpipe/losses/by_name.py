@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
-from kdpipe.losses.base import DistillLoss, needs_labels, valid_rows, values_of
+from kdpipe.losses.base import DistillLoss, needs_labels, needs_whole_batch, valid_rows, values_of
 from kdpipe.losses.checking import check_labels, check_logits, check_targets
 from kdpipe.losses.decoupled import DKD, NKD
 from kdpipe.losses.divergences import ForwardKL, GeneralisedJSD, ReverseKL, SoftTargetCE, TopKRenormKL, TotalVariation
 from kdpipe.losses.logits import LogitMSE
 from kdpipe.losses.relational import DIST
 from kdpipe.losses.vocabularies import ULD
-from kdpipe.targets import DenseTargets, Targets
+from kdpipe.targets import SampledTargets, SparseTargets, Targets, only_where, zero_unless
 
 LOSSES: Mapping[str, type[Any]] = {
     "forward_kl": ForwardKL,
@@ -57,15 +56,36 @@ def kd_loss(
     check_targets(targets)
     if labels is not None and needs_labels(loss):
         labels = check_labels(type(loss).__name__, labels, tuple(logits.shape[:-1]), logits.shape[-1])
-    if isinstance(targets, DenseTargets) and targets.covered is not None and targets.covered.shape == logits.shape[:-1]:
+    valid = valid_rows(loss, targets, labels)
+    counts = targets.covered if needs_whole_batch(loss) else valid
+    if counts is not None and logits.shape[: counts.ndim] == counts.shape:
         # Whatever stands in rows that do not count, NaN too, has no part in the gradient.
-        counts = targets.covered.unsqueeze(-1)
-        logits, said = torch.where(counts, logits, 0.0), torch.where(counts, targets.values, 0.0)
-        targets = replace(targets, values=said, row_max=torch.where(targets.covered, targets.row_max, 0.0))
-    values, valid = values_of(loss, logits, targets, labels), valid_rows(loss, targets, labels)
+        targets = only_where(counts, targets)
+        is_sparse = isinstance(targets, SparseTargets | SampledTargets)  # of whose logits there is to be no copy
+        logits = _counted(logits, counts) if is_sparse else zero_unless(counts, logits)
+    values = values_of(loss, logits, targets, labels)
     if valid is None:
         return values.sum() / max(1, values.numel())
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def _counted(logits: Tensor, counts: Tensor) -> Tensor:
+    counted: Tensor = _Counted.apply(logits, counts)  # type: ignore[no-untyped-call]
+    return counted
+
+
+class _Counted(torch.autograd.Function):
+    """Logits as they are, and no gradient by those of rows that do not count, `[B, ...]`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(counts)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return gradient.masked_fill_(~counts.unsqueeze(-1), 0.0), None
 
 
 def _loss(loss: str | DistillLoss, temperature: float | None, allow_interpolation: bool) -> DistillLoss:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
+from kdpipe.losses.checking import check_labels
 from kdpipe.losses.distributions import widened
 
 _NONE = -1
@@ -18,6 +19,7 @@ LabelLoss = Callable[[Tensor, Tensor, float], Tensor]
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """`-(1 - e) log q_y - e/C sum log q`, e = smoothing: `[B, ..., C]` -> `[B, ...]` (Szegedy et al. 2016)."""
+    labels = check_labels("cross_entropy", labels, tuple(logits.shape[:-1]), logits.shape[-1])
     values = torch.nn.functional.cross_entropy(
         widened(logits).flatten(0, -2),
         labels.flatten().clamp(min=_NONE),
@@ -28,13 +30,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
     return values.view_as(labels)
 
 
-def class_weighted(loss: LabelLoss, weights: Tensor) -> LabelLoss:
+def class_weighted(loss: LabelLoss, weights: Tensor | Sequence[float]) -> LabelLoss:
     """A label loss times the weight `[C]` of the row's class.
 
     A mean over rows divides by their number, so weights should be 1 on average over rows; PyTorch's `reduction="mean"`
     divides by the sum of the rows' weights. With label smoothing the whole value is weighted by the label's class.
     """
-
+    weights = torch.as_tensor(weights)
     if not bool((weights >= 0).all()):
         raise ConfigError(f"weights are {weights.tolist()}; expected a number from 0 for each class")
 
@@ -46,13 +48,13 @@ def class_weighted(loss: LabelLoss, weights: Tensor) -> LabelLoss:
     return weighted
 
 
-def logit_adjusted(loss: LabelLoss, class_counts: Tensor, tau: float = 1.0) -> LabelLoss:
+def logit_adjusted(loss: LabelLoss, class_counts: Tensor | Sequence[float], tau: float = 1.0) -> LabelLoss:
     """A label loss on `z + tau log pi`, pi the share of each class `[C]` (Menon et al. 2021).
 
     Without the shift, as they are used, the student's logits then predict as if classes were equally frequent. Every
     class must have a count above 0.
     """
-
+    class_counts = torch.as_tensor(class_counts)
     if not bool((class_counts > 0).all()):
         raise ConfigError(f"class_counts are {class_counts.tolist()}; expected a number above 0 for each class")
 

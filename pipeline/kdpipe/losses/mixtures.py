@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kdpipe.errors import ConfigError
-from kdpipe.losses.checking import check_labels, check_targets
-from kdpipe.targets import DenseTargets, FeatureTargets, MixedTargets, SampledTargets, Targets, is_number
+from kdpipe.losses.checking import check_labels, check_targets, described
+from kdpipe.targets import DenseTargets, FeatureTargets, MixedTargets, SampledTargets, Targets, is_number, only_where
 
 Mix = Literal["mean", "confidence"] | tuple[float, ...]
 """What each teacher's probabilities are weighted with: the same, by its confidence in the row's label, or a number."""
@@ -36,6 +36,8 @@ def mixed(targets: Sequence[Targets], mix: Mix = "mean", labels: Tensor | None =
     Raises `ConfigError` for targets other than dense ones: what top-k targets keep are classes of their own, and draws
     have no logarithm.
     """
+    if not isinstance(targets, Sequence):
+        raise ConfigError(f"targets to mix are {described(targets)}; expected a list of those of one teacher or more")
     if not targets:
         raise ConfigError("there are no targets to mix; expected those of one teacher or more")
     parts = [_checked(index, each, targets) for index, each in enumerate(targets)]
@@ -71,7 +73,7 @@ def _checked(index: int, targets: Targets, beside: Sequence[Targets]) -> DenseTa
             f"{which} has shape {list(targets.values.shape)}, the first {list(first.values.shape)}; expected the same "
             "rows and classes"
         )
-    return targets
+    return targets if targets.covered is None else only_where(targets.covered, targets)
 
 
 def _kind(targets: Targets) -> str:
