@@ -319,6 +319,21 @@ def test_a_diverging_training_stops_with_a_remedy(rows):
         trained(rows, replace(PLAN, learning_rate=1e200))
 
 
+def test_a_model_that_fails_is_named_with_what_it_was_given(rows):
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(NUM_FEATURES + 1, 2))
+
+        def forward(self, inputs):
+            return inputs @ self.weight.double()
+
+    with pytest.raises(
+        TrainingError, match=rf"Fails fails on inputs of shape \[12, {NUM_FEATURES}\]: RuntimeError: mat1"
+    ):
+        trained(rows, PLAN, model=Fails())
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
 def test_autocast_runs_the_model_narrow_and_the_rest_wide(data, precision, dtype):
     met = {"model": set(), "loss": set()}

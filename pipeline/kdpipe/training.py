@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from kdpipe.batches import Batch, BatchStream
 from kdpipe.checkpoint import load_training, save_training
 from kdpipe.distributed import cpu_threads, join_peers
-from kdpipe.errors import TrainingError
+from kdpipe.errors import TrainingError, naming
 from kdpipe.fingerprint import digest
 from kdpipe.gradients import TermGradients, pulls
-from kdpipe.inputs import LOGITS, Head, Inputs, Outputs
+from kdpipe.inputs import LOGITS, Head, Inputs, Outputs, described
 from kdpipe.terms import LabelTerm, TrainingTerm
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -302,7 +302,9 @@ class _Heard(nn.Module):
 
     def forward(self, inputs: Inputs) -> list[Tensor]:
         """One tensor per term, in float32 or wider. Raises `ConfigError` for an output that does not exist."""
-        said = self._outputs.named(self._outputs(inputs))
+        with naming(TrainingError, lambda: f"{type(self.model).__name__} fails on inputs of shape {described(inputs)}"):
+            returned = self._outputs(inputs)
+        said = self._outputs.named(returned)
         # Once each: several terms hear the same logits, which may be large.
         wide = {
             name: _wide(self._outputs.tensor(name, said, f"the output {name!r} of the student"))

@@ -135,6 +135,12 @@ def test_ids_are_the_documents_and_the_place_in_it(tmp_path):
     assert [each[0] for each in found] == ["a/0", "a/1", "b/0"]
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_document_without_an_id_is_refused(tmp_path, pack):
+    with pytest.raises(DataError, match="column 'name' must hold an id for each document; it is empty in the 2th of 2"):
+        rows(task_of(tmp_path, pack=pack), Documents(name=["a", None], text=["1", "2"]), SourceColumns(id="name"))
+
+
 def test_prepared_rows_carry_their_labels(tmp_path):
     task, source = task_of(tmp_path, block_tokens=4), Documents(text=["abcdefghij", "xy", "xy"])
     blocks, columns = rows_of(task, source, SourceColumns())

@@ -63,6 +63,7 @@ def test_all_kinds_of_numbers_are_numbers(kind):
         (pa.array([2**60 + 1, 1, 2]), "column 'a' has numbers too large for a feature"),
         (pa.array(["1", "2", "3"]), "column 'a' has type string; expected numbers. Leave it out of task.columns."),
         (pa.array([None, None, None]), "column 'a' has type null; expected numbers"),
+        (pa.array([[1.0, 2.0]] * 3, pa.list_(pa.float64(), 2)), "Of lists and matrices, make a column per number"),
         (pa.array([None, "1,5", "2"]), "expected numbers. Of a decimal comma, as in 1,5, data.source.decimal_point: "),
     ],
 )
@@ -113,6 +114,7 @@ def test_infinite_numbers_are_refused_even_then(value):
         (pa.array(["x", None, "", "z"], pa.large_string()), ["x", None, None, "z"]),
         (pa.array(["x", None, "", "x"]).dictionary_encode(), ["x", None, None, "x"]),
         (pa.array([3, None, -1, 3], pa.int16()), ["3", None, "-1", "3"]),
+        (pa.array([3, None, float("nan"), 0.0]), ["3", None, None, "0"]),
         (pa.array([True, None, False, True]), ["true", None, "false", "true"]),
         (pa.nulls(4), [None] * 4),
     ],
@@ -147,7 +149,11 @@ def test_prepared_categories_come_back_in_any_order(tmp_path):
     ("values", "message"),
     [
         (pa.array(["x", None, ""]), "column 'kind' has no category in row 101 (2 such rows"),
-        (pa.array([0.5, 1.5, 2.5]), "column 'kind' has type double; expected categories"),
+        (
+            pa.array([0.5, 1.5, 2.5]),
+            "column 'kind' is among task.categorical and has a number that is not whole in row",
+        ),
+        (pa.array([1.0, float("inf"), 2.0]), "has a number that is not whole in row 101"),
         (pa.array([b"x", b"y", b"z"]), "column 'kind' has type binary; expected categories"),
         (pa.array([b"\xff", b"y", b"z"]).view(pa.string()), "column 'kind' holds text that is not UTF-8"),
     ],

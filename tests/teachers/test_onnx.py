@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -110,6 +112,31 @@ def test_inputs_by_name_in_the_types_that_the_model_wants(tmp_path):
     write(tmp_path / "net.onnx", nodes, kinds, ["logits"], np.eye(5, 3, dtype=np.float32))
     logits = teacher_of(tmp_path, preprocess=Tokens()).predict(COLUMNS)["logits"]
     assert logits.tolist() == [[k % 7, (k + 1) % 7, (k + 2) % 7] for k in range(0, 30, 5)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "number"),
+    [
+        (TensorProto.UINT8, 0.5, "-0.5"),
+        (TensorProto.UINT8, 1.0, "-1"),
+        (TensorProto.UINT8, -300.0, "300"),
+        (TensorProto.INT64, 0.25, "-0.25"),
+    ],
+)
+def test_numbers_that_an_input_cannot_hold_are_refused(tmp_path, kind, mean, number):
+    nodes = [
+        helper.make_node("Cast", ["x"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Gemm", ["floats", "w"], ["logits"]),
+    ]
+    write(tmp_path / "net.onnx", nodes, [("x", kind, ["rows", 4])], ["logits"], np.eye(4, 3, dtype=np.float32))
+    rows = {"features": np.array([[0, 1, 2, 3]], np.float32)}
+    teacher = teacher_of(tmp_path, preprocess=Standardize(mean=[0.0] * 4, std=[1.0] * 4), probe=rows)
+    assert teacher.predict(rows)["logits"].tolist() == [[0, 1, 2]]
+    moved = Standardize(mean=[mean] * 4, std=[1.0] * 4)
+    with pytest.raises(
+        ConfigError, match=rf"takes x as u?int\d+, and the preprocess gives {re.escape(number)}; expected"
+    ):
+        teacher_of(tmp_path, preprocess=moved, probe=rows)
 
 
 def test_one_input_of_a_fixed_number_of_rows(tmp_path):

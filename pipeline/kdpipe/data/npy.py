@@ -24,7 +24,7 @@ class ArrayRows:
             order = "Fortran" if is_fortran else "C"
             raise ValueError(
                 f"{name} is an array of {self._dtype}, shape {list(shape)}, in {order} order; expected rows of numbers "
-                "or text in C order"
+                "or text in C order" + (" (of text, astype(str))" if self._dtype.hasobject else "")
             )
         self._file, self._name, self._shape = file, name, shape[1:]
         self.num_rows: int = shape[0]

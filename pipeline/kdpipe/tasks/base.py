@@ -91,7 +91,8 @@ def class_labels(
         values = values.dictionary_decode()
     if any(is_text(values.type) for is_text in _TEXTS):
         return _ids_of_names(_as_text(values), class_names, name_of)
-    if pa.types.is_boolean(values.type):
+    is_boolean = pa.types.is_boolean(values.type)
+    if is_boolean:
         values = values.cast(pa.int8())
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
@@ -112,7 +113,24 @@ def class_labels(
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             + ("; a row without label has null there, or an empty cell" if (ids[wrong] < 0).any() else "")
         )
+    _refuse_names_in_another_order(ids, is_boolean, class_names or (), name_of)
     return ids
+
+
+def _refuse_names_in_another_order(
+    ids: NDArray[np.int64], is_boolean: bool, class_names: Sequence[str], name_of: NameOf
+) -> None:
+    """Raise `DataError` for a label 0 where class_names call another class "0": it may be that number or that name."""
+    named = {name.strip().lower(): number for number, name in enumerate(class_names)}
+    for number in np.unique(ids[ids != MISSING_LABEL]).tolist():
+        written = ("false", "true")[number] if is_boolean else str(number)
+        if named.get(written, number) != number:
+            raise DataError(
+                f"the label {written} in {name_of(int(np.argmax(ids == number)))} is class {number}, but "
+                f"task.class_names call class {named[written]} {class_names[named[written]]!r}; expected them in the "
+                "order of the numbers (false, true), or the labels as text: of CSV and JSON Lines, name the column's "
+                "type in data.source.types, such as {label: string}"
+            )
 
 
 _TEXTS = (

@@ -166,6 +166,9 @@ class _Blocks:
         packed: dict[str | None, _Cutter] = {}
         for batch in self._documents.batches():
             keys = None if names.id is None else _keys(batch, names.id)
+            if keys is not None and "" in keys:
+                where = f"the {keys.index('') + 1}th of {len(keys)} documents of a block"
+                raise DataError(f"column {names.id!r} must hold an id for each document; it is empty in {where}")
             splits = [None] * batch.num_rows if names.split is None else _keys(batch, names.split)
             for number, document in enumerate(self._task.documents(batch)):
                 split = splits[number]
@@ -230,8 +233,10 @@ class _Cutter:
 
 def _texts(batch: pa.RecordBatch, name: str) -> list[str]:
     values = column_of(batch, name)
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise DataError(f"column {name!r} has type {values.type}; expected text")
+        raise DataError(f"column {name!r} has type {values.type}; expected text. Name its column in task.column")
     if values.null_count:
         raise DataError(f"column {name!r} has no text in {values.null_count} rows of a block; remove them")
     texts: list[str] = values.to_pylist()

@@ -87,7 +87,9 @@ class TabularClassification:
         if not (is_number or pa.types.is_boolean(kind) or is_empty):
             first = next((str(each) for each in values.to_pylist() if each is not None), "")
             advice = "Leave it out of task.columns. A category belongs in task.categorical."
-            if re.fullmatch(r"[+-]?\d*,\d+", first):
+            if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+                advice = "Of lists and matrices, make a column per number, and name those in task.columns."
+            elif re.fullmatch(r"[+-]?\d*,\d+", first):
                 advice = f'Of a decimal comma, as in {first}, data.source.decimal_point: "," makes numbers.'
             raise DataError(f"column {name!r} has type {kind}; expected numbers. {advice}")
         try:
@@ -110,6 +112,8 @@ class TabularClassification:
         values = column_of(batch, name)
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
+        if pa.types.is_floating(values.type):  # whole numbers among which some are missing
+            values = _whole(values, name, name_of)
         kind = values.type
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
         if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
@@ -125,6 +129,19 @@ class TabularClassification:
             empty = pc.equal(texts, "").to_numpy(zero_copy_only=False)
             _refuse(empty, f"column {name!r} has no category", _HOW_TO_ALLOW, name_of)
         return ragged_bytes(texts)
+
+
+def _whole(values: pa.Array, name: str, name_of: NameOf) -> pa.Array:
+    """Categories that are floats, as whole numbers. Raises `DataError`."""
+    values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+    broken = pc.fill_null(pc.not_equal(values, pc.floor(values)), False).to_numpy(zero_copy_only=False)
+    _refuse(
+        broken | pc.fill_null(pc.is_inf(values), False).to_numpy(zero_copy_only=False),
+        f"column {name!r} is among task.categorical and has a number that is not whole",
+        "Numbers belong in task.columns.",
+        name_of,
+    )
+    return values.cast(pa.int64())
 
 
 _HOW_TO_ALLOW = "Fill or remove them first, or set task.missing: allow."

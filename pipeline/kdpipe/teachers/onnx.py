@@ -215,7 +215,19 @@ class OnnxTeacher:
             raise ConfigError(
                 f"OnnxTeacher: {self._path} takes {', '.join(self._inputs)}; the preprocess gives {', '.join(inputs)}"
             )
-        return {name: np.ascontiguousarray(inputs[name].numpy().astype(dtype)) for name, dtype in self._inputs.items()}
+        return {name: self._as(name, inputs[name].numpy(), np.dtype(dtype)) for name, dtype in self._inputs.items()}
+
+    def _as(self, name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """What an input takes. Raises `ConfigError` where it cannot hold these numbers."""
+        with np.errstate(invalid="ignore"):
+            cast = np.ascontiguousarray(values.astype(dtype))
+        if dtype.kind in "biu" and values.dtype != dtype and not np.array_equal(cast, values):
+            bad = values[cast != values].flat[0]
+            raise ConfigError(
+                f"OnnxTeacher: {self._path} takes {name} as {dtype}, and the preprocess gives {bad:g}; expected "
+                "numbers that it can hold (of pixels, ImageTensor's scale: 1)"
+            )
+        return cast
 
 
 def _of_sigmoid(probability: Tensor) -> Tensor:

@@ -232,6 +232,8 @@ def _parsing(path: Path, options: _Options) -> Iterator[None]:
             advice = f" A row is longer than {options.block_bytes} bytes: give data.source.block_bytes a larger number."
         elif "CSV parse error: Expected" in reason:
             advice = f" Values are taken to stand between {options.delimiter!r}; see data.source.delimiter."
+        elif "Column() changed from object" in reason:
+            advice = ' A row is an object in a line of its own, such as {"text": "…", "label": 1}.'
         elif any(each in reason for each in ("conversion error", "convert JSON", "changed from", "unexpected field")):
             advice = (
                 " Columns and types are those of the file's first rows: correct the value, or name the column's type in"
