@@ -243,11 +243,9 @@ def teacher_fingerprint(project: Project, name: str) -> str:
     factory = section.model or section.teacher
     assert factory is not None
     spec = ModelSpec(where=where, model=factory, preprocess=section.preprocess, logits=section.logits)
-    sources, rows = spec.sources(project) | project.sources(project.params.task, "task"), None
+    sources = spec.sources(project) | project.sources(project.params.task, "task")
     if section.train is not None and section.train.transform is not None:
         sources |= project.sources(section.train.transform, f"{where}.train.transform")
-        if project.views_of_training(name).mixes:  # who is mixed with whom is told by their places
-            rows = digest(project.prepared_data().rows_of([split]).tolist())
     split_file = project.prepared / "splits" / f"{split}.json"
     if not split_file.is_file():
         names = ", ".join(sorted(path.stem for path in split_file.parent.glob("*.json"))) or "none"
@@ -256,6 +254,9 @@ def teacher_fingerprint(project: Project, name: str) -> str:
             f"{where}.{key}: there is no split {split!r}; prepared are {names}. Run `kdpipe prepare-data`, or name one "
             "of those."
         )
+    rows = None
+    if project.views_of_training(name).mixes:  # who is mixed with whom is told by their places
+        rows = digest(project.prepared_data().rows_of([split]).tolist())
     return digest(
         {
             "kind": "teacher",

@@ -210,15 +210,22 @@ def open_checked_store(project: Project, name: str) -> TargetStore:
             f"{store.path} is a store of a table alone, which tells nothing of this project's rows. Name the table as "
             f"teachers.{name}.table, remove the store and run `{command}`."
         )
-    difference = first_difference(store.manifest.sections, store_sections(project.params, name))
+    today = store_sections(project.params, name)
+    if "members" not in store.manifest.sections:  # as an earlier kdpipe wrote it
+        today.pop("members", None)
+    difference = first_difference(store.manifest.sections, today)
     if difference:
         raise StaleStoreError(
             f"{store.path} was made from other settings: {difference}. Restore them, or run "
             f"`kdpipe train-teacher` and `{command}`."
         )
-    changed = first_changed(
-        project, name, store.manifest.ingredients["teacher"], store.manifest.teacher.get("files", {})
-    )
+    files = store.manifest.teacher.get("files", {})
+    changed = first_changed(project, name, store.manifest.ingredients["teacher"], files)
+    if changed and changed not in files:
+        raise StaleStoreError(
+            f"{store.path} was made without {project.root / changed}, which is among the files that teachers.{name} is "
+            f"made of today. Remove it, or run `{command}`."
+        )
     if changed:
         raise StaleStoreError(
             f"{store.path} was made from another {project.root / changed} than today's, of which teachers.{name} is "

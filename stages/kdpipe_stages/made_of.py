@@ -84,7 +84,8 @@ def _of_values(value: Any, root: Path) -> Iterator[str]:
         if key == "sources" and isinstance(each, Mapping):
             for module, digest in each.items():
                 if _DIGEST.fullmatch(str(digest)):  # others are versions of packages
-                    yield from (module, *_modules_files(module, root))
+                    is_package = _exists(root / module / "__init__.py")
+                    yield from (*([] if is_package else [module]), *_modules_files(module, root))
         elif isinstance(each, str):
             code = _CODE.fullmatch(each)
             if key == "path" or _SIGN_OF_A_PATH.search(each):

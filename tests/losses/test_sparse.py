@@ -180,3 +180,29 @@ def test_tokens_that_do_not_count_have_no_part_in_the_gradient(name, kind):
     close(value, expected)
     close(given.grad[counts], there.grad)
     assert (given.grad[~counts] == 0).all()
+
+
+def test_a_gradient_that_is_one_number_for_all_rows_stays_as_it_is():
+    class Sum:
+        temperature, needs_whole_batch = 1.0, True
+
+        def __call__(self, logits, targets):
+            return logits.sum().expand(len(logits))
+
+        def unscaled(self, values):
+            return values
+
+    student, teacher = pair(5, 4, 6)
+    counts = torch.tensor([True, False, True, True])
+    student.requires_grad_()
+    kdpipe_losses.kd_loss(student, replace(sparse_of(teacher, 3, TEMPERATURES), covered=counts), loss=Sum()).backward()
+    assert (student.grad[counts] == 1).all()
+
+
+def test_torch_func_takes_the_gradient_where_rows_do_not_count():
+    student, teacher = pair(5, 4, 6)
+    targets = replace(sparse_of(teacher, 3, TEMPERATURES), covered=torch.tensor([True, False, True, True]))
+    by_func = torch.func.grad(lambda logits: kdpipe_losses.kd_loss(logits, targets, loss=TOPK_RENORM))(student)
+    student.requires_grad_()
+    kdpipe_losses.kd_loss(student, targets, loss=TOPK_RENORM).backward()
+    close(by_func, student.grad)

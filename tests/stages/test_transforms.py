@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from kdpipe.errors import StaleStoreError
+from kdpipe.errors import ConfigError, StaleStoreError
 from kdpipe.store import TargetStore
 from kdpipe_stages import prepare_data, train_student, train_teacher
 from kdpipe_stages.building import teacher_fingerprint
@@ -207,6 +207,11 @@ def test_who_was_mixed_with_whom_is_part_of_a_teacher(tmp_path, mixes):
         prepare_data.run(project)
     one, other = (teacher_fingerprint(project, "big") for project in projects)
     assert (one != other) == mixes
+    settings = yaml.safe_load((tmp_path / "all" / "params.yaml").read_text())
+    settings["teachers"]["big"]["train"]["split"] = "trian"
+    write_params(tmp_path / "all", settings)
+    with pytest.raises(ConfigError, match=r"teachers\.big\.train\.split: there is no split 'trian'"):
+        teacher_fingerprint(project_in(tmp_path / "all"), "big")
 
 
 def test_rows_that_change_in_every_epoch_are_not_kept_on_a_device(tmp_path, capsys, monkeypatch):

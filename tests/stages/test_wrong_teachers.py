@@ -961,10 +961,23 @@ def test_a_store_knows_each_file_of_a_checkpoint(texts, tmp_path, capsys):
     open_checked_store(project_in(tmp_path), "big")
     weights.write_bytes(content)
     (checkpoint / "adapter.safetensors").write_bytes(content)
-    refuses(tmp_path, capsys, r"was made from another \S+bert/adapter\.safetensors than today's", "train-student")
+    refuses(tmp_path, capsys, r"was made without \S+bert/adapter\.safetensors, which", "train-student")
     (checkpoint / "adapter.safetensors").unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     refuses(tmp_path, capsys, r"was made from another \S+bert/model\.safetensors than today's", "train-student")
+
+
+def test_of_a_package_what_is_imported_counts(folder, capsys):
+    (folder / "helpers").mkdir()
+    (folder / "helpers" / "__init__.py").write_text("")
+    (folder / "helpers" / "scaling.py").write_text("FACTOR = 2\n")
+    code = SPEAK.replace("import numpy as np\n", "from helpers.scaling import FACTOR\n")
+    (folder / "mine.py").write_text(code.replace(":3]", ":3] * FACTOR"))
+    assert run(["cache-teacher"]) == 0
+    (folder / "helpers" / "students.py").write_text("WIDTH = 8\n")
+    open_checked_store(project_in(folder), "big")
+    (folder / "helpers" / "scaling.py").write_text("FACTOR = 3\n")
+    refuses(folder, capsys, r"was made from another \S+helpers/scaling\.py than today's", "train-student")
 
 
 def test_words_are_no_folders(folder, capsys):

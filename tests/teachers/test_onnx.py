@@ -118,8 +118,8 @@ def test_inputs_by_name_in_the_types_that_the_model_wants(tmp_path):
     ("kind", "mean", "number"),
     [
         (TensorProto.UINT8, 0.5, "-0.5"),
-        (TensorProto.UINT8, 1.0, "-1"),
-        (TensorProto.UINT8, -300.0, "300"),
+        (TensorProto.UINT8, 1.0, "-1.0"),
+        (TensorProto.UINT8, -300.0, "300.0"),
         (TensorProto.INT64, 0.25, "-0.25"),
     ],
 )

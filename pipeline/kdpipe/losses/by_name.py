@@ -75,17 +75,26 @@ def _counted(logits: Tensor, counts: Tensor) -> Tensor:
 
 
 class _Counted(torch.autograd.Function):
-    """Logits as they are, and no gradient by those of rows that do not count, `[B, ...]`."""
+    """Logits as they are; what their gradient has of NaN by rows that do not count, `[B, ...]`, becomes 0.
+
+    A copy of the gradient is made only then: without NaN there, those rows' gradient is what the loss says, 0.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(counts)
+    def forward(logits: Tensor, counts: Tensor) -> Tensor:
         return logits.view_as(logits)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep what `backward` needs."""
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient by the logits."""
         (counts,) = ctx.saved_tensors
-        return gradient.masked_fill_(~counts.unsqueeze(-1), 0.0), None
+        is_finite = bool(torch.isfinite(gradient.sum()))
+        return gradient if is_finite else gradient.masked_fill(~counts.unsqueeze(-1), 0.0), None
 
 
 def _loss(loss: str | DistillLoss, temperature: float | None, allow_interpolation: bool) -> DistillLoss:

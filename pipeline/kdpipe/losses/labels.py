@@ -43,7 +43,7 @@ def class_weighted(loss: LabelLoss, weights: Tensor | Sequence[float]) -> LabelL
     def weighted(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         _check_per_class("weights", weights, logits)
         values = loss(logits, labels, smoothing)
-        return values * weights.to(values)[labels.clamp(min=0)]
+        return values * weights.to(values)[labels.clamp(min=0).long()]
 
     return weighted
 

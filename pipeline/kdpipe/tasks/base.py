@@ -120,16 +120,18 @@ def class_labels(
 def _refuse_names_in_another_order(
     ids: NDArray[np.int64], is_boolean: bool, class_names: Sequence[str], name_of: NameOf
 ) -> None:
-    """Raise `DataError` for a label 0 where class_names call another class "0": it may be that number or that name."""
-    named = {name.strip().lower(): number for number, name in enumerate(class_names)}
+    """Raise `DataError` for labels 0 to C - 1 where class_names are the same in another order: numbers, or names?"""
+    names = [str(name).strip().lower() for name in class_names]
+    written = ["false", "true"] if is_boolean else [str(number) for number in range(len(names))]
+    if not names or sorted(names) != sorted(written):
+        return
     for number in np.unique(ids[ids != MISSING_LABEL]).tolist():
-        written = ("false", "true")[number] if is_boolean else str(number)
-        if named.get(written, number) != number:
+        if names[number] != written[number]:
+            other = names.index(written[number])
             raise DataError(
-                f"the label {written} in {name_of(int(np.argmax(ids == number)))} is class {number}, but "
-                f"task.class_names call class {named[written]} {class_names[named[written]]!r}; expected them in the "
-                "order of the numbers (false, true), or the labels as text: of CSV and JSON Lines, name the column's "
-                "type in data.source.types, such as {label: string}"
+                f"the label {written[number]} in {name_of(int(np.argmax(ids == number)))} is class {number}, but "
+                f"task.class_names call class {other} {class_names[other]!r}; expected them as {', '.join(written)}, "
+                "or other names, or labels that are text (of CSV and JSON Lines: data.source.types: {label: string})"
             )
 
 

@@ -131,12 +131,17 @@ class TabularClassification:
         return ragged_bytes(texts)
 
 
+_EXACT = 2.0**53
+"""From here on a float64 is not every whole number."""
+
+
 def _whole(values: pa.Array, name: str, name_of: NameOf) -> pa.Array:
     """Categories that are floats, as whole numbers. Raises `DataError`."""
+    values = values.cast(pa.float64())
     values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
-    broken = pc.fill_null(pc.not_equal(values, pc.floor(values)), False).to_numpy(zero_copy_only=False)
+    broken = pc.or_(pc.not_equal(values, pc.floor(values)), pc.greater_equal(pc.abs(values), _EXACT))
     _refuse(
-        broken | pc.fill_null(pc.is_inf(values), False).to_numpy(zero_copy_only=False),
+        pc.fill_null(broken, False).to_numpy(zero_copy_only=False),
         f"column {name!r} is among task.categorical and has a number that is not whole",
         "Numbers belong in task.columns.",
         name_of,

@@ -222,10 +222,10 @@ class OnnxTeacher:
         with np.errstate(invalid="ignore"):
             cast = np.ascontiguousarray(values.astype(dtype))
         if dtype.kind in "biu" and values.dtype != dtype and not np.array_equal(cast, values):
-            bad = values[cast != values].flat[0]
+            bad = np.extract(cast != values, values)[0]
             raise ConfigError(
-                f"OnnxTeacher: {self._path} takes {name} as {dtype}, and the preprocess gives {bad:g}; expected "
-                "numbers that it can hold (of pixels, ImageTensor's scale: 1)"
+                f"OnnxTeacher: {self._path} takes {name} as {dtype}, and the preprocess gives {bad}; expected "
+                "numbers that it can hold (of pixels, ImageTensor's scale: 1, mean: [0.0], std: [1.0])"
             )
         return cast
 
