@@ -340,7 +340,7 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
 
     The student compares them with today's params.yaml: it can tell a store of other settings without any teacher.
     """
-    section, *members = (_section(params, each) for each in teacher_and_members(params, teacher))
+    teachers = {each: _section(params, each) for each in teacher_and_members(params, teacher)}
     chosen = params.targets.get(teacher, TargetsSection())
     parameters = {key for keys in PARAMETERS.values() for key in keys}
     left_out = {"url", "batch_size", "batch_tokens", "threads", "temperatures", "profile", *parameters}
@@ -348,9 +348,9 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
     if chosen.classifier is None:  # as an earlier kdpipe wrote it
         targets.pop("classifier")
     targets["encoding"] = logits_encoding(chosen).to_json()
-    sections = {"teacher": section, "targets": targets, "task": to_json(params.task)}
-    if members:
-        sections["members"] = dict(zip(teacher_and_members(params, teacher)[1:], members, strict=True))
+    sections = {"teacher": teachers.pop(teacher), "targets": targets, "task": to_json(params.task)}
+    if teachers:
+        sections["members"] = teachers
     return {**sections, "views": views_identity(params.views)}
 
 
@@ -359,7 +359,7 @@ def teacher_and_members(params: Params, name: str) -> list[str]:
     names = [name]
     for each in names:
         factory = params.teachers[each].teacher
-        named = texts_in(factory.arguments if factory else {})
+        named = _texts_in(factory.arguments if factory else {})
         names += dict.fromkeys(other for other in named if other in params.teachers and other not in names)
     return names
 
@@ -373,13 +373,13 @@ def _section(params: Params, teacher: str) -> dict[str, Any]:
     return section
 
 
-def texts_in(value: Any) -> Iterator[str]:
+def _texts_in(value: Any) -> Iterator[str]:
     """All texts of a value that params.yaml may hold."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for each in value.values() if isinstance(value, Mapping) else value:
-            yield from texts_in(each)
+            yield from _texts_in(each)
 
 
 def views_identity(section: ViewsSection) -> dict[str, Any] | None:
