@@ -17,6 +17,7 @@ from kdpipe.caching.loading import LOAD_AHEAD
 from kdpipe.distributed import Shard
 from kdpipe.encodings import Dense, TopK
 from kdpipe.errors import ConfigError, DataError, TeacherError
+from kdpipe.inputs import class_logits
 from kdpipe.store import TargetStore
 from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import OutputSpec
@@ -338,6 +339,33 @@ def test_what_is_not_what_the_teacher_promised_is_refused(tmp_path, change, mess
     with pytest.raises(TeacherError, match=message):
         captured(tmp_path, ToyTeacher(change))
     assert committed(tmp_path) == set()
+
+
+def of_two_classes(change):
+    """A teacher whose single logits are `change` of a number per row (`class_logits`)."""
+    two = OutputSpec(name="logits", shape=(2,))
+    return ToyTeacher(answers(logits=lambda logits, _: class_logits(change(logits[:, :1]), 2)), outputs=(two,))
+
+
+@pytest.mark.parametrize("change", [torch.sigmoid, lambda logits: logits.sigmoid().half().float()])
+def test_a_sigmoids_output_is_no_single_logit(tmp_path, change):
+    with pytest.raises(TeacherError, match=r"single logits of 16 samples are numbers from 0 to 1: .* of a sigmoid"):
+        captured(tmp_path, of_two_classes(lambda logits: change(logits * 5)))
+    assert committed(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits * 5,
+        lambda logits: (logits > 0).float(),
+        lambda logits: 0.2 + 0.6 * logits.sigmoid(),
+        lambda logits: 1.5 * logits.sigmoid(),
+    ],
+)
+def test_single_logits_may_be_small_or_votes(tmp_path, change):
+    captured(tmp_path, of_two_classes(change))
+    assert committed(tmp_path)
 
 
 def test_a_masked_class_is_no_error(tmp_path):

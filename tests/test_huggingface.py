@@ -64,6 +64,22 @@ def test_a_decoder_classifies_by_its_last_token():
     torch.testing.assert_close(model(**longer).logits, model(**inputs).logits)
 
 
+def test_the_last_token_is_the_one_before_the_preprocess_pads(tmp_path):
+    """Whatever token the configuration of a model, or of a checkpoint, takes for padding."""
+    config = GPT2 | {"pad_token_id": 3}
+    made = sequence_classifier(3, config=config, vocab_size=40, pad_id=7).eval()
+    with quietly() as transformers:
+        other = transformers.GPT2Config(vocab_size=40, n_layer=1, n_embd=16, n_head=2, num_labels=3, pad_token_id=3)
+        transformers.GPT2ForSequenceClassification(other).save_pretrained(tmp_path)
+    read = sequence_classifier(3, path=tmp_path, vocab_size=40, pad_id=7).eval()
+    inputs = {"input_ids": torch.tensor([[1, 2, 3, 4, 7, 7], [1, 2, 3, 7, 7, 7]])}
+    for model in (made, read):
+        both = model(**inputs).logits
+        for row, length in enumerate((4, 3)):
+            alone = model(input_ids=inputs["input_ids"][row : row + 1, :length]).logits
+            torch.testing.assert_close(both[row : row + 1], alone)
+
+
 def test_images_and_language():
     vit = image_classifier(4, config=VIT, input_shape=(1, 8, 12))
     assert vit(torch.randn(2, 1, 8, 12)).logits.shape == (2, 4)
@@ -114,8 +130,17 @@ def test_a_tokenizer_of_more_tokens_than_the_model_knows_is_refused(bert, vocab_
 def test_rows_longer_than_the_models_positions_are_refused(bert):
     with pytest.raises(ConfigError, match="embeddings for 512 positions, its preprocess makes rows of 513 tokens"):
         sequence_classifier(3, path=bert, max_length=513)
-    with pytest.raises(ConfigError, match="embeddings for 4 positions"):
+    with pytest.raises(ConfigError, match=r"embeddings for 4 positions.*of language modelling: task\.block_tokens"):
         causal_lm(20, config=GPT2 | {"n_positions": 4}, max_length=5)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "mpnet"])
+def test_positions_that_are_counted_from_behind_the_padding(kind):
+    config = BERT | {"model_type": kind, "max_position_embeddings": 10}
+    model = sequence_classifier(3, config=config, vocab_size=40, pad_id=1, max_length=8)
+    assert model(**tokens(40, length=8)).logits.shape == (2, 3)
+    with pytest.raises(ConfigError, match="the model has embeddings for 8 positions, its preprocess makes rows of 9"):
+        sequence_classifier(3, config=config, vocab_size=40, pad_id=1, max_length=9)
 
 
 # From a checkpoint

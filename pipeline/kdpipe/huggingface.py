@@ -169,12 +169,32 @@ def check_text_fits(model: Any, vocab_size: int | None, max_length: int | None) 
             f"the model has embeddings for {known} tokens, its tokenizer makes {vocab_size}. Take the tokenizer that "
             "the model was trained with, or a model of that vocabulary (more embeddings than tokens are fine)"
         )
-    positions = getattr(model.config, "max_position_embeddings", None) or -1  # -1: relative ones, as in XLNet
+    positions = _positions(model)
     if max_length is not None and 0 < positions < max_length:
         raise ConfigError(
             f"the model has embeddings for {positions} positions, its preprocess makes rows of {max_length} tokens. "
-            "Lower the preprocess's max_length, or set max_position_embeddings in the model's config"
+            "Lower the preprocess's max_length (of language modelling: task.block_tokens), or set "
+            "max_position_embeddings in the model's config"
         )
+
+
+def _positions(model: Any) -> int:
+    """How many tokens a row may have; -1 where positions are relative, as in XLNet."""
+    positions: int = getattr(model.config, "max_position_embeddings", None) or -1
+    for name, module in model.named_modules():
+        first: int | None = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and first is not None:  # RoBERTa counts from behind its padding
+            return positions - first - 1
+    return positions
+
+
+def pad_with(model: Any, pad_id: int | None) -> None:
+    """Say which token rows are padded with: by it, models such as GPT-2 find the last token of a row.
+
+    The preprocess knows; a configuration may name another one, or none.
+    """
+    if pad_id is not None:
+        model.config.get_text_config().pad_token_id = pad_id
 
 
 def check_same_tokens(checkpoint: Checkpoint, tokens: Mapping[str, int]) -> None:

@@ -20,6 +20,7 @@ Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 LOGITS = "logits"
 ATTENTION_MASK = "attention_mask"
 _NAMES_SHOWN = 20
+_MANY, _CLOSE = 16, 0.05
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -95,6 +96,18 @@ def look_like_probabilities(logits: Tensor) -> bool:
         return False
     tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
     return bool(((values.sum(dim=-1) - 1).abs() < tolerance).all())
+
+
+def look_like_a_sigmoids(logits: Tensor) -> bool:
+    """Whether the second of two logits `[B, …, 2]` is what a sigmoid gives, the first being 0 (`class_logits`).
+
+    Many numbers from 0 to 1, some of them close to 0 and some to 1: logits would go beyond.
+    """
+    values = logits.detach().double().reshape(-1, logits.shape[-1])
+    if values.shape[-1] != 2 or len(values) < _MANY or bool((values == values.round()).all()):
+        return False
+    low, high = (float(each) for each in values[:, 1].aminmax())
+    return not bool(values[:, 0].any()) and 0 <= low < _CLOSE and 1 - _CLOSE < high <= 1
 
 
 def about_classes(shape: Sequence[int], num_classes: int) -> str:

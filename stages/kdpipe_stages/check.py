@@ -9,20 +9,21 @@ from functools import partial
 import numpy as np
 import torch
 
-from kdpipe.caching import kept_encoding
+from kdpipe.caching import are_logits, kept_encoding, promised
 from kdpipe.checkpoint import check_fit, load_weights, read_weights
 from kdpipe.data.columns import Columns, take
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
-from kdpipe.data.preparing import column_of
+from kdpipe.data.preparing import column_of, row_names, strings_of
 from kdpipe.encodings import TargetEncoding
-from kdpipe.errors import ConfigError, DataError, KdpipeError, at
+from kdpipe.errors import ConfigError, DataError, KdpipeError, TeacherError, at
 from kdpipe.inputs import LOGITS, Head, Inputs, call, described, look_like_probabilities, num_rows, tensors_of
 from kdpipe.losses import reuses_classifier
 from kdpipe.preprocess import ImageTensor, Preprocess, Standardize
 from kdpipe.store.manifest import Manifest
 from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task, TokenTask, rows_of
-from kdpipe.teachers.base import Teacher, abstains
+from kdpipe.teachers.asking import Asking
+from kdpipe.teachers.base import COVERED, Teacher, abstains
 from kdpipe.teachers.torch import TorchTeacher
 from kdpipe.views import ViewSpec
 from kdpipe_stages.building import (
@@ -34,12 +35,13 @@ from kdpipe_stages.building import (
     model_offers,
 )
 from kdpipe_stages.lesson import known_labels, teachers_of
-from kdpipe_stages.params import LossSection, source_columns
+from kdpipe_stages.params import LossSection, source_columns, teacher_and_members
 from kdpipe_stages.prepare_data import source_of
 from kdpipe_stages.project import Project
 from kdpipe_stages.pupil import shapes_heard
 from kdpipe_stages.tables import TableTeacher
 from kdpipe_stages.teachers import (
+    Asked,
     bind_teacher,
     checked_teacher,
     classifier_of,
@@ -140,12 +142,12 @@ def _first_rows(project: Project, task: Task) -> Columns | None:
     if batch is None or batch.num_rows == 0:
         raise DataError(f"{_data(project)} has no rows")
     batch = batch.slice(0, SAMPLE_ROWS)
-    for name in (columns.id, columns.split):
-        if name is not None:
-            column_of(batch, name)
+    if columns.split is not None:
+        column_of(batch, columns.split)
+    name_of = row_names(batch, None if columns.id is None else strings_of(batch, columns.id))
     if columns.label is not None:
-        task.to_labels(column_of(batch, columns.label), lambda row: f"row {row}")
-    return task.to_inputs(batch, lambda row: f"row {row}")
+        task.to_labels(column_of(batch, columns.label), name_of)
+    return task.to_inputs(batch, name_of)
 
 
 def _check_teachers(project: Project, task: Task, sample: Columns | None, met: _Met) -> str:
@@ -157,6 +159,8 @@ def _check_teachers(project: Project, task: Task, sample: Columns | None, met: _
         teacher = _teacher(project, name, task, sample)
         if teacher is not None:
             met.said[name] = _check_layout(project, name, of_what_counts(teacher, task), task)
+            if sample is not None and _is_ready(project, name):
+                _check_answer(project, name, teacher, task, sample)
     return ", ".join(project.params.teachers)
 
 
@@ -186,6 +190,26 @@ def _teacher(
     return checked_teacher(project, name, bound.make())
 
 
+def _is_ready(project: Project, name: str) -> bool:
+    """Whether a teacher by factory can speak here: neither it nor a part of it has to learn first."""
+    sections = [project.teacher(each) for each in teacher_and_members(project.params, name)]
+    return sections[0].teacher is not None and all(each.fit_on is None and each.table is None for each in sections)
+
+
+def _check_answer(project: Project, name: str, teacher: Teacher, task: Task, sample: Columns) -> None:
+    """That what a teacher says about two rows is what it promises, and that its logits are no probabilities."""
+    where, rows = f"teachers.{name}", _start(sample, 2)
+    asked = of_what_counts(Asked(where, teacher, project.targets(name).outputs, {}), task)
+    encodings, size = _encodings(project, name, asked.outputs), len(next(iter(rows.values())))
+    said = Asking(asked)(rows, size)
+    try:
+        said = promised(said, size, asked.outputs, encodings, abstains(asked))
+        if LOGITS in said:
+            are_logits(said[LOGITS][said[COVERED]] if COVERED in said else said[LOGITS])
+    except TeacherError as error:
+        raise TeacherError(f"{where}: {error}") from error
+
+
 def _module(project: Project, name: str, task: Task, sample: Columns | None) -> TorchTeacher | None:
     section, targets = project.teacher(name), project.targets(name)
     assert section.model is not None
@@ -213,7 +237,11 @@ def _module(project: Project, name: str, task: Task, sample: Columns | None) -> 
 
 
 def _first(sample: Columns | None) -> Columns | None:
-    return None if sample is None else {name: take(column, np.arange(1)) for name, column in sample.items()}
+    return None if sample is None else _start(sample, 1)
+
+
+def _start(sample: Columns, num_rows: int) -> Columns:
+    return {name: take(column, np.arange(min(num_rows, len(column)))) for name, column in sample.items()}
 
 
 def _check_layout(project: Project, name: str, teacher: Teacher | TableTeacher, task: Task) -> dict[str, Stored]:

@@ -21,7 +21,7 @@ from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.errors import ConfigError, StaleStoreError, TeacherError, naming
 from kdpipe.fingerprint import digest_file
-from kdpipe.inputs import LOGITS
+from kdpipe.inputs import LOGITS, kind
 from kdpipe.preprocess import Preprocess
 from kdpipe.store.classifier import TeacherClassifier
 from kdpipe.tasks.base import Task, token_labels
@@ -184,14 +184,14 @@ def _by_factory(
     spec = ModelSpec(where=where, model=section.teacher, preprocess=section.preprocess)
     identity = {**spec.to_json(), "sources": spec.sources(project), "learnt": learnt}
     about = {"name": name, **getattr(teacher, "description", {})}
-    return _Asked(where, teacher, project.targets(name).outputs, {**identity, "own": own}), about
+    return Asked(where, teacher, project.targets(name).outputs, {**identity, "own": own}), about
 
 
 def _parts(project: Project, inputs: PreparedInputs, above: Sequence[str]) -> Callable[[str], Teacher]:
     return parts_made_by(lambda name: build_teacher(project, name, inputs, above)[0], above)
 
 
-class _Asked:
+class Asked:
     """A teacher by factory that gives what is asked of it; its fingerprint covers its factory, code and arguments.
 
     What goes wrong in its code is a `TeacherError` that names it.
@@ -208,11 +208,15 @@ class _Asked:
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         """What the teacher says."""
         with _its_own_errors(f"{self._where}: predict"):
-            said = self._teacher.predict(columns)
+            said: Any = self._teacher.predict(columns)
+        answer: dict[str, Tensor] = said
         if not isinstance(said, Mapping) or not all(isinstance(each, Tensor) for each in said.values()):
-            found = type(said).__name__
-            raise TeacherError(f"{self._where}: predict gave {found}; expected a dict of tensors, {LOGITS} among them")
-        return said
+            held = {} if not isinstance(said, Mapping) else {str(name): kind(each) for name, each in said.items()}
+            raise TeacherError(
+                f"{self._where}: predict gave {type(said).__name__}; expected a dict of tensors, {LOGITS} among them"
+                + (f" (found {', '.join(map(': '.join, held.items()))})" if held else "")
+            )
+        return answer
 
 
 def _its_own_errors(what: str) -> AbstractContextManager[None]:

@@ -569,6 +569,10 @@ def test_rows_of_another_layout_are_refused(folder, types, message):
     [
         (pa.array([[1], [2]]), "column 'key' has type list<element: int64>; expected text or numbers"),
         (pa.array([b"\xff", b"a"]), "column 'key' has type binary; expected text or numbers"),
+        (
+            pa.array([1.0, 1e23]),
+            "column 'key' has whole numbers from 2^53 on as double, which does not tell neighbours",
+        ),
     ],
 )
 def test_a_key_that_is_no_text_is_refused(folder, keys, message):

@@ -170,6 +170,9 @@ def test_text_in_parquet_that_is_not_utf_8_is_an_error(tmp_path):
         ("rows.jsonl", b'{"a": null}\n' * 3000 + b'{"a": "x"}\n', r"data\.source\.types"),
         ("rows.csv", b"a\n" + b"x" * 9000 + b"\n", r"longer than 4096 bytes: give data\.source\.block_bytes"),
         ("rows.jsonl", b'{"a": 1}\n{"a": "' + b"x" * 9000 + b'"}\n', r"give data\.source\.block_bytes"),
+        ("rows.csv", b"a,b\n1,2\n1,2,3\n", r"values between ','; see data\.source\.delimiter"),
+        ("rows.csv", "a,b\n1,2\n".encode("utf-16"), r"is taken for UTF-8 text"),
+        ("rows.csv", b"gr\xf6sse,b\n1,2\n", r"names of its columns are not UTF-8\. Save the file as UTF-8\."),
     ],
 )
 def test_what_the_first_rows_do_not_tell_is_asked_for(tmp_path, name, content, advice):

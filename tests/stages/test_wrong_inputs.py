@@ -306,7 +306,8 @@ def test_corrupt_image(folder, capsys):
     Image.new("L", (8, 8), 100).save(buffer, "PNG")
     images = [buffer.getvalue()[:40] if index == 17 else buffer.getvalue() for index in range(1797)]
     replace_rows(folder, image=pa.array(images, pa.binary()))
-    assert _matches(r"the image of row 17 \(id 17\) cannot be decoded", fails(capsys, "prepare-data"))
+    for command in ("check", "prepare-data"):
+        assert _matches(r"the image of row 17 \(id 17\) cannot be decoded", fails(capsys, command))
     assert tree(folder / "data" / "prepared") == before
 
 

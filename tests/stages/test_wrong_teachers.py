@@ -475,6 +475,29 @@ def test_a_teacher_that_answers_something_else(folder, capsys, answer, message):
     refuses(folder, capsys, message, "cache-teacher")
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("{'logits': columns['features'][:, :3]}", r"predict gave dict; expected .* \(found logits: ndarray\)"),
+        ("1 / 0", r"teachers\.big: predict fails: ZeroDivisionError"),
+        ("torch.empty(2**50)", r"the teacher runs out of memory on a single row"),
+        ("{'scores': torch.zeros(2, 3)}", r"teachers\.big: the teacher gave no output 'logits'; it gave scores"),
+        (
+            "{'logits': torch.zeros(1, 3)}",
+            r"teachers\.big: the teacher's logits have shape \[1, 3\]; expected \[2, 3\]",
+        ),
+        (
+            "{'logits': torch.from_numpy(columns['features'][:, :3]).softmax(-1)}",
+            r"teachers\.big: .* are numbers from 0 to 1 with a sum of 1",
+        ),
+    ],
+)
+def test_check_asks_a_teacher_of_ones_own(folder, capsys, answer, message):
+    write_own(folder, answer)
+    change(folder, {"big": own("Mine")})
+    refuses(folder, capsys, message, "check")
+
+
 def test_a_teacher_of_ones_own_that_runs_out_of_memory_says_the_same(folder, capsys):
     write_own(folder)
     change(folder, {"big": own("Mine")})

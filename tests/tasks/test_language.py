@@ -184,6 +184,38 @@ def test_a_vocabulary_is_learnt_once_and_kept(tmp_path):
     assert library.decode([*predicted(found)[len(sentence) :]]).endswith("end 🦊")
 
 
+WORDS = {"<end>": 0, "the": 3, "cat": 6, "sees": 9, "a": 12, "bird": 40}
+
+
+def save_words(path):
+    """A tokenizer of words, whose ids have holes."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(path))
+    return words
+
+
+def test_a_tokenizer_that_was_saved_while_it_cut_and_filled_rows_does_neither(tmp_path):
+    words = save_words(tmp_path / "words.json")
+    words.enable_truncation(2)
+    words.enable_padding(pad_id=12, pad_token="a", length=9)
+    words.save(str(tmp_path / "cutting.json"))
+    source = Documents(text=["the cat sees the bird", "the bird", "the cat sees the cat"])
+    found, expected = (
+        rows(task_of(tmp_path, tokenizer=name, block_tokens=3, end_token="<end>"), source)
+        for name in ("cutting.json", "words.json")
+    )
+    assert found == expected
+    assert predicted(found) == [6, 9, 3, 40, 0, 40, 0, 6, 9, 3, 6, 0]
+
+
+def test_ids_may_have_holes(tmp_path):
+    save_words(tmp_path / "words.json")
+    assert task_of(tmp_path, tokenizer="words.json").num_classes == 41
+    with pytest.raises(ConfigError, match=r"num_classes is 40, but .* has 41 tokens"):
+        task_of(tmp_path, tokenizer="words.json", num_classes=40)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from decimal import Decimal
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -61,6 +63,7 @@ def test_all_kinds_of_numbers_are_numbers(kind):
         (pa.array([float("-inf"), 1.0, 2.0]), "column 'a' has no finite number in row 100 (1 such rows"),
         (pa.array([1e300, 1.0, 2.0]), "column 'a' has no finite number in row 100 (1 such rows"),
         (pa.array([2**60 + 1, 1, 2]), "column 'a' has numbers too large for a feature"),
+        (pa.array([2**60 + 1, 1, 2]), "Where they are names and no amounts, name the column in task.categorical"),
         (pa.array(["1", "2", "3"]), "column 'a' has type string; expected numbers. Leave it out of task.columns."),
         (pa.array([None, None, None]), "column 'a' has type null; expected numbers"),
         (pa.array([[1.0, 2.0]] * 3, pa.list_(pa.float64(), 2)), "Of lists and matrices, make a column per number"),
@@ -116,6 +119,7 @@ def test_infinite_numbers_are_refused_even_then(value):
         (pa.array([3, None, -1, 3], pa.int16()), ["3", None, "-1", "3"]),
         (pa.array([3, None, float("nan"), 0.0]), ["3", None, None, "0"]),
         (pa.array(np.array([3, 1, 2, 0], np.float16)), ["3", "1", "2", "0"]),
+        (pa.array([Decimal("3.00"), None, Decimal("-1.00"), Decimal("12.00")]), ["3", None, "-1", "12"]),
         (pa.array([True, None, False, True]), ["true", None, "false", "true"]),
         (pa.nulls(4), [None] * 4),
     ],
@@ -156,6 +160,8 @@ def test_prepared_categories_come_back_in_any_order(tmp_path):
         ),
         (pa.array([1.0, float("inf"), 2.0]), "has a number that is not whole in row 101"),
         (pa.array([1.0, 1e20, 2.0]), "has a number that is not whole in row 101"),
+        (pa.array([1.0, 2.0**54, 2.0]), "whole ones from 2^53 on are not exact, write them as text"),
+        (pa.array([Decimal("1.00"), Decimal("2.50")]), "has a number that is not whole in row 101"),
         (pa.array([b"x", b"y", b"z"]), "column 'kind' has type binary; expected categories"),
         (pa.array([b"\xff", b"y", b"z"]).view(pa.string()), "column 'kind' holds text that is not UTF-8"),
     ],

@@ -152,6 +152,25 @@ def test_the_key_comes_from_the_environment(server, monkeypatch):
     assert "secret" not in json.dumps(dict(teacher.fingerprint))
 
 
+def test_a_key_that_the_server_repeats_is_not_shown(server, monkeypatch):
+    monkeypatch.setenv("TOY_KEY", "secret-e" * 40 + "\n")
+    server.behave(status=401, error=f"bad key {'secret-e' * 40} of yours")
+    with pytest.raises(TeacherError, match=r"answered 401: .*bad key <key> of yours") as refused:
+        language_model(server, api_key_env="TOY_KEY")
+    assert "secret" not in str(refused.value)
+    assert server.requests[-1]["key"] == "Bearer " + "secret-e" * 40, "the end of the line is no part of it"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [(" ", "TOY_KEY holds no key"), ("sé", "TOY_KEY holds is no key"), ("a\nb", "is no key")]
+)
+def test_what_cannot_be_a_key_is_refused(server, monkeypatch, key, message):
+    monkeypatch.setenv("TOY_KEY", key)
+    with pytest.raises(ConfigError, match=rf"server\.api_key_env: .*{message}"):
+        language_model(server, api_key_env="TOY_KEY")
+    assert not (server.folder / "requests.log").exists()
+
+
 def test_a_server_that_dies_is_an_error_and_goes_on_when_it_is_back(server):
     teacher = language_model(server, retries=1)
     server.behave(dies_after=3)

@@ -186,6 +186,8 @@ class Broken(TabularClassification):
         return {"prepared": values["x"]} if self.wrong == "columns of other names" else values
 
     def label_loss(self, logits, labels, smoothing=0.0):
+        if self.wrong == "sums over the batch":
+            return super().label_loss(logits, labels, smoothing) * len(labels)
         if self.wrong == "mean loss":
             return super().label_loss(logits, labels, smoothing).mean()
         if self.wrong == "learns what is missing":
@@ -242,6 +244,25 @@ class TestRestless(TestDocuments):
         return Restless(folder, block_tokens=6)
 
 
+class Shifted(LanguageModelling):
+    """It predicts the token itself, or the second one."""
+
+    def token_labels(self, columns):
+        tokens, counted = columns["tokens"], columns["counted"]
+        moved = np.roll(tokens, -self.ahead, axis=1)[:, :-1].astype(np.int64)
+        return np.where(counted, moved, -1)
+
+
+class TestShifted(TestDocuments):
+    __test__ = False
+    ahead = 0
+
+    def task(self, folder):
+        task = Shifted(folder, block_tokens=6)
+        task.ahead = self.ahead
+        return task
+
+
 CONTRACT = [name for name in vars(TaskContract) if name.startswith("test_")]
 
 
@@ -280,6 +301,7 @@ LOSS, LEAST = (
         ("inputs of the batch", {"test_a_rows_input_does_not_depend_on_others"}),
         ("columns of other names", {"test_columns_by_name_have_a_value_per_row"}),
         ("learns what is missing", {LOSS}),
+        ("sums over the batch", {"test_the_label_loss_of_a_row_is_its_own"}),
         ("gain", {LEAST}),
         ("does not smooth", {LEAST}),
     ],
@@ -299,6 +321,16 @@ def test_a_fault_fails_its_own_tests(tmp_path, wrong, tests):
 )
 def test_a_fault_that_spreads_fails_its_test_too(tmp_path, wrong, test):
     assert test in failures(broken_contract(wrong), tmp_path)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_language_model_predicts_the_next_token_and_no_other(tmp_path, ahead):
+    contract = TestShifted()
+    contract.ahead = ahead
+    assert failures(contract, tmp_path) == {"test_each_label_is_the_token_after_its_own"}
+    (tmp_path / "tags").mkdir()
+    contract.predicts_next_token = False
+    assert failures(contract, tmp_path / "tags") == set()
 
 
 def test_rows_of_documents_must_come_again(tmp_path):

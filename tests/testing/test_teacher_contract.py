@@ -497,6 +497,7 @@ class Broken:
             "NaN": lambda: torch.where(logits > 3, torch.nan, logits),
             "infinite": lambda: torch.where(logits > 3, torch.inf, logits),
             "no class": lambda: torch.where(logits[:, :1] > 3, -torch.inf, logits),
+            "softmax": lambda: logits.softmax(-1),
             "tires": lambda: logits / self.asked,
             "is never the same": lambda: logits * self.number,
             "normalises over the batch": lambda: logits - logits.mean(dim=0),
@@ -604,6 +605,7 @@ AGAIN, BY_ITSELF = "test_it_says_the_same_again", "test_a_row_is_spoken_about_by
         ("NaN", {FINITE}),
         ("infinite", {FINITE}),
         ("no class", {FINITE}),
+        ("softmax", {"test_its_logits_are_no_probabilities"}),
         ("keeps too much", {"test_what_it_keeps_are_classes_and_their_mass"}),
         ("tires", {AGAIN, BY_ITSELF}),
         ("is never the same", {"test_its_like_says_the_same"}),
@@ -644,7 +646,7 @@ def test_users_run_it_on_their_own(tmp_path):
     (tmp_path / "test_centred.py").write_text(tests.replace("my_teachers", "centred"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "1 failed, 23 passed" in found.stdout, found.stdout + found.stderr
+    assert "1 failed, 25 passed" in found.stdout, found.stdout + found.stderr
     assert f"FAILED test_centred.py::TestCentres::{BY_ITSELF}" in found.stdout
 
 

@@ -16,7 +16,7 @@ import torch
 
 from kdpipe.caching.batches import Cut, batches_of
 from kdpipe.caching.loading import Loader, read_intact
-from kdpipe.caching.writing import Writer, kept_encoding, refuse_nonfinite, zero_where_abstained
+from kdpipe.caching.writing import Writer, are_logits, kept_encoding, promised, refuse_nonfinite, zero_where_abstained
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import Shard
 from kdpipe.errors import UsageError
@@ -31,8 +31,10 @@ __all__ = [
     "CacheProgress",
     "Captured",
     "Share",
+    "are_logits",
     "capture",
     "kept_encoding",
+    "promised",
     "read_intact",
     "refuse_nonfinite",
     "zero_where_abstained",

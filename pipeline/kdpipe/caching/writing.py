@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, C classes, k kept classes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from kdpipe.caching.batches import Batch
 from kdpipe.encodings import Sampled, TargetEncoding, TopK
 from kdpipe.errors import ConfigError, TeacherError
-from kdpipe.inputs import look_like_probabilities
+from kdpipe.inputs import look_like_a_sigmoids, look_like_probabilities
 from kdpipe.store import TargetStore
 from kdpipe.store.statistics import kept_statistics, teacher_statistics
 from kdpipe.targets import OutputSpec, zero_unless
@@ -43,6 +44,49 @@ def kept_encoding(encoding: TargetEncoding, num_kept: int | None = None) -> TopK
         "the teacher knows its most probable classes at temperature 1 only; store them with encoding: topk and "
         f"temperatures: [1] (found encoding: {found})"
     )
+
+
+def promised(
+    said: Mapping[str, Tensor],
+    num_rows: int,
+    outputs: Sequence[OutputSpec],
+    encodings: Mapping[str, TargetEncoding],
+    coverage: bool,
+) -> dict[str, Tensor]:
+    """The outputs that a store keeps, in the promised shapes `[B, …]`, and `covered` where the teacher abstains.
+
+    `coverage`: whether it may. Raises `TeacherError`.
+    """
+    kept: dict[str, Tensor] = {}
+    for output in outputs:
+        if output.name == LOGITS and CLASS_IDS in said:
+            kept |= _promised_kept(said, (num_rows, *output.shape[:-1]), kept_encoding(encodings[LOGITS]).k)
+            continue
+        if output.name not in said:
+            raise TeacherError(f"the teacher gave no output {output.name!r}; it gave {', '.join(said)}")
+        values, expected = said[output.name], (num_rows, *output.shape)
+        if values.shape != expected:
+            found = f"the teacher's {output.name} have shape {list(values.shape)}"
+            raise TeacherError(f"{found}; expected {list(expected)}")
+        kept[output.name] = values
+    if coverage:
+        covered, expected = said.get(COVERED), kept[TAIL_LOG_MASS if CLASS_IDS in said else LOGITS].shape
+        expected = expected if CLASS_IDS in said else expected[:-1]
+        if covered is None or covered.dtype != torch.bool or covered.shape != expected:
+            found = "none" if covered is None else f"{covered.dtype} of shape {list(covered.shape)}"
+            raise TeacherError(f"the teacher abstains, so it must give `covered`, bool {list(expected)}; found {found}")
+        kept[COVERED] = covered
+    return kept
+
+
+def _promised_kept(said: Mapping[str, Tensor], rows: tuple[int, ...], k: int) -> dict[str, Tensor]:
+    """The same of a teacher that knows k classes only."""
+    expected = {CLASS_IDS: (*rows, k), LOG_PROBS: (*rows, k), TAIL_LOG_MASS: rows}
+    for name, shape in expected.items():
+        if name not in said or said[name].shape != shape:
+            found = list(said[name].shape) if name in said else "nothing"
+            raise TeacherError(f"the teacher's {name} have shape {found}; expected {list(shape)}")
+    return {name: said[name] for name in expected}
 
 
 class _Said:
@@ -89,7 +133,9 @@ class Writer:
 
     def put(self, batch: Batch, said: dict[str, Tensor]) -> None:
         """Hand over what the teacher said. Waits for the writer thread when it is behind; raises what it raised."""
-        self._said.add(batch, self._promised(said, len(batch.rows)) if len(batch.rows) else {})
+        num_rows, manifest = len(batch.rows), self._store.manifest
+        kept = promised(said, num_rows, manifest.outputs, self._store.encodings, manifest.coverage) if num_rows else {}
+        self._said.add(batch, kept)
         if batch.is_last or self._said.num_bytes >= ENCODE_BYTES:
             self._waiting.append((self._said, self._thread.submit(self._write, self._said)))
             self._said = _Said()
@@ -105,41 +151,6 @@ class Writer:
         (oldest, _), (newest, _) = self._waiting[0], self._waiting[-1]
         too_much = oldest is not newest and sum(said.num_bytes for said, _ in self._waiting) > MAX_WAITING_BYTES
         return too_much or (newest.last.is_last and not oldest.last.is_beside(newest.last))
-
-    def _promised(self, said: dict[str, Tensor], num_rows: int) -> dict[str, Tensor]:
-        """The outputs that the store keeps, in the promised shapes, and `covered` where the teacher abstains."""
-        promised: dict[str, Tensor] = {}
-        for output in self._store.manifest.outputs:
-            if output.name == LOGITS and CLASS_IDS in said:
-                promised |= self._promised_kept(said, (num_rows, *output.shape[:-1]))
-                continue
-            if output.name not in said:
-                raise TeacherError(f"the teacher gave no output {output.name!r}; it gave {', '.join(said)}")
-            values, expected = said[output.name], (num_rows, *output.shape)
-            if values.shape != expected:
-                found = f"the teacher's {output.name} have shape {list(values.shape)}"
-                raise TeacherError(f"{found}; expected {list(expected)}")
-            promised[output.name] = values
-        if self._store.manifest.coverage:
-            covered, expected = said.get(COVERED), promised[TAIL_LOG_MASS if CLASS_IDS in said else LOGITS].shape
-            expected = expected if CLASS_IDS in said else expected[:-1]
-            if covered is None or covered.dtype != torch.bool or covered.shape != expected:
-                found = "none" if covered is None else f"{covered.dtype} of shape {list(covered.shape)}"
-                raise TeacherError(
-                    f"the teacher abstains, so it must give `covered`, bool {list(expected)}; found {found}"
-                )
-            promised[COVERED] = covered
-        return promised
-
-    def _promised_kept(self, said: dict[str, Tensor], rows: tuple[int, ...]) -> dict[str, Tensor]:
-        """The same of a teacher that knows k classes only."""
-        encoding = kept_encoding(self._store.encodings[LOGITS])
-        expected = {CLASS_IDS: (*rows, encoding.k), LOG_PROBS: (*rows, encoding.k), TAIL_LOG_MASS: rows}
-        for name, shape in expected.items():
-            if name not in said or said[name].shape != shape:
-                found = list(said[name].shape) if name in said else "nothing"
-                raise TeacherError(f"the teacher's {name} have shape {found}; expected {list(shape)}")
-        return {name: said[name] for name in expected}
 
     def _write(self, said: _Said) -> None:
         if self._failed:
@@ -167,7 +178,7 @@ class Writer:
                 continue
             values = zero_where_abstained(said[output.name], covered)
             if output.name == LOGITS and not self._looked_at:
-                self._looked_at = _can_tell(values if covered is None else values[covered])
+                self._looked_at = are_logits(values if covered is None else values[covered])
             refuse_nonfinite(values, output, ids)
             encoding = self._store.encodings[output.name]
             keys = row_keys(ids.tolist(), batch.view) if isinstance(encoding, Sampled) else None
@@ -220,10 +231,10 @@ def refuse_nonfinite(values: Tensor, output: OutputSpec, sample_ids: NDArray[np.
     _refuse(~torch.isfinite(worst), f"{output.name} are NaN or infinite", sample_ids)
 
 
-def _can_tell(logits: Tensor) -> bool:
-    """Whether these are enough to tell logits from probabilities: several rows.
+def are_logits(logits: Tensor) -> bool:
+    """That these are no probabilities, `[B, …, C]`; False where they are too few rows to tell.
 
-    Raises `TeacherError` for what only rounding keeps from being a softmax's output.
+    Raises `TeacherError` for what only rounding keeps from being a softmax's output, and for a sigmoid's.
     """
     if len(logits) < 2:
         return False
@@ -231,6 +242,11 @@ def _can_tell(logits: Tensor) -> bool:
         raise TeacherError(
             f"the teacher's logits of {len(logits)} samples are numbers from 0 to 1 with a sum of 1: probabilities. "
             "Take what goes into the softmax, or give their logarithm."
+        )
+    if look_like_a_sigmoids(logits):
+        raise TeacherError(
+            f"the teacher's single logits of {len(logits)} samples are numbers from 0 to 1: probabilities, of a "
+            "sigmoid at its end. Take what goes into the sigmoid (of an ONNX file: probabilities: true)."
         )
     return True
 

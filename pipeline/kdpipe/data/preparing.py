@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kdpipe import durable
-from kdpipe.data.columns import Columns, Ragged, take
+from kdpipe.data.columns import EXACT, Columns, Ragged, take
 from kdpipe.data.growing import Growing, KeyTable, text_keys
 from kdpipe.data.labels import Labels, write_labels
 from kdpipe.data.prepared import DIGEST_BYTES, FORMAT_VERSION, MISSING_LABEL, ColumnLayout, PreparedInputs
@@ -139,11 +139,7 @@ class _Reading:
         """Take in one block; returns the bytes of its rows once they are prepared."""
         first = len(self._seen)
         keys = self._keys(batch, first)
-        known_as = _own_ids(batch) if keys is None else keys
-
-        def name_of(position: int) -> str:
-            return f"row {first + position}" + (f" (id {known_as[position]})" if known_as else "")
-
+        name_of = row_names(batch, keys, first)
         inputs = self._schema.to_inputs(batch, name_of)
         digests = content_digests(inputs)
         self._refuse_duplicates(keys, digests, name_of, first)
@@ -210,7 +206,7 @@ class _Reading:
         """The key column as text, where there is one."""
         if self._columns.id is None:
             return None
-        keys = _strings(batch, self._columns.id)
+        keys = strings_of(batch, self._columns.id)
         empty = [f"row {first + position}" for position, key in enumerate(keys) if not key]
         if empty:
             raise DataError(f"column {self._columns.id!r} must hold an id for each row; it is empty in {_some(empty)}")
@@ -241,7 +237,7 @@ class _Reading:
     def _split_names(self, batch: pa.RecordBatch, ids: Sequence[str]) -> Sequence[str]:
         """The split of each row; "" where it has none."""
         if self._columns.split is not None:
-            return [value or "" for value in _strings(batch, self._columns.split)]
+            return [value or "" for value in strings_of(batch, self._columns.split)]
         names, shares = list(self._plan.shares), list(self._plan.shares.values())
         drawn = np.searchsorted(np.cumsum(shares), uniform_by_id(ids, self._plan.seed, "split"), side="right")
         return [names[each] for each in np.minimum(drawn, len(names) - 1)]
@@ -265,19 +261,30 @@ def column_of(batch: pa.RecordBatch, name: str) -> pa.Array:
     return batch.column(found[0])
 
 
-def _strings(batch: pa.RecordBatch, name: str) -> list[str | None]:
+def row_names(batch: pa.RecordBatch, keys: Sequence[str | None] | None, first: int = 0) -> NameOf:
+    """What messages call the rows of a batch: by number, the first being `first`, and by key or what a source says."""
+    known_as = _own_ids(batch) if keys is None else keys
+    return lambda position: f"row {first + position}" + (f" (id {known_as[position]})" if known_as else "")
+
+
+def strings_of(batch: pa.RecordBatch, name: str) -> list[str | None]:
     column = column_of(batch, name)
     try:
         values: list[str | None] = pc.cast(column, pa.string()).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise DataError(f"column {name!r} has type {column.type}; expected text or numbers") from None
+    if pa.types.is_floating(column.type) and pc.any(pc.greater_equal(pc.abs(column.cast(pa.float64())), EXACT)).as_py():
+        raise DataError(
+            f"column {name!r} has whole numbers from 2^53 on as {column.type}, which does not tell neighbours apart; "
+            "expected text. Write them as text"
+        )
     return values
 
 
 def _own_ids(batch: pa.RecordBatch) -> list[str | None] | None:
     """What a source itself calls its rows, such as a file's name: its column `id` of text, where it has one."""
     named = batch.schema.get_all_field_indices("id")
-    return _strings(batch, "id") if len(named) == 1 and pa.types.is_string(batch.schema.field("id").type) else None
+    return strings_of(batch, "id") if len(named) == 1 and pa.types.is_string(batch.schema.field("id").type) else None
 
 
 def _some(names: list[str]) -> str:

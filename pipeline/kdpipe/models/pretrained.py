@@ -17,7 +17,7 @@ from torch import nn
 from kdpipe.config import did_you_mean
 from kdpipe.errors import ConfigError
 from kdpipe.fingerprint import digest_path
-from kdpipe.huggingface import Checkpoint, check_text_fits, first_line, library, quietly
+from kdpipe.huggingface import Checkpoint, check_text_fits, first_line, library, pad_with, quietly
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Make = TypeVar("Make", bound=Callable[..., nn.Module])
@@ -58,6 +58,7 @@ def sequence_classifier(
         pad_token_id=pad_id,
     )
     check_text_fits(model, vocab_size, max_length)
+    pad_with(model, pad_id)
     return model
 
 
@@ -131,8 +132,6 @@ def _from_checkpoint(auto: str, checkpoint: Checkpoint, dtype: Dtype, known: Map
             f"{checkpoint} has no weights for {', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}, which "
             f"{type(model).__name__} has below its head: they are of another architecture than its config.json says"
         )
-    if getattr(model.config, "pad_token_id", None) is None and "pad_token_id" in known:
-        model.config.pad_token_id = known["pad_token_id"]
     return model
 
 

@@ -104,7 +104,8 @@ class ImageClassification:
             raise DataError(f"the image of {name} cannot be decoded: {wrong}. Repair or remove that row.") from None
         if mode.startswith(("I", "F")):
             raise DataError(
-                f"the image of {name} has more than 8 bits per channel (mode {mode}); rows are uint8 pixels"
+                f"the image of {name} has more than 8 bits per channel (mode {mode}); rows are uint8 pixels. Convert "
+                "it to 8 bits per channel first."
             )
         array: Array = pixels.reshape(*pixels.shape[:2], channels)
         if self._keep_encoded:

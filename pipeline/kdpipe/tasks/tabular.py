@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.data.columns import Array, Columns, Ragged, ragged_bytes
+from kdpipe.data.columns import EXACT, Array, Columns, Ragged, ragged_bytes
 from kdpipe.data.preparing import NameOf, column_of
 from kdpipe.errors import DataError
 from kdpipe.losses import cross_entropy
@@ -95,7 +95,10 @@ class TabularClassification:
         try:
             wide = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid as error:
-            raise DataError(f"column {name!r} has numbers too large for a feature: {error}") from None
+            raise DataError(
+                f"column {name!r} has numbers too large for a feature: {error}. Where they are names and no amounts, "
+                "name the column in task.categorical"
+            ) from None
         with np.errstate(over="ignore"):  # infinite then, and refused below
             numbers: NDArray[np.float32] = wide.astype(np.float32)
         missing = np.isnan(numbers)
@@ -112,7 +115,7 @@ class TabularClassification:
         values = column_of(batch, name)
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
-        if pa.types.is_floating(values.type):  # whole numbers among which some are missing
+        if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
             values = _whole(values, name, name_of)
         kind = values.type
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
@@ -131,19 +134,18 @@ class TabularClassification:
         return ragged_bytes(texts)
 
 
-_EXACT = 2.0**53
-"""From here on a float64 is not every whole number."""
-
-
 def _whole(values: pa.Array, name: str, name_of: NameOf) -> pa.Array:
-    """Categories that are floats, as whole numbers. Raises `DataError`."""
+    """Categories that are floats (as whole numbers with gaps become) or decimals, as whole numbers.
+
+    Raises `DataError`.
+    """
     values = values.cast(pa.float64())
     values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
-    broken = pc.or_(pc.not_equal(values, pc.floor(values)), pc.greater_equal(pc.abs(values), _EXACT))
+    broken = pc.or_(pc.not_equal(values, pc.floor(values)), pc.greater_equal(pc.abs(values), EXACT))
     _refuse(
         pc.fill_null(broken, False).to_numpy(zero_copy_only=False),
         f"column {name!r} is among task.categorical and has a number that is not whole",
-        "Numbers belong in task.columns.",
+        "Numbers belong in task.columns; whole ones from 2^53 on are not exact, write them as text.",
         name_of,
     )
     return values.cast(pa.int64())

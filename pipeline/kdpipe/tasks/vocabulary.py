@@ -18,7 +18,7 @@ class Vocabulary(Protocol):
 
     @property
     def size(self) -> int:
-        """Number of token ids."""
+        """The largest token id + 1: ids may have holes."""
 
     @property
     def end(self) -> int | None:
@@ -75,6 +75,7 @@ class _Tokenizer:
     def __init__(self, path: Path, end_token: str | None, vocab_size: int | None) -> None:
         self._path, self._end_token, self._vocab_size = path, end_token, vocab_size
         self._tokenizer: Any = None
+        self._known_size = 0
         if path.is_file():
             self._open()
         elif vocab_size is None:
@@ -91,8 +92,7 @@ class _Tokenizer:
         if self._tokenizer is None:
             assert self._vocab_size is not None
             return self._vocab_size
-        known: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        return max(known, self._vocab_size or 0)
+        return max(self._known_size, self._vocab_size or 0)
 
     @property
     def end(self) -> int | None:
@@ -126,10 +126,10 @@ class _Tokenizer:
         tokenizer.train_from_iterator(texts, trainer)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_text(self._path, tokenizer.to_str())
-        self._tokenizer = tokenizer
+        self._use(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
+        """Ids of each text, all of them, without special tokens."""
         return [each.ids for each in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def tokens(self) -> Mapping[str, int]:
@@ -140,9 +140,17 @@ class _Tokenizer:
     def _open(self) -> None:
         tokenizers = _library()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
+            tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
         except Exception as error:  # the library raises bare exceptions
             raise ConfigError(f"task.tokenizer: {self._path} is no tokenizer.json ({error})") from None
+        # A file may hold the length that rows were cut at and filled up to when it was saved.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._use(tokenizer)
+
+    def _use(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known_size = max(self.tokens().values(), default=-1) + 1
 
 
 def _library() -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from kdpipe.data.columns import Columns
 from kdpipe.errors import TeacherError
 from kdpipe.fingerprint import digest_path
-from kdpipe.huggingface import Checkpoint, check_same_tokens, check_text_fits
+from kdpipe.huggingface import Checkpoint, check_same_tokens, check_text_fits, pad_with
 from kdpipe.inputs import LOGITS
 from kdpipe.preprocess import Preprocess, offers
 from kdpipe.teachers.torch import TorchTeacher
@@ -59,9 +59,7 @@ class PretrainedTeacher:
             check_same_tokens(checkpoint, tokens)
         offered = offers(preprocess)
         check_text_fits(model, offered.get("vocab_size"), offered.get("max_length"))
-        if "pad_id" in offered and getattr(model.config, "pad_token_id", None) is None:
-            # By it, models such as GPT-2 find the last token of a row.
-            model.config.pad_token_id = offered["pad_id"]
+        pad_with(model, offered.get("pad_id"))
         if any(name.startswith("hidden_states.") for name in outputs):
             model.config.output_hidden_states = True
         identity = {"checkpoint": hub if path is None else digest_path(path)}

@@ -86,14 +86,12 @@ class _Server:
         self._again = package("urllib3.util", "server").Retry(
             total=section.retries, backoff_factor=0.5, backoff_jitter=0.5, allowed_methods=["POST"]
         )
-        self._session = requests.Session()
+        self._session, self._key = requests.Session(), ""
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapters.HTTPAdapter(pool_maxsize=section.at_once))
         if section.api_key_env is not None:
-            key = os.environ.get(section.api_key_env)
-            if not key:
-                raise ConfigError(f"server.api_key_env: the environment variable {section.api_key_env} holds no key")
-            self._session.headers["Authorization"] = f"Bearer {key}"
+            self._key = _key_in(section.api_key_env)
+            self._session.headers["Authorization"] = f"Bearer {self._key}"
         self._url, self._model, self._timeout = (
             f"{section.url.rstrip('/')}/completions",
             model,
@@ -190,7 +188,12 @@ class _Server:
                 if time.monotonic() > until:
                     raise self._too_slow
         is_json = answer.ok and bytes(body[:_PART_BYTES].lstrip()[:1]) in (b"", b"{")
-        return answer, body[: 4 * _SHOWN].decode(errors="replace")[:_SHOWN], json.loads(body) if is_json else None
+        return answer, self._shown(body), json.loads(body) if is_json else None
+
+    def _shown(self, body: bytearray) -> str:
+        """The beginning of an answer, for a message; some servers repeat the key that they refuse."""
+        told = body.replace(self._key.encode(), b"<key>") if self._key else body
+        return told[: 4 * _SHOWN].decode(errors="replace")[:_SHOWN]
 
     def _wanted_wait(self, answer: Any) -> float:
         """The seconds of an answer's Retry-After, 0 where it names none. Raises `TeacherError` for too many."""
@@ -216,6 +219,19 @@ class _Server:
         if is_news:
             self._say(f"{self._url} {why}: asking again in {seconds:,.0f} s")
         _sleep(seconds, stop)
+
+
+def _key_in(variable: str) -> str:
+    """The key that an environment variable holds. Raises `ConfigError`."""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(f"server.api_key_env: the environment variable {variable} holds no key")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"server.api_key_env: what the environment variable {variable} holds is no key: expected printable ASCII "
+            "in one line"
+        )
+    return key
 
 
 class _Pace:

@@ -25,10 +25,12 @@ from kdpipe.tasks.base import Task, TokenTask, metrics_of, rows_of
 class TaskContract:
     """Tests of a task. In a test file of yours: `class TestMine(TaskContract)`, with `task` and `batch`.
 
-    `label_column` holds the labels; None where rows carry them (a `TokenTask`).
+    `label_column` holds the labels; None where rows carry them (a `TokenTask`). Such a task predicts the next token,
+    unless `predicts_next_token` is False.
     """
 
     label_column: str | None = "label"
+    predicts_next_token = True
 
     def task(self, folder: Path) -> Task:
         """The task, the same every time; `folder` is empty."""
@@ -142,6 +144,28 @@ class TaskContract:
         assert (loss[missing] == 0).all()
         assert (gradient[missing] == 0).all()
         assert (gradient[~missing] != 0).any(dim=-1).all()
+
+    def test_each_label_is_the_token_after_its_own(self, tmp_path: Path) -> None:
+        """Of a language model's rows: as the inputs `input_ids` have it, wherever a position counts."""
+        task = self.task(tmp_path)
+        if not (isinstance(task, TokenTask) and self.predicts_next_token):
+            return
+        columns, preprocess = self._columns(task), self.preprocess(task)
+        preprocess.fit(iter([columns]))
+        inputs = preprocess(columns)
+        assert isinstance(inputs, dict)
+        labels, following = torch.tensor(task.token_labels(columns))[:, :-1], inputs["input_ids"][:, 1:]
+        counted = labels != MISSING_LABEL
+        assert counted.any(), "batch() has no document of two tokens that count"
+        assert torch.equal(labels[counted], following[counted])
+
+    def test_the_label_loss_of_a_row_is_its_own(self, tmp_path: Path) -> None:
+        """Whatever rows it comes with."""
+        task = self.task(tmp_path)
+        labels = torch.tensor(self._labels(task, self._rows(task)))
+        logits = torch.randn(*labels.shape, task.num_classes, generator=torch.Generator().manual_seed(0))
+        alone = [task.label_loss(logits[row : row + 1], labels[row : row + 1]) for row in range(len(labels))]
+        torch.testing.assert_close(torch.cat(alone), task.label_loss(logits, labels))
 
     def test_the_label_loss_is_least_at_the_label(self, tmp_path: Path) -> None:
         task = self.task(tmp_path)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kdpipe.data.columns import Array, Column, Columns, Ragged, take
 from kdpipe.errors import KdpipeError
 from kdpipe.fingerprint import canonical_json
-from kdpipe.inputs import LOGITS
+from kdpipe.inputs import LOGITS, look_like_a_sigmoids, look_like_probabilities
 from kdpipe.teachers.base import CLASS_IDS, COVERED, LOG_PROBS, TAIL_LOG_MASS, Learner, Teacher, abstains
 
 _MASS_TOLERANCE = 1e-3
@@ -95,6 +95,14 @@ class TeacherContract:
         assert not torch.isnan(logits).any()
         assert not torch.isposinf(logits).any()
         assert torch.isfinite(logits.amax(dim=-1)).all(), "every class of a row is ruled out"
+
+    def test_its_logits_are_no_probabilities(self, tmp_path: Path) -> None:
+        said = self.teacher(tmp_path).predict(self.columns())
+        if LOGITS not in said:
+            return
+        logits = said[LOGITS][said[COVERED]] if COVERED in said else said[LOGITS]
+        assert not look_like_probabilities(logits)
+        assert not look_like_a_sigmoids(logits)
 
     def test_what_it_keeps_are_classes_and_their_mass(self, tmp_path: Path) -> None:
         """Of a teacher that knows its most probable classes only: in ascending order; with the tail, a mass of 1."""

@@ -230,8 +230,11 @@ def _parsing(path: Path, options: _Options) -> Iterator[None]:
         reason, advice = " ".join(str(error).split()), ""
         if "straddling object" in reason:
             advice = f" A row is longer than {options.block_bytes} bytes: give data.source.block_bytes a larger number."
-        elif "CSV parse error: Expected" in reason:
-            advice = f" Values are taken to stand between {options.delimiter!r}; see data.source.delimiter."
+        elif "CSV parse error" in reason:
+            advice = (
+                f" The file is taken for UTF-8 text with values between {options.delimiter!r}; see "
+                "data.source.delimiter."
+            )
         elif "Column() changed from object" in reason:
             advice = ' A row is an object in a line of its own, such as {"text": "…", "label": 1}.'
         elif any(each in reason for each in ("conversion error", "convert JSON", "changed from", "unexpected field")):
@@ -240,6 +243,10 @@ def _parsing(path: Path, options: _Options) -> Iterator[None]:
                 " data.source.types, such as {label: string}."
             )
         raise DataError(f"{path} cannot be read: {reason}.{advice}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} cannot be read: names of its columns are not UTF-8. Save the file as UTF-8."
+        ) from error
 
 
 _NULLS_OF_CSV = pyarrow.csv.ConvertOptions().null_values
