@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdpipe.caching import WHOLE, Captured, Share, capture, loading, writing
+from kdpipe.caching import WHOLE, Captured, Share, are_logits, capture, loading, writing
 from kdpipe.caching.loading import LOAD_AHEAD
 from kdpipe.distributed import Shard
 from kdpipe.encodings import Dense, TopK
@@ -342,29 +342,42 @@ def test_what_is_not_what_the_teacher_promised_is_refused(tmp_path, change, mess
 
 
 def of_two_classes(change):
-    """A teacher whose single logits are `change` of a number per row (`class_logits`)."""
+    """A teacher whose single logits are `change` of a number per row from -5 to 5 (`class_logits`)."""
     two = OutputSpec(name="logits", shape=(2,))
-    return ToyTeacher(answers(logits=lambda logits, _: class_logits(change(logits[:, :1]), 2)), outputs=(two,))
+    return ToyTeacher(
+        answers(logits=lambda logits, _: class_logits(change(5 * logits[:, :1].sin()), 2)), outputs=(two,)
+    )
 
 
 @pytest.mark.parametrize("change", [torch.sigmoid, lambda logits: logits.sigmoid().half().float()])
 def test_a_sigmoids_output_is_no_single_logit(tmp_path, change):
-    with pytest.raises(TeacherError, match=r"single logits of 16 samples are numbers from 0 to 1: .* of a sigmoid"):
-        captured(tmp_path, of_two_classes(lambda logits: change(logits * 5)))
+    with pytest.raises(TeacherError, match=r"single logits of 300 samples are numbers from 0 to 1: .* a sigmoid's"):
+        captured(tmp_path, of_two_classes(change), num_rows=300, shard_rows=300)
     assert committed(tmp_path) == set()
+
+
+def test_few_rows_do_not_tell():
+    sigmoids = class_logits(torch.linspace(-5, 5, 300).sigmoid().unsqueeze(-1), 2)
+    assert not are_logits(sigmoids[::2]), "look again"
+    assert not are_logits(sigmoids.unsqueeze(0)), "one row"
+    assert are_logits(torch.randn(2, 3))
+    covered = torch.arange(300) % 2 == 0
+    assert not are_logits(sigmoids, covered)
+    with pytest.raises(TeacherError, match="single logits of 300 samples"):
+        are_logits(sigmoids, torch.ones(300, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda logits: logits * 5,
+        lambda logits: logits,
         lambda logits: (logits > 0).float(),
         lambda logits: 0.2 + 0.6 * logits.sigmoid(),
         lambda logits: 1.5 * logits.sigmoid(),
     ],
 )
 def test_single_logits_may_be_small_or_votes(tmp_path, change):
-    captured(tmp_path, of_two_classes(change))
+    captured(tmp_path, of_two_classes(change), num_rows=300, shard_rows=300)
     assert committed(tmp_path)
 
 

@@ -80,6 +80,18 @@ def test_the_last_token_is_the_one_before_the_preprocess_pads(tmp_path):
             torch.testing.assert_close(both[row : row + 1], alone)
 
 
+def test_a_configuration_with_a_part_about_text_pads_as_well():
+    """T5Gemma's head reads its own `pad_token_id`, Gemma 3's that of the text."""
+    part = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    part |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = {"model_type": "t5gemma", "encoder": part, "decoder": part, "is_encoder_decoder": False}
+    model = sequence_classifier(3, config=config, pad_id=7).eval()
+    assert model.config.pad_token_id == model.config.get_text_config().pad_token_id == 7
+    inputs = torch.tensor([[1, 2, 3, 4, 7, 7], [1, 2, 3, 7, 7, 7]])
+    both = model(input_ids=inputs, attention_mask=(inputs != 7).long()).logits
+    torch.testing.assert_close(both[1:], model(input_ids=inputs[1:, :3]).logits)
+
+
 def test_images_and_language():
     vit = image_classifier(4, config=VIT, input_shape=(1, 8, 12))
     assert vit(torch.randn(2, 1, 8, 12)).logits.shape == (2, 4)

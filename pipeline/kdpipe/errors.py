@@ -88,14 +88,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def at(place: str) -> Iterator[None]:
-    """Puts a key of params.yaml before what a `ConfigError` says, unless that begins with it."""
+def at(place: str, *kinds: type[KdpipeError]) -> Iterator[None]:
+    """Puts a key of params.yaml before what an error of `kinds` (`ConfigError`) says, unless that begins with it."""
+    named = kinds or (ConfigError,)
     try:
         yield
-    except ConfigError as error:
+    except named as error:
         if str(error).startswith(place):
             raise
-        raise ConfigError(f"{place}: {error}") from error
+        raise type(error)(f"{place}: {error}") from error
 
 
 @contextmanager

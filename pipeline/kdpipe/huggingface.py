@@ -191,10 +191,10 @@ def _positions(model: Any) -> int:
 def pad_with(model: Any, pad_id: int | None) -> None:
     """Say which token rows are padded with: by it, models such as GPT-2 find the last token of a row.
 
-    The preprocess knows; a configuration may name another one, or none.
+    The preprocess knows; a configuration may name another one, or none, or have a part about text that does.
     """
     if pad_id is not None:
-        model.config.get_text_config().pad_token_id = pad_id
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_id
 
 
 def check_same_tokens(checkpoint: Checkpoint, tokens: Mapping[str, int]) -> None:

@@ -20,7 +20,9 @@ Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 LOGITS = "logits"
 ATTENTION_MASK = "attention_mask"
 _NAMES_SHOWN = 20
-_MANY, _CLOSE = 16, 0.05
+SURE_ROWS = 256
+"""So many single logits tell a sigmoid's output from logits that happen to be small."""
+_CLOSE = 0.05
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -99,15 +101,15 @@ def look_like_probabilities(logits: Tensor) -> bool:
 
 
 def look_like_a_sigmoids(logits: Tensor) -> bool:
-    """Whether the second of two logits `[B, …, 2]` is what a sigmoid gives, the first being 0 (`class_logits`).
+    """Whether single logits, `[0, z]` of two classes (`class_logits`), are what a sigmoid gives.
 
-    Many numbers from 0 to 1, some of them close to 0 and some to 1: logits would go beyond.
+    `SURE_ROWS` or more numbers from 0 to 1, some of them close to 0 and some to 1: logits would go beyond.
     """
-    values = logits.detach().double().reshape(-1, logits.shape[-1])
-    if values.shape[-1] != 2 or len(values) < _MANY or bool((values == values.round()).all()):
+    if logits.shape[-1] != 2 or logits[..., 0].numel() < SURE_ROWS or bool(logits[..., 0].any()):
         return False
-    low, high = (float(each) for each in values[:, 1].aminmax())
-    return not bool(values[:, 0].any()) and 0 <= low < _CLOSE and 1 - _CLOSE < high <= 1
+    single = logits[..., 1].detach().double()
+    low, high = (float(each) for each in single.aminmax())
+    return 0 <= low < _CLOSE and 1 - _CLOSE < high <= 1 and not bool((single == single.round()).all())
 
 
 def about_classes(shape: Sequence[int], num_classes: int) -> str:

@@ -143,7 +143,7 @@ def _first_rows(project: Project, task: Task) -> Columns | None:
         raise DataError(f"{_data(project)} has no rows")
     batch = batch.slice(0, SAMPLE_ROWS)
     if columns.split is not None:
-        column_of(batch, columns.split)
+        strings_of(batch, columns.split)
     name_of = row_names(batch, None if columns.id is None else strings_of(batch, columns.id))
     if columns.label is not None:
         task.to_labels(column_of(batch, columns.label), name_of)
@@ -193,7 +193,7 @@ def _teacher(
 def _is_ready(project: Project, name: str) -> bool:
     """Whether a teacher by factory can speak here: neither it nor a part of it has to learn first."""
     sections = [project.teacher(each) for each in teacher_and_members(project.params, name)]
-    return sections[0].teacher is not None and all(each.fit_on is None and each.table is None for each in sections)
+    return sections[0].teacher is not None and all(each.fit_on is None and each.train is None for each in sections)
 
 
 def _check_answer(project: Project, name: str, teacher: Teacher, task: Task, sample: Columns) -> None:
@@ -201,13 +201,10 @@ def _check_answer(project: Project, name: str, teacher: Teacher, task: Task, sam
     where, rows = f"teachers.{name}", _start(sample, 2)
     asked = of_what_counts(Asked(where, teacher, project.targets(name).outputs, {}), task)
     encodings, size = _encodings(project, name, asked.outputs), len(next(iter(rows.values())))
-    said = Asking(asked)(rows, size)
-    try:
-        said = promised(said, size, asked.outputs, encodings, abstains(asked))
+    with at(where, ConfigError, TeacherError):
+        said = promised(Asking(asked)(rows, size), size, asked.outputs, encodings, abstains(asked))
         if LOGITS in said:
-            are_logits(said[LOGITS][said[COVERED]] if COVERED in said else said[LOGITS])
-    except TeacherError as error:
-        raise TeacherError(f"{where}: {error}") from error
+            are_logits(said[LOGITS], said.get(COVERED))
 
 
 def _module(project: Project, name: str, task: Task, sample: Columns | None) -> TorchTeacher | None:

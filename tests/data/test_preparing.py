@@ -569,10 +569,9 @@ def test_rows_of_another_layout_are_refused(folder, types, message):
     [
         (pa.array([[1], [2]]), "column 'key' has type list<element: int64>; expected text or numbers"),
         (pa.array([b"\xff", b"a"]), "column 'key' has type binary; expected text or numbers"),
-        (
-            pa.array([1.0, 1e23]),
-            "column 'key' has whole numbers from 2^53 on as double, which does not tell neighbours",
-        ),
+        (pa.array([1.0, 1e23]), "column 'key' has type double and numbers that are not finite, or so large"),
+        (pa.array([123456789.0, 1.0], pa.float32()), "look alike (from 16777216 on). Write them as text"),
+        (pa.array([float("nan"), 1.0]), "column 'key' has type double and numbers that are not finite"),
     ],
 )
 def test_a_key_that_is_no_text_is_refused(folder, keys, message):

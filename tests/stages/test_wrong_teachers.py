@@ -498,6 +498,17 @@ def test_check_asks_a_teacher_of_ones_own(folder, capsys, answer, message):
     refuses(folder, capsys, message, "check")
 
 
+def test_check_asks_nobody_whose_parts_have_to_learn(folder, capsys):
+    write_own(folder, "1 / 0")
+    (folder / "parts.py").write_text(
+        "from own import Mine\n\n\ndef of(teacher_of, part):\n    teacher_of(part)\n    return Mine()\n"
+    )
+    train = {"split": "train", "epochs": 1, "batch_size": 16, "learning_rate": 0.01}
+    small = {"model": LINEAR, "preprocess": GIVEN, "train": train}
+    change(folder, {"big": {"teacher": {"factory": "parts.py:of", "part": "small"}}, "small": small})
+    assert run(["check"]) == 0
+
+
 def test_a_teacher_of_ones_own_that_runs_out_of_memory_says_the_same(folder, capsys):
     write_own(folder)
     change(folder, {"big": own("Mine")})

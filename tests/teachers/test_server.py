@@ -159,6 +159,11 @@ def test_a_key_that_the_server_repeats_is_not_shown(server, monkeypatch):
         language_model(server, api_key_env="TOY_KEY")
     assert "secret" not in str(refused.value)
     assert server.requests[-1]["key"] == "Bearer " + "secret-e" * 40, "the end of the line is no part of it"
+    monkeypatch.setenv("TOY_KEY", "secret/e")
+    server.behave()
+    asked = language_model(server, api_key_env="TOY_KEY")._server
+    for written in ("secret/e", r"secret\/e"):
+        assert asked._shown(bytearray(f"bad key {written}.".encode())) == "bad key <key>."
 
 
 @pytest.mark.parametrize(

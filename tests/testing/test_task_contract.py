@@ -323,6 +323,15 @@ def test_a_fault_that_spreads_fails_its_test_too(tmp_path, wrong, test):
     assert test in failures(broken_contract(wrong), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda inputs: inputs["input_ids"], lambda inputs: {"tokens": inputs["input_ids"].int()}]
+)
+def test_tokens_may_be_the_only_input(tmp_path, change):
+    contract = TestDocuments()
+    contract.preprocess = lambda task: Wrapped(task.default_preprocess(), change=change)
+    assert failures(contract, tmp_path) == set()
+
+
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_a_language_model_predicts_the_next_token_and_no_other(tmp_path, ahead):
     contract = TestShifted()

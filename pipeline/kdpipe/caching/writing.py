@@ -18,7 +18,7 @@ from torch import Tensor
 from kdpipe.caching.batches import Batch
 from kdpipe.encodings import Sampled, TargetEncoding, TopK
 from kdpipe.errors import ConfigError, TeacherError
-from kdpipe.inputs import look_like_a_sigmoids, look_like_probabilities
+from kdpipe.inputs import SURE_ROWS, look_like_a_sigmoids, look_like_probabilities
 from kdpipe.store import TargetStore
 from kdpipe.store.statistics import kept_statistics, teacher_statistics
 from kdpipe.targets import OutputSpec, zero_unless
@@ -178,7 +178,7 @@ class Writer:
                 continue
             values = zero_where_abstained(said[output.name], covered)
             if output.name == LOGITS and not self._looked_at:
-                self._looked_at = are_logits(values if covered is None else values[covered])
+                self._looked_at = are_logits(values, covered)
             refuse_nonfinite(values, output, ids)
             encoding = self._store.encodings[output.name]
             keys = row_keys(ids.tolist(), batch.view) if isinstance(encoding, Sampled) else None
@@ -231,24 +231,25 @@ def refuse_nonfinite(values: Tensor, output: OutputSpec, sample_ids: NDArray[np.
     _refuse(~torch.isfinite(worst), f"{output.name} are NaN or infinite", sample_ids)
 
 
-def are_logits(logits: Tensor) -> bool:
-    """That these are no probabilities, `[B, …, C]`; False where they are too few rows to tell.
+def are_logits(logits: Tensor, covered: Tensor | None = None) -> bool:
+    """That these are no probabilities, `[B, …, C]`, where the teacher spoke; False where they are too few to tell.
 
     Raises `TeacherError` for what only rounding keeps from being a softmax's output, and for a sigmoid's.
     """
-    if len(logits) < 2:
+    spoken = logits if covered is None else logits[covered]
+    if len(spoken) < 2:
         return False
-    if look_like_probabilities(logits.half()):
+    if look_like_probabilities(spoken.half()):
         raise TeacherError(
-            f"the teacher's logits of {len(logits)} samples are numbers from 0 to 1 with a sum of 1: probabilities. "
+            f"the teacher's logits of {len(spoken)} samples are numbers from 0 to 1 with a sum of 1: probabilities. "
             "Take what goes into the softmax, or give their logarithm."
         )
-    if look_like_a_sigmoids(logits):
+    if look_like_a_sigmoids(spoken):
         raise TeacherError(
-            f"the teacher's single logits of {len(logits)} samples are numbers from 0 to 1: probabilities, of a "
-            "sigmoid at its end. Take what goes into the sigmoid (of an ONNX file: probabilities: true)."
+            f"the teacher's single logits of {len(spoken)} samples are numbers from 0 to 1: probabilities, such as a "
+            "sigmoid's. Take what goes into the sigmoid (of an ONNX file: probabilities: true)."
         )
-    return True
+    return spoken.shape[-1] != 2 or spoken[..., 0].numel() >= SURE_ROWS
 
 
 def _refuse(bad: Tensor, what: str, sample_ids: NDArray[np.str_]) -> None:

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from kdpipe.errors import DataError
 
 Array: TypeAlias = NDArray[Any]
-EXACT = 2.0**53
-"""From here on a float64 is not every whole number."""
 _TEXTS_AT_ONCE = 2**16
 
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kdpipe import durable
-from kdpipe.data.columns import EXACT, Columns, Ragged, take
+from kdpipe.data.columns import Columns, Ragged, take
 from kdpipe.data.growing import Growing, KeyTable, text_keys
 from kdpipe.data.labels import Labels, write_labels
 from kdpipe.data.prepared import DIGEST_BYTES, FORMAT_VERSION, MISSING_LABEL, ColumnLayout, PreparedInputs
@@ -273,11 +273,14 @@ def strings_of(batch: pa.RecordBatch, name: str) -> list[str | None]:
         values: list[str | None] = pc.cast(column, pa.string()).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise DataError(f"column {name!r} has type {column.type}; expected text or numbers") from None
-    if pa.types.is_floating(column.type) and pc.any(pc.greater_equal(pc.abs(column.cast(pa.float64())), EXACT)).as_py():
-        raise DataError(
-            f"column {name!r} has whole numbers from 2^53 on as {column.type}, which does not tell neighbours apart; "
-            "expected text. Write them as text"
-        )
+    if pa.types.is_floating(column.type):
+        exact = 2.0 ** (np.finfo(column.type.to_pandas_dtype()).nmant + 1)
+        numbers = column.drop_null().to_numpy(zero_copy_only=False)
+        if not (np.abs(numbers) < exact).all():
+            raise DataError(
+                f"column {name!r} has type {column.type} and numbers that are not finite, or so large that neighbours "
+                f"look alike (from {exact:.0f} on). Write them as text"
+            )
     return values
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.data.columns import EXACT, Array, Columns, Ragged, ragged_bytes
+from kdpipe.data.columns import Array, Columns, Ragged, ragged_bytes
 from kdpipe.data.preparing import NameOf, column_of
 from kdpipe.errors import DataError
 from kdpipe.losses import cross_entropy
@@ -134,21 +134,30 @@ class TabularClassification:
         return ragged_bytes(texts)
 
 
+_EXACT = 2.0**53
+"""From here on a float64 is not every whole number."""
+_ALL_DIGITS = pa.decimal256(76, 0)
+
+
 def _whole(values: pa.Array, name: str, name_of: NameOf) -> pa.Array:
-    """Categories that are floats (as whole numbers with gaps become) or decimals, as whole numbers.
+    """Categories that are floats (as whole numbers with gaps become) or decimals, as whole numbers or their text.
 
     Raises `DataError`.
     """
-    values = values.cast(pa.float64())
-    values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
-    broken = pc.or_(pc.not_equal(values, pc.floor(values)), pc.greater_equal(pc.abs(values), EXACT))
+    is_float = pa.types.is_floating(values.type)
+    if is_float:
+        values = values.cast(pa.float64())
+        values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+    broken = pc.not_equal(values, pc.floor(values))
+    if is_float:
+        broken = pc.or_(broken, pc.greater_equal(pc.abs(values), _EXACT))
     _refuse(
         pc.fill_null(broken, False).to_numpy(zero_copy_only=False),
         f"column {name!r} is among task.categorical and has a number that is not whole",
-        "Numbers belong in task.columns; whole ones from 2^53 on are not exact, write them as text.",
+        "Numbers belong in task.columns; whole floats from 2^53 on are not exact, write them as text.",
         name_of,
     )
-    return values.cast(pa.int64())
+    return values.cast(pa.int64()) if is_float else values.cast(_ALL_DIGITS).cast(pa.string())
 
 
 _HOW_TO_ALLOW = "Fill or remove them first, or set task.missing: allow."

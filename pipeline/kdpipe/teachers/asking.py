@@ -65,8 +65,17 @@ class OfCountedTokens:
     def predict(self, columns: Columns) -> dict[str, Tensor]:
         """What the teacher says, and `covered` `[B, T]`."""
         said = self._teacher.predict(columns)
-        counted = torch.from_numpy(self._token_labels(columns) != MISSING_LABEL).to(next(iter(said.values())).device)
-        return {**said, COVERED: counted & said[COVERED] if COVERED in said else counted}
+        device = next((each.device for each in said.values()), torch.device("cpu"))
+        counted = torch.from_numpy(self._token_labels(columns) != MISSING_LABEL).to(device)
+        covered = said.get(COVERED)
+        if covered is not None:
+            if covered.dtype != torch.bool or covered.shape != counted.shape:
+                raise TeacherError(
+                    f"the teacher's covered is {covered.dtype} of shape {list(covered.shape)}; expected bool "
+                    f"{list(counted.shape)}, a value per token"
+                )
+            counted &= covered.to(device)
+        return {**said, COVERED: counted}
 
 
 def lengths_of(teacher: Teacher, columns: Columns) -> NDArray[np.int64] | None:

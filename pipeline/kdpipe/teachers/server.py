@@ -192,7 +192,9 @@ class _Server:
 
     def _shown(self, body: bytearray) -> str:
         """The beginning of an answer, for a message; some servers repeat the key that they refuse."""
-        told = body.replace(self._key.encode(), b"<key>") if self._key else body
+        told = body
+        for key in {self._key, self._key.replace("/", r"\/")} - {""}:  # as it is, and as JSON may write it
+            told = told.replace(key.encode(), b"<key>")
         return told[: 4 * _SHOWN].decode(errors="replace")[:_SHOWN]
 
     def _wanted_wait(self, answer: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -146,15 +146,17 @@ class TaskContract:
         assert (gradient[~missing] != 0).any(dim=-1).all()
 
     def test_each_label_is_the_token_after_its_own(self, tmp_path: Path) -> None:
-        """Of a language model's rows: as the inputs `input_ids` have it, wherever a position counts."""
+        """Of a language model's rows: as `input_ids` (or the only input) have it, wherever a position counts."""
         task = self.task(tmp_path)
         if not (isinstance(task, TokenTask) and self.predicts_next_token):
             return
         columns, preprocess = self._columns(task), self.preprocess(task)
         preprocess.fit(iter([columns]))
         inputs = preprocess(columns)
-        assert isinstance(inputs, dict)
-        labels, following = torch.tensor(task.token_labels(columns))[:, :-1], inputs["input_ids"][:, 1:]
+        tokens = inputs["input_ids"] if isinstance(inputs, Mapping) and "input_ids" in inputs else None
+        if tokens is None:
+            (tokens,) = tensors_of(inputs)  # more than one: name the tokens input_ids
+        labels, following = torch.tensor(task.token_labels(columns))[:, :-1], tokens[:, 1:].long()
         counted = labels != MISSING_LABEL
         assert counted.any(), "batch() has no document of two tokens that count"
         assert torch.equal(labels[counted], following[counted])
