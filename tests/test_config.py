@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 from dataclasses import field
 from pathlib import Path
 
 import pytest
+from dvc.utils.serialize import modify_yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -64,6 +66,20 @@ def test_yaml_is_read_as_utf_8(tmp_path):
         ("12e3f", "12e3f"),
         ("1.2.3e4", "1.2.3e4"),
         ("true", True),
+        ("FALSE", False),
+        ("no", "no"),
+        ("On", "On"),
+        ("y", "y"),
+        ("1:30", "1:30"),
+        ("190:20:30.15", "190:20:30.15"),
+        ("010", 10),
+        ("-08", -8),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("-0b11", -3),
+        ("1_000", 1000),
+        ("1_0.5", 10.5),
+        ("-.INF", float("-inf")),
         ("null", None),
     ],
 )
@@ -71,6 +87,32 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path, text, value):
     (tmp_path / "params.yaml").write_text(f"a: {text}")
     found = load_yaml(tmp_path / "params.yaml")["a"]
     assert (found, type(found)) == (value, type(value))
+
+
+def test_texts_that_dvc_writes_anew_stay_texts(tmp_path):
+    """`dvc exp run -S` writes params.yaml with the quotes of YAML 1.2."""
+    texts = [
+        "no",
+        "yes",
+        "On",
+        "y",
+        "1:30",
+        "010",
+        "1_000",
+        "1e-3",
+        ".5",
+        "true",
+        "null",
+        "~",
+        "2024-01-31",
+        "0x1F",
+        ".",
+    ]
+    path = tmp_path / "params.yaml"
+    path.write_text(f"names: {json.dumps(texts)}\nseed: 1\n")
+    with modify_yaml(path) as params:
+        params["seed"] = 2
+    assert load_yaml(path) == {"names": texts, "seed": 2}
 
 
 @pytest.mark.parametrize(

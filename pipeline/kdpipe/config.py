@@ -57,10 +57,15 @@ FactoryField = Annotated[Factory, BeforeValidator(_parse_factory)]
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only; 1e-3 is a number and 2024-01-31 a text, as in YAML 1.2 (and in DVC), unlike PyYAML's 1.1.
+    """Plain values only, as in YAML 1.2 (and in DVC, which rewrites params.yaml so), unlike PyYAML's 1.1.
 
-    A key that stands twice in one mapping is refused.
+    1e-3 is a number; 2024-01-31, no and 1:30 are texts; 010 is ten. A key that stands twice in one mapping is refused.
     """
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number, such as 12, 1_000, 010 (ten), 0o10 (eight), 0x1f or 0b11."""
+        text = node.value.replace("_", "")
+        return int(text, 0 if text.lstrip("+-")[:2] in ("0b", "0o", "0x") else 10)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping as it is written. Raises `ConfigError` for a key that it has twice."""
@@ -77,13 +82,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+_TAG = "tag:yaml.org,2002:"
+_WHOLE = r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"
+_FLOAT = r"([-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+_OTHERWISE_IN_1_1 = {_TAG + name for name in ("bool", "int", "float", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
-    first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:timestamp"]
+    first: [each for each in resolvers if each[0] not in _OTHERWISE_IN_1_1]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver(_TAG + "bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_TAG + "int", re.compile(_WHOLE), list("-+0123456789"))
+_Loader.add_implicit_resolver(_TAG + "float", re.compile(_FLOAT), list("-+.0123456789"))
+_Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 
 
 def load_yaml(path: Path) -> Any:
