@@ -12,7 +12,7 @@ from dvc.utils.serialize import modify_yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kdpipe.config import Bound, Factory, FactoryField, bind, load_yaml, package, parse, resolve
+from kdpipe.config import Bound, Factory, FactoryField, bind, load_yaml, package, parse, resolve, save_yaml
 from kdpipe.errors import ConfigError, DataError
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -89,30 +89,38 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path, text, value):
     assert (found, type(found)) == (value, type(value))
 
 
+TEXTS = [
+    "no",
+    "yes",
+    "On",
+    "y",
+    "1:30",
+    "010",
+    "1_000",
+    "1e-3",
+    ".5",
+    "true",
+    "null",
+    "~",
+    "2024-01-31",
+    "0x1F",
+    ".",
+]
+
+
 def test_texts_that_dvc_writes_anew_stay_texts(tmp_path):
     """`dvc exp run -S` writes params.yaml with the quotes of YAML 1.2."""
-    texts = [
-        "no",
-        "yes",
-        "On",
-        "y",
-        "1:30",
-        "010",
-        "1_000",
-        "1e-3",
-        ".5",
-        "true",
-        "null",
-        "~",
-        "2024-01-31",
-        "0x1F",
-        ".",
-    ]
     path = tmp_path / "params.yaml"
-    path.write_text(f"names: {json.dumps(texts)}\nseed: 1\n")
+    path.write_text(f"names: {json.dumps(TEXTS)}\nseed: 1\n")
     with modify_yaml(path) as params:
         params["seed"] = 2
-    assert load_yaml(path) == {"names": texts, "seed": 2}
+    assert load_yaml(path) == {"names": TEXTS, "seed": 2}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    value = {text: text for text in TEXTS} | {"numbers": [1, 0.5, 1e-05, 1e20, float("inf"), True, None], "é": {}}
+    save_yaml(value, tmp_path / "params.yaml")
+    assert json.dumps(load_yaml(tmp_path / "params.yaml")) == json.dumps(value)
 
 
 @pytest.mark.parametrize(

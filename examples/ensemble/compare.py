@@ -8,17 +8,15 @@ and goes on where it stopped.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from kdpipe.config import load_yaml
 from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import Project, write_project
 
 HERE = Path(__file__).parent
 ALL, LABELS_ONLY = "all three", "labels only"
@@ -32,9 +30,7 @@ class Draw:
 
     def __init__(self, number: int) -> None:
         self._folder = HERE / "data" / "comparison" / f"draw-{number}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(HERE / "rules.yaml", self._folder / "rules.yaml")
-        self._params = yaml.safe_load((HERE / "params.yaml").read_text())
+        self._params = load_yaml(HERE / "params.yaml")
         self._params["data"]["path"] = str((HERE / self._params["data"]["path"]).resolve())
         self._params["student"] |= {"labelled_seed": number, "seeds": 1}
         self.teachers = self._params["teachers"]
@@ -62,11 +58,10 @@ class Draw:
         return evaluate.run(project)
 
     def _taught_by(self, names: Sequence[str]) -> Project:
-        path = self._folder / "params.yaml"
         student = self._params["student"]
         losses = [loss | {"teacher": list(names)} for loss in student["losses"]]
-        path.write_text(yaml.safe_dump(self._params | {"student": student | {"losses": losses}}))
-        return Project(path)
+        params = self._params | {"student": student | {"losses": losses}}
+        return write_project(params, self._folder, [HERE / "rules.yaml"])
 
 
 def compare(draws: int) -> Found:

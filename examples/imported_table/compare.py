@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from graph_network import write
 
+from kdpipe.config import load_yaml
 from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import Project, write_project
 
 HERE = Path(__file__).parent
 TRAIN: Mapping[int, Mapping[str, float]] = {
@@ -34,14 +34,11 @@ Found = dict[str, dict[str, list[float]]]
 
 def project_of(labels: int, draw: int) -> Project:
     """The project of params.yaml in a folder of its own, with other labels."""
-    params: dict[str, Any] = yaml.safe_load((HERE / "params.yaml").read_text())
+    params: dict[str, Any] = load_yaml(HERE / "params.yaml")
     params["data"]["path"] = str((HERE / params["data"]["path"]).resolve())
     train = params["student"]["train"] | TRAIN[labels]
     params["student"] |= {"labelled_rows": labels, "labelled_seed": draw, "seeds": 1, "train": train}
-    path = HERE / "data" / "comparison" / "params.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(params))
-    return Project(path)
+    return write_project(params, HERE / "data" / "comparison")
 
 
 def metrics(project: Project, draw: int) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from torch import nn
 
 from kdpipe.answers import examine
 from kdpipe.batches import Rows, shuffle_of
 from kdpipe.checkpoint import load_weights, save_weights
+from kdpipe.config import load_yaml
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import cpu_threads
 from kdpipe.evaluation import answer_metrics, mean_text, paired_gain
@@ -37,7 +37,7 @@ from kdpipe.training import fit
 from kdpipe_stages import cache_teacher, evaluate, train_student
 from kdpipe_stages.building import stream_of, train_plan
 from kdpipe_stages.lesson import Lesson
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import Project, write_project
 from kdpipe_stages.teachers import build_teacher
 
 HERE = Path(__file__).parent
@@ -78,7 +78,7 @@ class Comparison:
 
     def __init__(self, seeds: int) -> None:
         self._seeds, self._folder = seeds, HERE / "data" / "comparison"
-        self._params = yaml.safe_load((HERE / "params.yaml").read_text())
+        self._params = load_yaml(HERE / "params.yaml")
         for part in ("prepared", "models", "targets"):
             shutil.rmtree(self._folder / "data" / part, ignore_errors=True)
             shutil.copytree(HERE / "data" / part, self._folder / "data" / part)
@@ -135,9 +135,7 @@ class Comparison:
         targets = dict(ENCODINGS[name]) or self._params["targets"][TEACHER]
         kept = {key: self._params["targets"][TEACHER][key] for key in ("profile", "batch_size", "threads")}
         changed = {"student": student, "targets": {TEACHER: kept | targets}, "evaluate": {"split": split}}
-        path = self._folder / "params.yaml"
-        path.write_text(yaml.safe_dump(self._params | changed))
-        return Project(path)
+        return write_project(self._params | changed, self._folder)
 
 
 def loss(lesson: Lesson, model: nn.Module, split: str) -> float:

@@ -7,19 +7,18 @@ every accuracy is in comparison.json. It works below data/comparison, and goes o
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from initial_weights import FILE, write_weights
 
+from kdpipe.config import load_yaml
 from kdpipe.evaluation import gain_text, mean_text
 from kdpipe.store import TargetStore
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import Project, write_project
 
 HERE = Path(__file__).parent
 LABELS = (20, 100, None)
@@ -36,9 +35,7 @@ class Draw:
 
     def __init__(self, number: int) -> None:
         self._folder = HERE / "data" / "comparison" / f"draw-{number}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(HERE / "rules.yaml", self._folder / "rules.yaml")
-        self._params = yaml.safe_load((HERE / "params.yaml").read_text())
+        self._params = load_yaml(HERE / "params.yaml")
         data, student = self._params["data"], self._params["student"]
         data["path"] = str((HERE / data["path"]).resolve())
         data["splits"]["seed"] = student["labelled_seed"] = number
@@ -74,10 +71,8 @@ class Draw:
         return found
 
     def _with(self, **changes: Any) -> Project:
-        path = self._folder / "params.yaml"
         student = self._params["student"] | {"seeds": 1} | changes
-        path.write_text(yaml.safe_dump(self._params | {"student": student}))
-        return Project(path)
+        return write_project(self._params | {"student": student}, self._folder, [HERE / "rules.yaml"])
 
 
 def compare(draws: int) -> dict[str, Any]:

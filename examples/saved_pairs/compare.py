@@ -7,17 +7,16 @@ and every value is in comparison.json. It works below data/comparison, and goes 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from save_pairs import FILE, save, settings_in
 
+from kdpipe.config import load_yaml
 from kdpipe.evaluation import mean_text, paired_gain
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import Project, write_project
 
 HERE = Path(__file__).parent
 REAL = "real"
@@ -33,8 +32,7 @@ class Draw:
     def __init__(self, number: int) -> None:
         self._folder = HERE / "data" / "comparison" / f"draw-{number}"
         self._folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(HERE / "chosen.py", self._folder / "chosen.py")
-        self._params = yaml.safe_load((HERE / "params.yaml").read_text())
+        self._params = load_yaml(HERE / "params.yaml")
         settings = settings_in(HERE) | {"seed": number}
         self.inputs = [REAL, *settings["synthetic"]]
         if not (self._folder / FILE).is_file():
@@ -52,10 +50,8 @@ class Draw:
         return evaluate.run(project)
 
     def _with(self, **changes: Any) -> Project:
-        path = self._folder / "params.yaml"
         student = self._params["student"] | {"seeds": 1} | changes
-        path.write_text(yaml.safe_dump(self._params | {"student": student}))
-        return Project(path)
+        return write_project(self._params | {"student": student}, self._folder, [HERE / "chosen.py"])
 
 
 def compare(draws: int) -> Found:

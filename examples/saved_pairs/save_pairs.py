@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from kdpipe.config import load_yaml
 from kdpipe.data.sources import Synthetic
 from kdpipe.fingerprint import uniform_by_id
 
@@ -32,7 +32,7 @@ PARTS = {"network": 0.5, "real": 0.45, "validation": 0.05}
 
 def settings_in(folder: Path) -> dict[str, Any]:
     """A folder's network.yaml; `rows` as a path from anywhere."""
-    settings: dict[str, Any] = yaml.safe_load((folder / "network.yaml").read_text())
+    settings: dict[str, Any] = load_yaml(folder / "network.yaml")
     return settings | {"rows": folder / settings["rows"]}
 
 

@@ -8,17 +8,15 @@ data/comparison, and goes on where it stopped.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from kdpipe.config import load_yaml
 from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import Project, write_project
 
 HERE = Path(__file__).parent
 TRAIN: Mapping[float, Mapping[str, float]] = {
@@ -38,9 +36,7 @@ class Draw:
 
     def __init__(self, number: int) -> None:
         self._folder = HERE / "data" / "comparison" / f"draw-{number}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(HERE / "adult.py", self._folder / "adult.py")
-        self._params = yaml.safe_load((HERE / "params.yaml").read_text())
+        self._params = load_yaml(HERE / "params.yaml")
         data, student = self._params["data"], self._params["student"]
         data["path"] = str((HERE / data["path"]).resolve())
         data["source"]["seed"] = data["splits"]["seed"] = student["labelled_seed"] = number
@@ -57,10 +53,8 @@ class Draw:
         return evaluate.run(project)
 
     def _with(self, **changes: Any) -> Project:
-        path = self._folder / "params.yaml"
         student = self._params["student"] | {"seeds": 1} | changes
-        path.write_text(yaml.safe_dump(self._params | {"student": student}))
-        return Project(path)
+        return write_project(self._params | {"student": student}, self._folder, [HERE / "adult.py"])
 
 
 def compare(draws: int) -> Found:

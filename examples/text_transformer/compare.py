@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from kdpipe.config import load_yaml
 from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import evaluate, train_student
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import write_project
 
 HERE = Path(__file__).parent
 ARMS = ("student", "baseline")
@@ -34,7 +33,7 @@ class Comparison:
 
     def __init__(self) -> None:
         self._folder = HERE / "data" / "comparison"
-        self._params = yaml.safe_load((HERE / "params.yaml").read_text())
+        self._params = load_yaml(HERE / "params.yaml")
         for part in ("prepared", "targets", "models/student"):
             shutil.rmtree(self._folder / "data" / part, ignore_errors=True)
             shutil.copytree(HERE / "data" / part, self._folder / "data" / part)
@@ -59,9 +58,8 @@ class Comparison:
             "seeds": 1 if labelled == FEW else seeds,
         }
         for draw in range(draws if labelled == FEW else 1):
-            path = self._folder / "params.yaml"
-            path.write_text(yaml.safe_dump(self._params | {"student": student | changed | {"labelled_seed": draw}}))
-            project = Project(path)
+            drawn = student | changed | {"labelled_seed": draw}
+            project = write_project(self._params | {"student": drawn}, self._folder)
             train_student.run(project)
             evaluate.run(project)
             print(f"{name}, {labelled:.0%} of the labels, draw {draw}", file=sys.stderr)

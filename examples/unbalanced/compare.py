@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from kdpipe.config import load_yaml
 from kdpipe.errors import ConfigError
 from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import Project, write_project
 
 HERE = Path(__file__).parent
 SHARES = (1.0, 0.01)
@@ -39,9 +38,7 @@ class Comparison:
 
     def __init__(self) -> None:
         self._folder = HERE / "data" / "comparison"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "long_tail.py").write_text((HERE / "long_tail.py").read_text())
-        self._params = yaml.safe_load((HERE / "params.yaml").read_text())
+        self._params = load_yaml(HERE / "params.yaml")
         self._params["data"]["path"] = str((HERE / self._params["data"]["path"]).resolve())
 
     def accuracies(self, teacher: str, share: float, way: str) -> dict[str, list[float]]:
@@ -66,9 +63,8 @@ class Comparison:
             "losses": [BALANCED_KD] if way == "balanced KD" else student["losses"],
         }
         teachers = {"resnet": resnet | {"train": of_teacher}}
-        path = self._folder / "params.yaml"
-        path.write_text(yaml.safe_dump(params | {"teachers": teachers, "student": student | changes}))
-        return Project(path)
+        changed = params | {"teachers": teachers, "student": student | changes}
+        return write_project(changed, self._folder, [HERE / "long_tail.py"])
 
 
 def _without(train: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,13 @@ _Loader.add_implicit_resolver(_TAG + "float", re.compile(_FLOAT), list("-+.01234
 _Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would take for something else."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def load_yaml(path: Path) -> Any:
     """Content of a YAML file. Raises `ConfigError` when it is absent, unreadable or no YAML, or has a key twice."""
     try:
@@ -110,6 +117,11 @@ def load_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
+
+
+def save_yaml(value: Any, path: Path) -> None:
+    """Write plain values so that `load_yaml` gives them back."""
+    path.write_text(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def parse(cls: type[T], value: Any, where: str) -> T:

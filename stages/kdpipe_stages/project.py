@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kdpipe import durable
-from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve
+from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve, save_yaml
 from kdpipe.data.prepared import PreparedData, PreparedInputs
 from kdpipe.errors import ConfigError, DataError, at
 from kdpipe.fingerprint import canonical_json, source_digests
@@ -202,3 +203,15 @@ class Project:
         if difference:
             raise DataError(f"{self.prepared} was made with other settings: {difference}. Run `kdpipe prepare-data`.")
         return data
+
+
+def write_project(params: Mapping[str, Any], folder: Path, files: Iterable[Path] = ()) -> Project:
+    """A project of these sections in a folder of its own, which is made where there is none, beside copies of `files`.
+
+    For comparisons, which run the stages again and again with other settings. Raises `ConfigError` as `Project` does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    save_yaml(dict(params), folder / "params.yaml")
+    return Project(folder / "params.yaml")

@@ -12,12 +12,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 
 from benchmarks.gains import REPOSITORY
 from benchmarks.measuring import machine, shown
 from kdpipe.batches import BatchStream, Rows, TargetsByOutput
+from kdpipe.config import load_yaml
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.evaluation import paired_gain
 from kdpipe.losses import ForwardKL, values_of
@@ -29,7 +29,7 @@ from kdpipe.teachers.base import Teacher
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.building import fit_preprocess
 from kdpipe_stages.lesson import Lesson
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import Project, write_project
 from kdpipe_stages.teachers import build_teacher
 
 TEACHER, TEMPERATURE = "big", 4.0
@@ -55,7 +55,7 @@ class LiveTargets(AlignedTargets):
 
 def settings(num_seeds: int, epochs: int, dtype: str) -> dict[str, Any]:
     """The demo's, under augmentation; four cached views."""
-    found: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    found: dict[str, Any] = load_yaml(REPOSITORY / "params.yaml")
     found["data"]["path"] = str(REPOSITORY / found["data"]["path"])
     found["targets"][TEACHER]["dtype"] = dtype
     transform = {"factory": "kdpipe.transforms:Compose", "transforms": SEEN}
@@ -67,9 +67,7 @@ def settings(num_seeds: int, epochs: int, dtype: str) -> dict[str, Any]:
 
 def project_of(folder: Path, params: dict[str, Any]) -> Project:
     """A project with its teacher's store."""
-    folder.mkdir(parents=True)
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    project = Project(folder / "params.yaml")
+    project = write_project(params, folder)
     prepare_data.run(project)
     train_teacher.run(project, TEACHER)
     cache_teacher.run(project, TEACHER)
@@ -133,8 +131,7 @@ def trained_both_ways(folder: Path, params: dict[str, Any]) -> tuple[Trained, Tr
     cached = trained(project)
     # The smoothing is that of baselines, which are not trained: these students are trained anew.
     changed = {**params, "student": {**params["student"], "label_smoothing": 0.11}}
-    (folder / "params.yaml").write_text(yaml.safe_dump(changed))
-    project = Project(folder / "params.yaml")
+    project = write_project(changed, folder)
     with patch("kdpipe_stages.train_student.AlignedTargets", live_of(project)):
         return cached, trained(project)
 

@@ -16,6 +16,7 @@ from kdpipe.errors import ConfigError, DataError, StaleStoreError, StoreError
 from kdpipe.store import TargetStore, open_store
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, stores, train_student, train_teacher
 from kdpipe_stages.cli import run
+from kdpipe_stages.project import write_project
 from projects import (
     cache,
     digits,
@@ -331,6 +332,21 @@ def test_two_teachers_with_their_own_preprocess_and_one_student(tmp_path):
     metrics = evaluate.run(project)
     assert {"teacher", "teacher_small"} <= set(metrics)
     assert {"agreement", "agreement_small"} <= set(metrics["student"])
+
+
+def test_a_project_is_written_as_it_is_read(tmp_path):
+    (tmp_path / "own.py").write_text("A = 1\n")
+    whole = params(teachers={"no": params()["teachers"]["big"] | {"train": {"epochs": 1, "learning_rate": 1e-05}}})
+    whole["student"]["losses"][0]["teacher"] = "no"
+    whole["task"]["class_names"] = ["no", "yes", "1e3", "1:30", "010", "0o17", "on", "~", "é", "true"]
+    whole["targets"] = {}
+    project = write_project(whole, tmp_path / "of" / "its own", [tmp_path / "own.py"])
+    assert project.root == tmp_path / "of" / "its own"
+    assert (project.root / "own.py").read_text() == "A = 1\n"
+    assert project.params.task.arguments["class_names"] == whole["task"]["class_names"]
+    assert project.teacher("no").train.learning_rate == 1e-05
+    with pytest.raises(ConfigError, match=r"params\.yaml: student\.seeds"):
+        write_project(whole | {"student": whole["student"] | {"seeds": "x"}}, tmp_path / "wrong")
 
 
 def test_tables_run_from_csv_with_text_labels(tmp_path):

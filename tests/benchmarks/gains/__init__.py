@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.measuring import machine
 from kdpipe.evaluation import gain_text, mean_text
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import write_project
 
 REPOSITORY = Path(__file__).parents[3]
 DATASETS = Path(os.environ.get("KDPIPE_DATASETS", REPOSITORY.parent / "shared" / "datasets"))
@@ -43,12 +41,11 @@ def accuracies(folder: Path, settings: dict[str, Any], arms: Sequence[Arm]) -> d
     `settings` has every section that an arm changes.
     """
     found: dict[str, list[float]] = {}
-    folder.mkdir(parents=True, exist_ok=True)
     for arm in arms:
         changed = {name: {**section, **arm.changes.get(name, {})} for name, section in settings.items()}
         if found:
             changed["student"]["baselines"] = []
-        project = project_in(folder, changed)
+        project = write_project(changed, folder)
         prepare_data.run(project)
         for name in changed["teachers"]:
             train_teacher.run(project, name)
@@ -65,13 +62,6 @@ def accuracies(folder: Path, settings: dict[str, Any], arms: Sequence[Arm]) -> d
             said = metrics[f"teacher_{name}" if place else "teacher"]
             found[f"teacher {name}"] = [100 * said["accuracy"]]
     return found
-
-
-def project_in(folder: Path, settings: Mapping[str, Any]) -> Project:
-    """A project of these sections of params.yaml."""
-    path = folder / "params.yaml"
-    path.write_text(yaml.safe_dump(dict(settings)))
-    return Project(path)
 
 
 def table(found: Mapping[str, Sequence[float]], against: Sequence[str]) -> str:

@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.gains import DATASETS, LABELS_ONLY, Arm, accuracies, project_in, report
+from benchmarks.gains import DATASETS, LABELS_ONLY, Arm, accuracies, report
 from kdpipe.batches import TargetsByOutput
 from kdpipe.order import Group
 from kdpipe.store import TargetStore
 from kdpipe.store.aligned import AlignedTargets
 from kdpipe_stages import cache_teacher, prepare_data, train_teacher
+from kdpipe_stages.project import write_project
 
 VIEWS = (16, 4, 1)
 CLEAN = "16 views seen, targets of the clean row"
@@ -102,7 +103,7 @@ def some_rows(path: Path, num_rows: int, written: Path) -> Path:
 
 def echo(folder: Path, base: dict[str, Any]) -> str:
     """How often the teacher is right about the rows that students learn from: as they are, and as view 1 shows them."""
-    project = project_in(folder, {**base, "views": {**base["views"], "count": 1}})
+    project = write_project({**base, "views": {**base["views"], "count": 1}}, folder)
     prepare_data.run(project)
     train_teacher.run(project, "resnet")
     cache_teacher.run(project, "resnet")

@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.gains import LABELS_ONLY, REPOSITORY, Arm, accuracies, report
+from kdpipe.config import load_yaml
 
 LOSSES: dict[str, tuple[float, dict[str, Any]]] = {
     "ForwardKL": (0.9, {"temperature": 4}),
@@ -30,7 +29,7 @@ LOSSES: dict[str, tuple[float, dict[str, Any]]] = {
 
 def settings(num_seeds: int, epochs: int) -> dict[str, Any]:
     """The demo's settings, with more seeds and a smaller student."""
-    found: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    found: dict[str, Any] = load_yaml(REPOSITORY / "params.yaml")
     found["data"]["path"] = str(REPOSITORY / found["data"]["path"])
     found["student"] |= {"seeds": num_seeds, "model": {"factory": "kdpipe.models.mlp:MLP", "hidden": [16]}}
     found["student"]["train"] |= {"epochs": epochs}

@@ -7,16 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.gains import DATASETS, LABELS_ONLY, REPOSITORY, SMOOTHED, Arm, accuracies, report
+from kdpipe.config import load_yaml
 
 SHARES = (0.01, 0.1, 1.0)
 
 
 def settings(num_seeds: int, epochs: int, teacher_epochs: int, path: Path) -> dict[str, Any]:
     """The example's settings, with more seeds."""
-    found: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples" / "fashion_mnist" / "params.yaml").read_text())
+    found: dict[str, Any] = load_yaml(REPOSITORY / "examples" / "fashion_mnist" / "params.yaml")
     found["data"]["path"] = str(path)
     found["student"] |= {"seeds": num_seeds}
     found["student"]["train"] |= {"epochs": epochs}
