@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -416,6 +417,13 @@ def test_tabular(tmp_path, adult):
     log_odds = encoder(data.inputs.read(rows)).numpy() @ values + by_name["intercept"]
     per_seed = json.loads((folder / "per_seed.json").read_text())
     assert np.mean((log_odds > 0) == data.labels[rows]) == pytest.approx(per_seed["student"][0]["accuracy"], abs=1e-5)
+    mlp = {"factory": "kdpipe.models.mlp:MLP", "hidden": [4]}
+    changed = yaml.safe_load((folder / "params.yaml").read_text())
+    changed["student"]["model"] = mlp
+    write_params(folder, changed)
+    train_student.run(project_in(folder))
+    with pytest.raises(ConfigError, match=r"coefficients are those of .*found kdpipe\.models\.mlp:MLP of 2 classes"):
+        script.write(project_in(folder))
 
 
 def test_tabular_students_are_compared(tmp_path, monkeypatch, capsys):
@@ -462,6 +470,61 @@ def test_saved_pairs(tmp_path, adult):
     assert metrics["student"]["parameters"] == (4 + 1) * 16 + (16 + 1) * 2
 
 
+def test_saved_pairs_are_in_the_order_of_class_names(tmp_path):
+    folder = pairs_about(persons(), tmp_path, num_synthetic=10, hidden=[8])
+    script = load_module("save_pairs.py:save", folder, "test")
+
+    def logits(names):
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        params["task"]["class_names"] = names
+        write_params(folder, params)
+        script.save(script.settings_in(folder), folder / script.FILE)
+        return np.stack(pq.read_table(folder / script.FILE)["logits"].to_numpy())
+
+    np.testing.assert_array_equal(logits([">50K", "<=50K"]), logits(["<=50K", ">50K"])[:, ::-1])
+    with pytest.raises(ConfigError, match=r"the network knows the classes .*; task\.class_names are \['a', 'b'\]"):
+        logits(["a", "b"])
+
+
+def test_rows_behind_saved_pairs_may_be_parquet_and_are_looked_at(tmp_path):
+    folder = pairs_about(persons(), tmp_path, num_synthetic=10, hidden=[8])
+    script = load_module("save_pairs.py:save", folder, "test")
+    settings = script.settings_in(folder)
+    script.save(settings, folder / "csv.parquet")
+    pq.write_table(persons(), folder / "rows.parquet")
+    script.save(settings | {"rows": folder / "rows.parquet"}, folder / "parquet.parquet")
+    assert pq.read_table(folder / "csv.parquet").equals(pq.read_table(folder / "parquet.parquet"))
+    with pytest.raises(DataError, match=r"nowhere\.csv"):
+        script.save(settings | {"rows": folder / "nowhere.csv"}, folder / "wrong.parquet")
+    with pytest.raises(ConfigError, match=r"network\.yaml: .*rows\.parquet has no column 'earns'; it has age, "):
+        script.save(settings | {"rows": folder / "rows.parquet", "label": "earns"}, folder / "wrong.parquet")
+    rows = persons()
+    rows = rows.set_column(0, "age", pa.array([None, *rows["age"].to_pylist()[1:]]))
+    pq.write_table(rows, folder / "rows.parquet")
+    with pytest.raises(ConfigError, match=r"network\.yaml: .*rows\.parquet has rows without 'age'"):
+        script.save(settings | {"rows": folder / "rows.parquet"}, folder / "wrong.parquet")
+    assert not (folder / "wrong.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "script", "message"),
+    [
+        ("tabular", "coefficients.py", "there is no trained model"),
+        ("rules", "initial_weights.py", "Run `kdpipe prepare-data`"),
+        ("imported_table", "graph_network.py", "Run `kdpipe prepare-data`"),
+        ("saved_pairs", "save_pairs.py", "adult.csv.gz"),
+    ],
+)
+def test_scripts_of_recipes_end_as_commands_do(tmp_path, recipe, script, message, capsys):
+    copied = shutil.copytree(EXAMPLES / recipe, tmp_path / "a" / "b" / recipe, ignore=shutil.ignore_patterns("data"))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(copied / script), run_name="__main__")
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
 def test_pairs_on_synthetic_inputs_are_compared(tmp_path, capsys):
     folder = pairs_about(persons(), tmp_path, num_synthetic=400, hidden=[16])
     script = load_module("compare.py:compare", folder, "test")
@@ -470,6 +533,9 @@ def test_pairs_on_synthetic_inputs_are_compared(tmp_path, capsys):
     assert {len(of) for metrics in found.values() for of in metrics.values()} == {2}
     assert found["alike"] != found["real"]
     assert found["network"]["kl_to_teacher"] == [0, 0]
+    settings = yaml.safe_load((folder / "network.yaml").read_text())
+    (folder / "network.yaml").write_text(yaml.safe_dump(settings | {"hidden": [2]}))
+    assert script.compare(1)["network"]["entropy"] != found["network"]["entropy"][:1]
     script.show(found)
     assert capsys.readouterr().out.count("real, all columns |") == 2
 
@@ -577,6 +643,23 @@ def test_columns_of_other_names(tmp_path, recipe, rows, source):
     assert len(data.rows_of(["test"])) == rows()["split"].to_pylist().count("test")
     learnt = len(data.rows_of(["train", "validation"]))
     assert 0 < learnt < rows()["split"].to_pylist().count("train")
+
+
+def test_a_long_tail_is_as_large_as_the_rows_allow(tmp_path):
+    rows = clothes()
+    few = np.array(rows["label"]) == 8
+    keeps = ~few | (np.cumsum(few) <= 20)
+    columns = {"ratio": 5, "split_column": "fold", "label_column": "y"}
+    data = renamed("unbalanced", tmp_path, rows.filter(keeps), columns)
+    in_train = np.array(rows["label"])[keeps & (np.array(rows["split"]) == "train")]
+    there, counts = np.bincount(in_train), np.bincount(data.labels[data.rows_of(["train", "validation"])])
+    largest = int(min(there * 5 ** (np.arange(10) / 9)))
+    assert counts.tolist() == [round(largest * 5 ** (-c / 9)) for c in range(10)]
+    assert largest < there[0]
+    with pytest.raises(DataError, match=r"rows of 'train' are of class 8, and \d+ are to be kept. Give a smaller"):
+        renamed("unbalanced", tmp_path / "more", rows.filter(keeps), columns | {"largest": largest + 5})
+    with pytest.raises(ConfigError, match=r"ratio 0.0 of 10 classes; expected at least 1"):
+        renamed("unbalanced", tmp_path / "none", rows, columns | {"ratio": 0})
 
 
 @pytest.mark.parametrize(("recipe", "rows"), [("vision", photos), ("unbalanced", clothes)])

@@ -18,6 +18,7 @@ from sklearn.neighbors import kneighbors_graph
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdpipe_stages.cli import plain_errors
 from kdpipe_stages.lesson import known_labels
 from kdpipe_stages.project import Project
 
@@ -82,4 +83,5 @@ def write(project: Project, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    write(Project(HERE / "params.yaml"))
+    with plain_errors():
+        write(Project(HERE / "params.yaml"))

@@ -132,8 +132,9 @@ class Comparison:
     def _project(self, name: str, split: str = "test") -> Project:
         baselines = ["labels_only"] if name == TOP else []
         student = self._params["student"] | {"seeds": self._seeds, "baselines": baselines}
-        targets = dict(ENCODINGS[name]) or self._params["targets"][TEACHER]
-        kept = {key: self._params["targets"][TEACHER][key] for key in ("profile", "batch_size", "threads")}
+        stored = self._params["targets"][TEACHER]
+        targets = dict(ENCODINGS[name]) or stored
+        kept = {key: stored[key] for key in ("profile", "batch_size", "threads") if key in stored}
         changed = {"student": student, "targets": {TEACHER: kept | targets}, "evaluate": {"split": split}}
         return write_project(self._params | changed, self._folder)
 

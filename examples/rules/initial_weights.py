@@ -7,6 +7,7 @@ from pathlib import Path
 import safetensors.torch
 
 from kdpipe.teachers.rules import LinearWeights, RulesTeacher, linear_from_rules
+from kdpipe_stages.cli import plain_errors
 from kdpipe_stages.project import Project
 
 FILE = Path("data") / "initial" / "rules.safetensors"
@@ -29,7 +30,8 @@ def write_weights(project: Project) -> LinearWeights:
 
 
 if __name__ == "__main__":
-    found = write_weights(Project(Path(__file__).with_name("params.yaml")))
+    with plain_errors():
+        found = write_weights(Project(Path(__file__).with_name("params.yaml")))
     print("nats away from the rules, where each of them votes:")
     for name, nats in found.divergence.items():
         print(f"{nats:6.3f}  {name}")

@@ -35,8 +35,7 @@ class Draw:
         self._params = load_yaml(HERE / "params.yaml")
         settings = settings_in(HERE) | {"seed": number}
         self.inputs = [REAL, *settings["synthetic"]]
-        if not (self._folder / FILE).is_file():
-            save(settings, self._folder / FILE)
+        save(settings, self._folder / FILE)
         project = self._with()
         prepare_data.run(project)
         train_teacher.run(project, "network")

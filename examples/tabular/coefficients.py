@@ -13,20 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from kdpipe.preprocess.columns import ColumnEncoder
+from kdpipe.errors import ConfigError
 from kdpipe_stages.building import WEIGHTS, describe_model
+from kdpipe_stages.cli import plain_errors
 from kdpipe_stages.project import Project
 
 FILE = "coefficients.csv"
 
 
 def coefficients(project: Project, seed: int) -> dict[str, float]:
-    """By input, and `intercept`: the weights of the second class less those of the first."""
+    """By input, and `intercept`: the weights of the second class less those of the first.
+
+    Raises `ConfigError` for a student that is no logistic regression of two classes on named inputs.
+    """
     folder = project.student_models / "student" / f"seed-{seed}"
-    encoder = project.preprocess(project.params.student.preprocess, project.task(), "student.preprocess")
-    assert isinstance(encoder, ColumnEncoder)
-    encoder.load_state(describe_model(folder, "kdpipe train-student")["preprocess_state"])
-    weights = load_file(folder / WEIGHTS)
+    task = project.task()
+    encoder = project.preprocess(project.params.student.preprocess, task, "student.preprocess")
+    note, weights = describe_model(folder, "kdpipe train-student"), load_file(folder / WEIGHTS)
+    if set(weights) != {"head.weight", "head.bias"} or task.num_classes != 2 or not hasattr(encoder, "feature_names"):
+        raise ConfigError(
+            "student: coefficients are those of kdpipe.models.linear:Linear behind a ColumnEncoder, of two classes; "
+            f"found {project.params.student.model.path} of {task.num_classes} classes"
+        )
+    encoder.load_state(note["preprocess_state"])
     values = [*_second_over_first(weights["head.weight"]), _second_over_first(weights["head.bias"])]
     return dict(zip([*encoder.feature_names(), "intercept"], map(float, values), strict=True))
 
@@ -50,4 +59,5 @@ def _second_over_first(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 if __name__ == "__main__":
-    write(Project(Path(__file__).with_name("params.yaml")))
+    with plain_errors():
+        write(Project(Path(__file__).with_name("params.yaml")))

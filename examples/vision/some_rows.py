@@ -18,6 +18,8 @@ class SomeRows(Table):
 
     def __init__(self, path: Path, num_rows: int, split: str = "train", split_column: str = "split") -> None:
         super().__init__(path)
+        if num_rows < 1:
+            raise ConfigError(f"data.source.num_rows: {num_rows}; expected at least 1")
         self._num_rows, self._split, self._split_column = num_rows, split, split_column
 
     def batches(self) -> Iterator[pa.RecordBatch]:

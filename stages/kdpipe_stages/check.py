@@ -35,7 +35,7 @@ from kdpipe_stages.building import (
     model_offers,
 )
 from kdpipe_stages.lesson import known_labels, teachers_of
-from kdpipe_stages.params import LossSection, source_columns, teacher_and_members
+from kdpipe_stages.params import LossSection, source_columns, splits_asked_for, teacher_and_members
 from kdpipe_stages.prepare_data import source_of
 from kdpipe_stages.project import Project
 from kdpipe_stages.pupil import shapes_heard
@@ -426,21 +426,7 @@ def _check_splits(project: Project) -> str:
         data: PreparedData = project.prepared_data()
     except DataError:
         return "not known before `kdpipe prepare-data`"
-    wanted = {
-        f"teachers.{name}.train.split": [each.train.split]
-        for name, each in project.params.teachers.items()
-        if each.train
-    }
-    wanted |= {
-        f"teachers.{name}.fit_on": [each.fit_on] for name, each in project.params.teachers.items() if each.fit_on
-    }
-    wanted |= {
-        "student.distil_on": list(project.params.student.distil_on),
-        "evaluate.split": [project.params.evaluate.split],
-    }
-    if project.params.views.count:
-        wanted["views.splits"] = list(project.params.views.splits or ())
-    for where, names in wanted.items():
+    for where, names in splits_asked_for(project.params).items():
         for name in names:
             if name not in data.split_names:
                 raise ConfigError(f"{where}: there is no split {name!r}; prepared are {', '.join(data.split_names)}")

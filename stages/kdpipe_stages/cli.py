@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -305,6 +306,18 @@ def run(arguments: Sequence[str]) -> int:
     if status == _INTERRUPTED:
         return _fail("interrupted. What was finished is kept; run the same command again to go on.")
     return status if isinstance(status, int) else 0
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """For scripts beside params.yaml: what is no fault of kdpipe ends them as it ends a command, by one message."""
+    try:
+        yield
+    except Exception as error:
+        message = _explained(error)
+        if message is None:
+            raise
+        sys.exit(_fail(message))
 
 
 def _explained(error: Exception) -> str | None:

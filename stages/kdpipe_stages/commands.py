@@ -28,7 +28,11 @@ def prepare_data(project: Project) -> None:
     splits = ", ".join(
         f"{name} {count['rows']:,} ({count['labelled']:,} labelled)" for name, count in done.splits.items()
     )
-    say(f"prepare-data   {done.num_rows:,} rows, {done.num_new:,} of them new: {splits}")
+    unused = done.num_rows - sum(count["rows"] for count in done.splits.values())
+    rest = f"; {unused:,} of no split, which are not used" if unused else ""
+    say(f"prepare-data   {done.num_rows:,} rows, {done.num_new:,} of them new: {splits}{rest}")
+    for warning in stage.warnings(project):
+        say(f"warning: {warning}")
 
 
 def train_teacher(project: Project, name: str) -> None:

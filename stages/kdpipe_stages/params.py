@@ -408,3 +408,18 @@ def first_difference(then: Any, today: Any, where: str = "") -> str:
 def to_json(value: Any) -> Any:
     """A section as JSON values."""
     return json.loads(canonical_json(asdict(value)))
+
+
+def splits_asked_for(params: Params) -> dict[str, list[str]]:
+    """By key of params.yaml: the splits that it names."""
+    wanted = {
+        f"teachers.{name}.train.split": [each.train.split] for name, each in params.teachers.items() if each.train
+    }
+    wanted |= {f"teachers.{name}.fit_on": [each.fit_on] for name, each in params.teachers.items() if each.fit_on}
+    wanted |= {
+        "student.distil_on": list(params.student.distil_on),
+        "evaluate.split": [params.evaluate.split],
+    }
+    if params.views.count:
+        wanted["views.splits"] = list(params.views.splits or ())
+    return wanted

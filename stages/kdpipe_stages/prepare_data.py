@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,8 +16,10 @@ from kdpipe.data.sources import Source
 from kdpipe.errors import ConfigError, DataError, naming
 from kdpipe.fingerprint import canonical_json
 from kdpipe.tasks.base import rows_of
-from kdpipe_stages.params import prepared_sections, source_columns, split_plan
+from kdpipe_stages.params import prepared_sections, source_columns, split_plan, splits_asked_for
 from kdpipe_stages.project import Project
+
+_SHOWN = 5
 
 
 def run(project: Project) -> Prepared:
@@ -34,6 +37,24 @@ def run(project: Project) -> Prepared:
         )
         durable.write_text(project.prepared_settings, canonical_json(prepared_sections(project.params)) + "\n")
     return prepared
+
+
+def warnings(project: Project) -> list[str]:
+    """What the prepared rows lack of that the other stages ask for: splits, and classes to learn or to measure."""
+    counts = json.loads((project.prepared / "labels" / "classes.json").read_text())
+    asked = {name: where for where, names in splits_asked_for(project.params).items() for name in names}
+    found = []
+    for name, where in asked.items():
+        if name not in counts:
+            found.append(f"{where}: there is no split {name!r}; prepared are {', '.join(counts)}")
+        elif counts[name]:
+            task = project.task()
+            lacking = [c for c in range(task.num_classes) if str(c) not in counts[name]]
+            names = [str(c) if task.class_names is None else task.class_names[c] for c in lacking[:_SHOWN]]
+            more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
+            if lacking:
+                found.append(f"{where}: no row of split {name!r} has the label {', '.join(names)}{more}")
+    return found
 
 
 def source_of(project: Project) -> Source:

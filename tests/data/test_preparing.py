@@ -503,6 +503,12 @@ BROKEN = {
         SplitPlan(validation_fraction=0.1, carve_from="fit"),
         "taking 0.1 of the 0 rows of split 'fit' as validation takes 0",
     ),
+    "carved from no split": (
+        rows(9),
+        COLUMNS,
+        SplitPlan(validation_fraction=0.1, carve_from="fit"),
+        "is empty. Change data.splits.carve_from; there are train.",
+    ),
     "everything carved": (
         rows(9),
         COLUMNS,

@@ -57,6 +57,25 @@ def replace_rows(folder, **columns):
     pq.write_table(table, path)
 
 
+def test_what_prepared_rows_lack_is_said_at_once(folder, capsys):
+    table = pq.read_table(folder / "data" / "raw" / "digits.parquet")
+    splits, labels = (table[name].to_pylist() for name in ("split", "label"))
+    splits = [None if row < 20 else split for row, split in enumerate(splits)]
+    labels = [None if (split, label) == ("train", 7) else label for split, label in zip(splits, labels, strict=True)]
+    replace_rows(folder, split=pa.array(splits), label=pa.array(labels))
+    change(folder, "evaluate", value={"split": "tset"})
+    capsys.readouterr()
+    assert run(["prepare-data"]) == 0
+    said = capsys.readouterr().err
+    assert "; 20 of no split, which are not used" in said
+    assert re.search(r"warning: evaluate\.split: there is no split 'tset'; prepared are .*train", said)
+    assert "no row of split 'train' has the label 7" in said
+    change(folder, "evaluate", value={"split": "train"})
+    replace_rows(folder, split=pa.array(["train"] * len(splits)), label=table["label"])
+    assert run(["prepare-data"]) == 0
+    assert "no split" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

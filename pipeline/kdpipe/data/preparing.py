@@ -312,9 +312,11 @@ def _carve_validation(labels: Labels, is_drawn: NDArray[np.bool_], plan: SplitPl
         int((labels.splits == labels.names.index(plan.carve_from)).sum()) if plan.carve_from in labels.names else 0
     )
     if num_carved in (0, num_rows):
+        there = ", ".join(filter(None, labels.names))
         raise DataError(
             f"taking {plan.validation_fraction:g} of the {num_rows} rows of split {plan.carve_from!r} as "
-            f"validation takes {num_carved}: one of the two splits is empty. Change data.splits.validation_fraction."
+            f"validation takes {num_carved}: one of the two splits is empty. Change "
+            + ("data.splits.validation_fraction." if num_rows else f"data.splits.carve_from; there are {there}.")
         )
     labels.splits[is_drawn] = len(labels.names)
     return replace(labels, names=[*labels.names, "validation"])
