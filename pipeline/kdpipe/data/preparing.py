@@ -43,8 +43,8 @@ class SourceColumns:
 class SplitPlan:
     """How rows get their split: from the source's column, or by shares; then `validation` is taken from `carve_from`.
 
-    `shares` maps split name -> share of the rows, in an order that counts: it says which hashes are of which split (used
-    where the source has no split column). Nothing is carved when rows of a split called `validation` exist already or
+    `shares` maps split name -> share of the rows, where the source has no split column; their order counts: it says
+    which hashes are of which split. Nothing is carved when rows of a split called `validation` exist already or
     `validation_fraction` is 0. All draws hash (seed, sample id), so that they do not move when rows are added.
     """
 
