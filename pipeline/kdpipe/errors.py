@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 
 _CPU_ALLOCATOR = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory")
@@ -75,6 +75,12 @@ class CorruptStoreError(StoreError, ValueError):
 
 class LockedError(StoreError, BlockingIOError):
     """Another process writes here."""
+
+
+def some(names: Sequence[object], shown: int = 5) -> str:
+    """The first of the names, and how many more there are: what a message shows of a list of any length."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(str, names[:shown])) + more
 
 
 def is_out_of_memory(error: Exception) -> bool:

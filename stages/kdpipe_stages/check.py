@@ -35,7 +35,7 @@ from kdpipe_stages.building import (
     model_offers,
 )
 from kdpipe_stages.lesson import known_labels, teachers_of
-from kdpipe_stages.params import LossSection, source_columns, splits_asked_for, teacher_and_members
+from kdpipe_stages.params import LossSection, absent_splits, source_columns, teacher_and_members
 from kdpipe_stages.prepare_data import source_of
 from kdpipe_stages.project import Project
 from kdpipe_stages.pupil import shapes_heard
@@ -426,10 +426,8 @@ def _check_splits(project: Project) -> str:
         data: PreparedData = project.prepared_data()
     except DataError:
         return "not known before `kdpipe prepare-data`"
-    for where, names in splits_asked_for(project.params).items():
-        for name in names:
-            if name not in data.split_names:
-                raise ConfigError(f"{where}: there is no split {name!r}; prepared are {', '.join(data.split_names)}")
+    if absent := absent_splits(project.params, data.split_names):
+        raise ConfigError("\n".join(absent))
     section = project.params.student
     rows = data.rows_of(section.distil_on)
     known = known_labels(data, rows, section)

@@ -423,3 +423,13 @@ def splits_asked_for(params: Params) -> dict[str, list[str]]:
     if params.views.count:
         wanted["views.splits"] = list(params.views.splits or ())
     return wanted
+
+
+def absent_splits(params: Params, prepared: Sequence[str]) -> list[str]:
+    """A message for each split that a key of params.yaml names, and that is not among those prepared."""
+    return [
+        f"{where}: there is no split {name!r}; prepared are {', '.join(prepared)}"
+        for where, names in splits_asked_for(params).items()
+        for name in names
+        if name not in prepared
+    ]

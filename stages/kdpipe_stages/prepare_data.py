@@ -13,13 +13,11 @@ from kdpipe import durable
 from kdpipe.config import resolve
 from kdpipe.data.preparing import Prepared, RowSchema, prepare
 from kdpipe.data.sources import Source
-from kdpipe.errors import ConfigError, DataError, naming
+from kdpipe.errors import ConfigError, DataError, naming, some
 from kdpipe.fingerprint import canonical_json
 from kdpipe.tasks.base import rows_of
-from kdpipe_stages.params import prepared_sections, source_columns, split_plan, splits_asked_for
+from kdpipe_stages.params import absent_splits, prepared_sections, source_columns, split_plan, splits_asked_for
 from kdpipe_stages.project import Project
-
-_SHOWN = 5
 
 
 def run(project: Project) -> Prepared:
@@ -42,18 +40,14 @@ def run(project: Project) -> Prepared:
 def warnings(project: Project) -> list[str]:
     """What the prepared rows lack of that the other stages ask for: splits, and classes to learn or to measure."""
     counts = json.loads((project.prepared / "labels" / "classes.json").read_text())
-    asked = {name: where for where, names in splits_asked_for(project.params).items() for name in names}
-    found = []
-    for name, where in asked.items():
-        if name not in counts:
-            found.append(f"{where}: there is no split {name!r}; prepared are {', '.join(counts)}")
-        elif counts[name]:
-            task = project.task()
-            lacking = [c for c in range(task.num_classes) if str(c) not in counts[name]]
-            names = [str(c) if task.class_names is None else task.class_names[c] for c in lacking[:_SHOWN]]
-            more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
-            if lacking:
-                found.append(f"{where}: no row of split {name!r} has the label {', '.join(names)}{more}")
+    found, task = absent_splits(project.params, list(counts)), project.task()
+    names = task.class_names or range(task.num_classes)
+    asked = {split: where for where, splits in splits_asked_for(project.params).items() for split in splits}
+    for split, where in asked.items():
+        of_split = counts.get(split)
+        lacking = [name for number, name in enumerate(names) if of_split and str(number) not in of_split]
+        if lacking:
+            found.append(f"{where}: no row of split {split!r} has the label {some(lacking)}")
     return found
 
 

@@ -21,7 +21,7 @@ from kdpipe.data.labels import Labels, write_labels
 from kdpipe.data.prepared import DIGEST_BYTES, FORMAT_VERSION, MISSING_LABEL, ColumnLayout, PreparedInputs
 from kdpipe.data.segments import SegmentWriter, content_digests
 from kdpipe.data.sources.base import Source, rows_within
-from kdpipe.errors import DataError
+from kdpipe.errors import DataError, some
 from kdpipe.fingerprint import canonical_json, uniform_by_id
 
 _FIRST_ROWS = 64
@@ -209,7 +209,7 @@ class _Reading:
         keys = strings_of(batch, self._columns.id)
         empty = [f"row {first + position}" for position, key in enumerate(keys) if not key]
         if empty:
-            raise DataError(f"column {self._columns.id!r} must hold an id for each row; it is empty in {_some(empty)}")
+            raise DataError(f"column {self._columns.id!r} must hold an id for each row; it is empty in {some(empty)}")
         return [key for key in keys if key]
 
     def _append(self, inputs: Columns, ids: Sequence[str], digests: Sequence[bytes]) -> None:
@@ -288,10 +288,6 @@ def _own_ids(batch: pa.RecordBatch) -> list[str | None] | None:
     """What a source itself calls its rows, such as a file's name: its column `id` of text, where it has one."""
     named = batch.schema.get_all_field_indices("id")
     return strings_of(batch, "id") if len(named) == 1 and pa.types.is_string(batch.schema.field("id").type) else None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _check_shares(plan: SplitPlan) -> None:

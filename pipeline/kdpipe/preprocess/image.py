@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from kdpipe.data.columns import Array, Columns, Ragged, layout_of
-from kdpipe.errors import ConfigError, DataError
+from kdpipe.errors import ConfigError, DataError, some
 from kdpipe.preprocess.base import Moments, State
 
 _CHANNELS_TO_MODE = {1: "L", 3: "RGB"}
-_SHAPES_SHOWN = 5
 _MIXED = "for grey and colour images together set its `channels` to 1 (all grey) or 3 (all colour)"
 
 
@@ -114,14 +113,12 @@ class ImageTensor:
 
 def _several(shapes: Sequence[tuple[int, ...]]) -> str:
     """The message about encoded images of these different shapes, in order: (height, width, channels)."""
-    shown = ", ".join(map(str, shapes[:_SHAPES_SHOWN]))
-    more = f" and {len(shapes) - _SHAPES_SHOWN} more" if len(shapes) > _SHAPES_SHOWN else ""
     ways = []
     if len({shape[:2] for shape in shapes}) > 1:
         ways.append("give it a size")
     if len({shape[2] for shape in shapes}) > 1:
         ways.append(_MIXED)
     return (
-        f"encoded images become arrays of several shapes: {shown}{more}; expected one from the preprocess "
+        f"encoded images become arrays of several shapes: {some(shapes)}; expected one from the preprocess "
         f"ImageTensor: {', and '.join(ways)}."
     )

@@ -15,7 +15,7 @@ from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import MISSING_LABEL
 from kdpipe.data.preparing import NameOf, SourceColumns
 from kdpipe.data.sources import Source
-from kdpipe.errors import DataError
+from kdpipe.errors import DataError, some
 from kdpipe.preprocess import Preprocess
 
 
@@ -109,8 +109,7 @@ def class_labels(
     if len(wrong):
         raise DataError(
             f"labels must lie in 0..{num_classes - 1} (task.num_classes is {num_classes}); found "
-            + ", ".join(f"{ids[i]} in {name_of(int(i))}" for i in wrong[:5])
-            + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            + some([f"{ids[i]} in {name_of(int(i))}" for i in wrong])
             + ("; a row without label has null there, or an empty cell" if (ids[wrong] < 0).any() else "")
         )
     _refuse_names_in_another_order(ids, is_boolean, class_names or (), name_of)
