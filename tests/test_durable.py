@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -8,9 +9,11 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
+from kdpipe import durable
 from kdpipe.durable import (
     Workers,
     is_held,
@@ -381,6 +384,55 @@ def test_a_folder_on_another_disk_gets_copies(tmp_path, small_disk):
     link_tree(work, small_disk / "store")
     assert contents(small_disk / "store") == {"manifest": "m", "deep/array": "a"}
     assert not (small_disk / "store" / "manifest").samefile(work / "manifest")
+
+
+@pytest.mark.parametrize("elsewhere", ["destination", "staging"])
+def test_publishing_to_another_disk(tmp_path, small_disk, elsewhere):
+    """There the staging folder that is named cannot be renamed; nothing that was published is lost."""
+    there = {"destination": tmp_path, "staging": tmp_path, elsewhere: small_disk}
+    destination, staging = there["destination"] / "out" / "store", there["staging"] / "work" / "staging"
+    for content in ("old", "new"):
+        publish({"": tree(tmp_path / content, file=content)}, destination, staging)
+        assert contents(destination) == {"file": content}
+        assert names_in(destination.parent) == ["store"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_published_through(tmp_path, there):
+    target, link = tmp_path / "big" / "store", tmp_path / "out" / "store"
+    if there:
+        tree(target, file="old")
+    link.parent.mkdir()
+    link.symlink_to(Path("..", "big", "store"))
+    publish({"": tree(tmp_path / "work", file="new")}, link, tmp_path / "staging")
+    assert link.is_symlink()
+    assert contents(target) == {"file": "new"}
+    assert names_in(tmp_path) == ["big", "out", "work"]
+
+
+def test_a_file_in_the_way_is_told(tmp_path):
+    tree(tmp_path, store="not a folder")
+    with pytest.raises(FileExistsError, match="remove it"):
+        publish({"": tree(tmp_path / "work", file="new")}, tmp_path / "store")
+    assert (tmp_path / "store").read_text() == "not a folder"
+
+
+def test_an_exchange_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    """By two renames, where the system has no exchange: the second one fails."""
+    monkeypatch.setattr(durable.ctypes, "CDLL", lambda *_, **__: object())
+    tree(tmp_path / "store", file="old")
+    rename, calls = Path.rename, []
+
+    def fails_at_second(self, target):
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError(errno.EXDEV, "cannot")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_at_second)
+    with pytest.raises(OSError, match="cannot"):
+        publish({"": tree(tmp_path / "work", file="new")}, tmp_path / "store")
+    assert contents(tmp_path / "store") == {"file": "old"}
 
 
 def test_copies_are_on_disk_as_their_originals_were(tmp_path, small_disk, system_calls):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -182,10 +183,17 @@ def publish(parts: Mapping[str, Path], destination: Path, staging: Path | None =
     """Make `destination` hold exactly `parts` (relative name -> folder; "" is the top), in one rename.
 
     Files are hard links. A reader sees the old folder or the new one, never a mixture; no published file is ever
-    opened for writing. The new folder is put together as `staging` (on the same file system; beside `destination` when
-    not given), by one process at a time.
+    opened for writing. The new folder is put together as `staging` (beside `destination` when not given, or when it
+    lies on another disk), by one process at a time. A `destination` that is a link is followed. Raises `OSError`; then
+    `destination` is what it was.
     """
-    staging = staging or destination.with_name(f".{destination.name}{TEMPORARY_SUFFIX}")
+    destination = destination.resolve()
+    if destination.exists() and not destination.is_dir():
+        raise FileExistsError(
+            errno.EEXIST, "there is a file where a folder is to be published; remove it", str(destination)
+        )
+    if staging is None or not _on_one_disk(staging.parent, destination.parent):
+        staging = destination.with_name(f".{destination.name}{TEMPORARY_SUFFIX}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     for name, folder in parts.items():
@@ -202,6 +210,12 @@ def publish(parts: Mapping[str, Path], destination: Path, staging: Path | None =
     fsync_folder(destination.parent)
 
 
+def _on_one_disk(first: Path, second: Path) -> bool:
+    """Whether what lies in one folder can be renamed into the other; folders may be absent yet."""
+    devices = [next(each for each in (path, *path.parents) if each.exists()).stat().st_dev for path in (first, second)]
+    return devices[0] == devices[1]
+
+
 def _exchange(first: Path, second: Path) -> None:
     """Swap two folders' names atomically (Linux); elsewhere by two renames, with no folder for an instant."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -212,5 +226,9 @@ def _exchange(first: Path, second: Path) -> None:
     aside = second.with_name(f".{second.name}.old{TEMPORARY_SUFFIX}")
     shutil.rmtree(aside, ignore_errors=True)
     second.rename(aside)
-    first.rename(second)
+    try:
+        first.rename(second)
+    except OSError:
+        aside.rename(second)
+        raise
     aside.rename(first)

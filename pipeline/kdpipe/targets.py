@@ -7,7 +7,7 @@ T is the temperature.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeGuard, TypeVar
 
@@ -38,10 +38,22 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def check_temperature(temperature: object) -> None:
     """Raise `ConfigError` for a temperature that means nothing."""
-    if not (is_number(temperature) and _COLDEST <= temperature <= _HOTTEST):
+    if not _is_temperature(temperature):
         raise ConfigError(
             f"temperature is {temperature!r}; expected a number above 0, from {_COLDEST:g} to {_HOTTEST:g}"
         )
+
+
+def check_temperatures(temperatures: Sequence[object]) -> None:
+    """Raise `ConfigError` unless there are some, and each means something."""
+    if not temperatures or not all(map(_is_temperature, temperatures)):
+        raise ConfigError(
+            f"temperatures are {list(temperatures)}; expected numbers above 0, from {_COLDEST:g} to {_HOTTEST:g}"
+        )
+
+
+def _is_temperature(value: object) -> bool:
+    return is_number(value) and _COLDEST <= value <= _HOTTEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +185,19 @@ class SparseTargets:
         upper = _line(nodes, values, right - 1, right, beta)
         outside = [(first, first + 1) for first in (right - 2, right) if first >= 0 and first + 1 < len(nodes)]
         lower = torch.stack([_line(nodes, values, *pair, beta) for pair in outside]).amax(dim=0)
-        return torch.minimum(lower, upper), upper
+        empty = torch.isneginf(values).any(dim=-1)  # no class is left: the mass of none is 0 at every temperature
+        lower, upper = (each.masked_fill(empty, -torch.inf) for each in (torch.minimum(lower, upper), upper))
+        return lower, upper
 
     def _tail(self, temperature: float, allow_interpolation: bool) -> Tensor:
         for index, stored in enumerate(self.temperatures):
             if math.isclose(stored, temperature, rel_tol=1e-9):
                 return self.tails[..., index]
         if not allow_interpolation:
+            between = len(self.temperatures) > 2 and min(self.temperatures) < temperature < max(self.temperatures)
             raise ConfigError(
                 f"temperature {temperature:g} is not stored; these targets have {self._choices}. Cache it "
-                "(temperatures: of the encoding), or set allow_interpolation: true for one between them"
+                "(temperatures: of the encoding)" + (", or set allow_interpolation: true" if between else "")
             )
         return self._interpolated(temperature)
 

@@ -10,6 +10,7 @@ from typing import Any
 from kdpipe.config import did_you_mean
 from kdpipe.errors import ConfigError
 from kdpipe.store.objects import access, is_url
+from kdpipe.targets import check_temperatures
 from kdpipe_stages.params import (
     PARAMETERS,
     LossSection,
@@ -113,9 +114,10 @@ def _check_targets(name: str, section: TargetsSection) -> None:
         raise ConfigError(f"targets.{name}.min_k: it means nothing without top_p; give both or leave it out")
     if "logits" not in section.outputs:
         raise ConfigError(f"targets.{name}.outputs: {list(section.outputs)} has no 'logits', which is always stored")
-    if not section.temperatures or not all(0 < each < math.inf for each in section.temperatures):
-        raise ConfigError(f"targets.{name}.temperatures: {list(section.temperatures)}; expected numbers above 0")
+    if len(set(section.outputs)) < len(section.outputs):
+        raise ConfigError(f"targets.{name}.outputs: {list(section.outputs)}; expected each name once")
     try:
+        check_temperatures(section.temperatures)
         logits_encoding(section)
     except ConfigError as error:
         raise ConfigError(f"targets.{name}: {error}") from None

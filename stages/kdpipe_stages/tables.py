@@ -23,7 +23,16 @@ from kdpipe.fingerprint import digest_file
 from kdpipe.store import TargetStore
 from kdpipe.store.layout import choose_shard_rows
 from kdpipe.store.manifest import COVERED, Manifest
-from kdpipe.store.tables import FORMATS, Table, TableTargets, export_table, fill, open_table, own_rows, prepared_rows
+from kdpipe.store.tables import (
+    FORMATS,
+    TableTargets,
+    export_table,
+    fill,
+    open_table,
+    own_rows,
+    prepared_rows,
+    stored_encodings,
+)
 from kdpipe.targets import OutputSpec
 from kdpipe.tasks.base import Task, TokenTask, token_labels
 from kdpipe_stages.building import encodings_of
@@ -46,6 +55,12 @@ def export_targets(
         raise UsageError(f"--out is {path}; expected a name that ends in {ending}, as --format is {table_format}")
     if view != ALL_VIEWS and not view.isdecimal():
         raise UsageError(f"--view is {view!r}; expected a number from 0 up, or {ALL_VIEWS}")
+    if path.is_dir():
+        raise DataError(f"--out is {path}, which is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise DataError(
+            f"No such file or directory: {path.parent}, the folder of --out {path}; make it, or name another"
+        )
     views = None if view == ALL_VIEWS else [int(view)]
     opened = TargetStore.open(store)
     return path, export_table(opened, path, views=views, outputs=outputs or None, replace=replace)
@@ -87,13 +102,14 @@ def import_targets(
     if folder.exists():
         raise DataError(f"{folder} exists already; remove it, or name another folder")
     opened = open_table(table)
-    stored = _stored_encodings(opened)
+    stored = stored_encodings(opened)
     features = {name: each for name, each in stored.items() if isinstance(each, Features | FeaturesInt8)}
     said = TableTargets(opened, num_classes=num_classes, temperatures=temperatures or None, features=list(features))
     chosen = {"logits": _chosen_encoding(said, stored.get("logits"), encoding, parameters, temperatures), **features}
     said.check(chosen)
     own = own_rows(said)
     manifest = _manifest_of(table, said, chosen, len(own.sample_ids))
+    _sweep_killed_imports(folder)
     work = folder.with_name(f".{folder.name}.{os.getpid()}{durable.TEMPORARY_SUFFIX}")
     try:
         digests = np.zeros((len(own.sample_ids), 16), np.uint8)
@@ -116,10 +132,22 @@ def import_targets(
     )
 
 
-def _stored_encodings(table: Table) -> dict[str, TargetEncoding]:
-    """How those outputs of an exported table were stored that it still holds."""
-    stored = {name: encoding_from_json(each) for name, each in table.about.get("encodings", {}).items()}
-    return {name: each for name, each in stored.items() if name == "logits" or name in table.names}
+def _sweep_killed_imports(folder: Path) -> None:
+    """Remove what imports to the same folder left behind whose processes are gone."""
+    for leftover in folder.absolute().parent.glob(f".{folder.name}.*{durable.TEMPORARY_SUFFIX}"):
+        process = leftover.name.split(".")[-2]
+        if process.isdecimal() and not _is_running(int(process)):
+            shutil.rmtree(leftover)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _chosen_encoding(

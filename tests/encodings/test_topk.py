@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdpipe.encodings import TopK
 from kdpipe.encodings.class_ids import restored_ids, stored_ids
+from kdpipe.errors import ConfigError
 from kdpipe.losses import forward_kl
 from kdpipe.targets import DenseTargets, OutputSpec, SparseTargets
 
@@ -180,6 +181,28 @@ def test_tokens_are_rows(values):
     logits = torch.randn(3, 5, 20)
     together, apart = encoding.encode(logits), encoding.encode(logits.flatten(0, 1))
     assert all(np.array_equal(together[suffix].reshape(apart[suffix].shape), apart[suffix]) for suffix in apart)
+
+
+@pytest.mark.parametrize(("num_classes", "k"), [(2_000_000, 1), (1_000_000, 10), (151_936, 64)])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_int8_holds_its_bound_where_the_head_holds_next_to_nothing(num_classes, k, noise):
+    logits = noise * torch.randn(1, num_classes, generator=torch.Generator().manual_seed(0))
+    targets = decoded(TopK(k=k, values="int8"), logits)
+    exact = torch.log_softmax(logits.double(), dim=-1).gather(-1, targets.ids)
+    step = float(exact.max() - exact.min()) / 254
+    assert float((targets.head - exact).abs().max()) <= step + 1e-5
+
+
+def test_bounds_where_no_class_is_left():
+    targets = decoded(TopK(k=3, temperatures=(2, 4)), torch.tensor([[1.0, 0.0, 2.0]]))
+    assert all(torch.isneginf(each).all() for each in targets.tail_bounds(3.0))
+    assert torch.isfinite(targets.log_probs(3.0, allow_interpolation=True)[..., :-1]).all()
+
+
+@pytest.mark.parametrize("temperature", [0, -1, 1e300, 1e-300, float("nan")])
+def test_refuses_temperatures_that_mean_nothing(temperature):
+    with pytest.raises(ConfigError, match="expected numbers above 0"):
+        TopK(k=3, temperatures=(1, temperature))
 
 
 def test_the_largest_ids_survive_as_steps():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -418,5 +421,12 @@ def test_commands_refuse_and_leave_nothing(captured, tmp_path, monkeypatch, caps
     pq.write_table(table.set_column(table.schema.names.index("logits"), "logits", [logits]), "late.parquet")
     assert "such as 1796-" in fails(capsys, "import-targets", "late.parquet", "made")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["big.parquet", "late.parquet"]
+    Path("folder.parquet").mkdir()
+    assert "which is a folder" in fails(capsys, "export-targets", source, "--out", "folder.parquet", "--force")
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    for leftover in (f".made.{killed.pid}.tmp", f".made.{os.getppid()}.tmp"):
+        Path(leftover).mkdir()
     assert run(imports) == 0
+    assert [each.name for each in tmp_path.glob(".made*")] == [f".made.{os.getppid()}.tmp"]
     assert "made exists already" in fails(capsys, *imports)

@@ -225,6 +225,8 @@ def test_the_state_of_other_outputs_is_refused_where_they_change_the_order(store
 @pytest.mark.parametrize("change", [None, {"step": -1}, {"step": 1.5}, {"step": None}, {"more": 1}])
 def test_what_is_no_state_is_refused(store, change):
     stream = TargetStream(store, batch_size=50)
+    with pytest.raises(ConfigError, match="expected what a stream's"):
+        stream.load_state_dict(None)
     state = {} if change is None else stream.state_dict() | change
     with pytest.raises(ConfigError, match="expected what a stream's"):
         stream.load_state_dict(state)
@@ -264,6 +266,31 @@ def test_loader_workers_go_through_the_epochs(store, persistent):
         for (rows, targets), (wanted, _) in zip(loader, expected, strict=True):
             assert np.array_equal(rows, wanted)
             check(np.asarray(rows), targets, view=1 + epoch % 2)
+
+
+def test_persistent_workers_left_in_the_middle_are_refused(store):
+    """They have read ahead, each to another batch: going on would meet rows twice, and others never."""
+    stream = TargetStream(store, batch_size=50)
+    stream.set_epoch(0)
+    loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
+    for number, _ in enumerate(loader):
+        if number == 3:
+            break
+    with pytest.raises(ConfigError, match="left in the middle"):
+        list(loader)
+
+
+@pytest.mark.parametrize("step", [1, 40])
+def test_verify_always_reads_no_row_that_it_has_not_verified(tmp_path, step):
+    store = store_of(tmp_path, num_views=1)
+    stream = TargetStream(
+        store, batch_size=50, rows=np.arange(0, NUM_ROWS, step), ram_budget_bytes=0, verify_always=True
+    )
+    assert sum(len(rows) for rows, _ in stream) == -(-NUM_ROWS // step)
+    with next((tmp_path / "logits").glob("c.*")).open("r+b") as file:
+        file.write(b"\1" * 10)
+    with pytest.raises(CorruptStoreError, match="differs from its checksum"):
+        list(stream)
 
 
 def test_a_budget_of_nothing_keeps_two_pools_only(store):

@@ -117,6 +117,7 @@ CASES = {
         (NUM_CLASSES,),
         {"coverage": True, "num_views": 2},
     ),
+    "topk, top_p": (TopK(k=NUM_CLASSES, top_p=0.999), (NUM_CLASSES,), {}),
     "topk per token": (TopK(k=2, temperatures=(4.0,), compact=True), (3, NUM_CLASSES), {"coverage": True}),
 }
 
@@ -570,6 +571,7 @@ WRONG = {
     "too much mass": ({**HEAD, "log_probs": [[-0.7, -0.5]] * 3}, "sum to more than 1 .are log_probs logits"),
     "nothing named": ({**HEAD, "log_probs": [[-0.7, -1.0], [-float("inf")] * 2, [-1.0, -1.0]]}, "no class.*such as b$"),
     "tail NaN": ({**HEAD, "tail_log_mass": [[float("nan")]] * 3}, "tail_log_mass that is NaN"),
+    "below float32": ({**LOGITS, "logits": [[-1e300, 1.0, 0.0]] * 3}, "beyond float32, such as a, b, c$"),
     "tail of other mass": ({**HEAD, "tail_log_mass": [[-0.5]] * 3}, "do not sum to 1, such as a, b, c$"),
     "sample twice": ({**LOGITS, "sample_id": ["a", "b", "a"]}, "1 lines are about a sample and view .*such as 'a'$"),
     "ids null in column": ({**LOGITS, "sample_id": ["a", None, "b"]}, "sample_id holds string or null"),
@@ -609,6 +611,46 @@ def test_wrong_tables_are_refused(tmp_path, case):
     told = {"num_classes": 5} if "class_ids" in columns else {}
     with pytest.raises(DataError, match=message):
         imported_as(tmp_path, columns, TopK(k=2) if told else Dense(), **told)
+
+
+def test_tails_that_no_probabilities_have_are_refused(tmp_path):
+    at_1 = float(np.log1p(-np.exp([-0.7, -1.0]).sum()))
+    at_4, at_2 = (at_1 / each + (1 - 1 / each) * np.log(3) for each in (4, 2))  # of three classes that are alike
+    told = {"num_classes": 5, "temperatures": [1.0, 4.0, 2.0]}
+    encoding = TopK(k=2, temperatures=(2.0, 4.0))
+    right = {**HEAD, "tail_log_mass": [[at_1, at_4, at_2]] * 3}
+    assert imported_as(tmp_path, right, encoding, **told).num_rows == 3
+    for name, tails in {"order": [at_2, at_4], "high": [at_4 + 0.1, at_2], "none": [at_4, -float("inf")]}.items():
+        (tmp_path / name).mkdir()
+        with pytest.raises(DataError, match=r"does not go with the one at 1; .*, such as a, b, c$"):
+            imported_as(tmp_path / name, {**HEAD, "tail_log_mass": [[at_1, *tails]] * 3}, encoding, **told)
+    with pytest.raises(ConfigError, match="expected each once"):
+        imported_as(tmp_path, right, encoding, num_classes=5, temperatures=[1.0, 4.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    "about", [{"encodings": 5}, {"temperatures": 1.0}, {"temperatures": ["x"]}, {"temperatures": [True]}]
+)
+def test_metadata_that_mean_nothing_are_told(tmp_path, about):
+    path = tmp_path / "table.parquet"
+    columns = pa.table({**HEAD, "tail_log_mass": [[-2.4]] * 3})
+    pq.write_table(columns.replace_schema_metadata({"kdpipe": json.dumps(about)}), path)
+    with pytest.raises(DataError, match="expected"):
+        open_table(path)
+    np.savez(tmp_path / "table.npz", sample_id=["a"], temperatures=np.array(about.get("temperatures", 1.0)))
+    with pytest.raises(DataError, match="expected a list of numbers"):
+        open_table(tmp_path / "table.npz")
+
+
+def test_large_offsets_cost_nothing(tmp_path):
+    """Logits in float64 are told apart where float32 would round them together."""
+    columns = {"sample_id": ["a"], "logits": [[1e8, 1e8 + 1, 1e8 + 2]]}
+    store = imported_as(tmp_path, columns, Dense())
+    expected = torch.log_softmax(torch.tensor([0.0, 1.0, 2.0]), dim=-1)
+    torch.testing.assert_close(store.targets(["a"]).log_probs()[0], expected, rtol=0, atol=1e-3)
+    said = store.statistics(np.array([0]))
+    assert said["top1"] == 2
+    assert said["confidence"] == pytest.approx(float(expected.exp()[2]), abs=1e-6)
 
 
 @pytest.mark.parametrize("encoding", [Dense(), Sampled(draws=3), TopK(k=2, temperatures=(4.0,)), TopK(k=9)])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+from functools import partial
+
 import numpy as np
+import pandas
 import pytest
 import torch
 import zarr
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
+from kdpipe import durable
 from kdpipe.encodings import ArraySpec, Dense
 from kdpipe.errors import (
     ConfigError,
@@ -18,7 +23,7 @@ from kdpipe.errors import (
     StoreError,
     StoreNotFoundError,
 )
-from kdpipe.store import TargetStore, open_store
+from kdpipe.store import TargetStore, TargetStream, open_store
 from kdpipe.store.layout import ArrayLayout, choose_shard_rows
 from kdpipe.store.manifest import Manifest
 from kdpipe.store.shard_file import ShardFile, encode_shard
@@ -95,10 +100,49 @@ def test_targets_come_by_sample_id(tmp_path):
     assert set(store.read(np.array([0]))) == {"logits"}
     with pytest.raises(IncompleteStoreError, match="row-99"):
         store.targets(["row-1", "row-99"])
+    with pytest.raises(IncompleteStoreError, match="row-99"):
+        store.targets(pandas.Series(["row-1", "row-99"], index=[1, 0]))
+    with pytest.raises(IncompleteStoreError, match=r"rows 0\.\.49; row -1 was asked"):
+        store.read(np.array([-1, 3]))
     with pytest.raises(StoreError, match="it holds logits"):
         store.targets(["row-1"], output="features")
     with pytest.raises(IncompleteStoreError, match=r"views 0\.\.0"):
         store.targets(["row-1"], view=1)
+
+
+def test_a_store_that_is_published_anew_while_it_is_open_is_never_mixed(tmp_path):
+    """Open at one path, partly read; then others' targets take its place, and nothing of them is ever given out."""
+    published, other = tmp_path / "targets", tmp_path / "other"
+    complete(tmp_path / "first", num_views=1)
+    durable.publish({"": tmp_path / "first"}, published)
+    opened, untouched = open_store(published), open_store(published)
+    kept = opened.read_arrays(np.arange(8))["logits"]
+    copies = [pickle.dumps(opened), pickle.dumps(untouched)]
+    stream = TargetStream(opened, batch_size=10, ram_budget_bytes=0)
+    begun = TargetStream(open_store(published), batch_size=10, ram_budget_bytes=0)
+    assert sum(len(rows) for rows, _ in begun) == 50
+    complete(other, shard_rows=16)
+    durable.publish({"": other}, published)
+    np.testing.assert_array_equal(opened.read_arrays(np.arange(8))["logits"], kept)  # mapped
+    for read in (
+        lambda: opened.read_arrays(np.arange(50)),
+        lambda: list(stream),
+        lambda: list(begun),
+        lambda: untouched.targets(["row-1"]),
+        lambda: untouched.sample_ids,
+        *(partial(pickle.loads, each) for each in copies),
+    ):
+        with pytest.raises(StaleStoreError, match="was published anew since it was opened"):
+            read()
+    again = open_store(published)
+    assert np.array_equal(again.read_arrays(np.arange(50))["logits"], everything(50, 16)["logits"])
+    assert pickle.loads(pickle.dumps(again)).num_rows == 50  # noqa: S301
+
+
+def test_a_store_that_was_moved_is_still_read(tmp_path):
+    opened = complete(tmp_path / "store")
+    (tmp_path / "store").rename(tmp_path / "moved")
+    assert np.array_equal(opened.read_arrays(np.arange(50))["logits"], everything(50)["logits"])
 
 
 def test_zarr_python_reads_the_same(tmp_path):

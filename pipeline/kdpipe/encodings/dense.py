@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_choice, check_kind, narrowed
+from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_choice, check_kind, narrowed, widened
 from kdpipe.targets import DenseTargets, OutputSpec
 
 
@@ -48,10 +48,10 @@ class Dense:
 
     def encode(self, values: Tensor, keys: NDArray[np.uint64] | None = None) -> dict[str, NDArray[Any]]:
         """`z - max` and max of logits `[B, ..., C]`."""
-        wide = values.float()
+        wide = widened(values)
         row_max = wide.amax(dim=-1)
         below = narrowed(self.dtype, wide - row_max.unsqueeze(-1), torch.isneginf(wide))
-        return {"": below.cpu().numpy(), ".row_max": row_max.cpu().numpy()}
+        return {"": below.cpu().numpy(), ".row_max": row_max.float().cpu().numpy()}
 
     def decode(self, arrays: Mapping[str, NDArray[Any]], output: OutputSpec) -> DenseTargets:
         """Targets of stored rows; the arrays are not copied."""

@@ -25,7 +25,7 @@ from kdpipe.encodings.class_ids import (
 )
 from kdpipe.encodings.int8 import quantised
 from kdpipe.errors import ConfigError
-from kdpipe.targets import OutputSpec, SparseTargets
+from kdpipe.targets import OutputSpec, SparseTargets, check_temperatures
 
 UNUSED = 255
 """The int8 code of a place without a class; 0 to 254 are log-probs."""
@@ -61,8 +61,7 @@ class TopK:
         check_choice("values", self.values, _VALUES)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; expected a probability above 0, up to 1")
-        if not all(0 < each < float("inf") for each in self.temperatures):
-            raise ConfigError(f"temperatures are {list(self.temperatures)}; expected numbers above 0")
+        check_temperatures([1.0, *self.temperatures])
         object.__setattr__(self, "temperatures", tuple(sorted({1.0, *map(float, self.temperatures)})))
 
     def to_json(self) -> dict[str, Any]:
@@ -98,6 +97,9 @@ class TopK:
         ids, used = largest_classes(log_probs, self._num_kept(log_probs), self.k)
         head = log_probs.gather(-1, ids).masked_fill(~used, -torch.inf)
         tails = tail_log_masses(log_probs, ids, self.temperatures)
+        mass = head.double().exp().sum(dim=-1)
+        at_1 = self.temperatures.index(1.0)
+        tails[..., at_1] = torch.where(mass < _SMALL_MASS, torch.log1p(-mass).to(tails.dtype), tails[..., at_1])
         return self.encode_kept(ids, head, tails, values.shape[-1])
 
     def encode_kept(self, ids: Tensor, head: Tensor, tails: Tensor, num_classes: int) -> dict[str, NDArray[Any]]:
@@ -159,5 +161,7 @@ def _head_of(codes: NDArray[np.uint8], scale: NDArray[np.float32], tail: Tensor)
     return (shape - torch.logsumexp(shape, dim=-1, keepdim=True) + mass.unsqueeze(-1)).float()
 
 
+_SMALL_MASS = 2**-6
+"""A head of less than this is not told from `1 - R_1`, a difference of numbers near 1, but the other way round."""
 _LARGEST_TAIL = -1e-12
 """log R_1 of a head that holds next to nothing, and of a row that the teacher did not answer."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.encodings import ArraySpec, encoding_from_json
-from kdpipe.errors import CorruptStoreError, StoreError, StoreNotFoundError
+from kdpipe.errors import CorruptStoreError, StoreError
 from kdpipe.fingerprint import canonical_json, digest
+from kdpipe.store.folder import no_store
 from kdpipe.store.layout import ArrayLayout
 from kdpipe.store.shard_file import REPAIR
 from kdpipe.targets import OutputSpec
@@ -103,7 +104,7 @@ class Manifest:
         """Read manifest.json. Raises `StoreNotFoundError`, `StoreError` (another format), `CorruptStoreError`."""
         path = folder / "manifest.json"
         if not path.is_file():
-            raise StoreNotFoundError(f"there is no target store at {folder}. Run `kdpipe cache-teacher NAME`.")
+            raise no_store(folder)
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             version = value["format_version"]

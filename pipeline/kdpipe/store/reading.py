@@ -114,7 +114,7 @@ class RowPool:
         for chunk, here in grouped(chunk_of):
             shard, inner = divmod(chunk, layout.num_chunks)
             file = self._reader.shard(layout, view, shard)
-            if len(here) < DENSE * file.rows_of(inner):
+            if len(here) < DENSE * file.rows_of(inner) and not self._verify:
                 buffer[here + first] = file.read(inner * layout.chunk_rows + position[here])
                 continue
             if layout.row_bytes < WIDE_ROW_BYTES:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kdpipe import durable
 from kdpipe.errors import CorruptStoreError
-from kdpipe.fingerprint import canonical_json
+from kdpipe.fingerprint import canonical_json, digest
 from kdpipe.store.shard_file import REPAIR
 
 Key = tuple[int, int]
@@ -65,28 +65,36 @@ class CommitRecord:
         return f"{self.view}-{self.shard}.json"
 
     def to_text(self) -> str:
-        """Content of that file."""
-        return canonical_json(asdict(self)) + "\n"
+        """Content of that file. Its digest is there because a flipped bit in `computed` would go unnoticed."""
+        value = asdict(self)
+        return canonical_json({**value, "digest": digest(value)}) + "\n"
 
     @classmethod
     def from_text(cls, content: str | bytes, where: Path | str) -> CommitRecord:
         """Inverse of `to_text`. Raises `CorruptStoreError`."""
         try:
-            return _from_json(json.loads(content))
+            value = json.loads(content)
+            stated = value.pop("digest")
+            record = _from_json(value)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptStoreError(f"{where} is damaged: {error}. {REPAIR}") from None
+        if stated != digest(value):
+            raise CorruptStoreError(f"{where} differs from its own digest. {REPAIR}")
+        return record
 
 
 class CommitLog(Mapping[Key, CommitRecord]):
     """The records of a store by (view, shard): `commits.parquet` with a digest beside it, overlaid by `commits/`.
 
     Records are made from the log's columns when they are asked for: a store of 10,000 shards opens at once.
+    `log_sha256` is that of commits.parquet, empty where there is none.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._log = folder / "commits.parquet"
         self._single = folder / "commits"
+        self.log_sha256 = ""
         self._table = self._read_log()
         keys = zip(self._table["view"].to_pylist(), self._table["shard"].to_pylist(), strict=True)
         self._line: dict[Key, int] = {key: line for line, key in enumerate(keys)}
@@ -129,7 +137,8 @@ class CommitLog(Mapping[Key, CommitRecord]):
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         content = sink.getvalue().to_pybytes()
-        new = hashlib.sha256(content).hexdigest() + "\n"
+        self.log_sha256 = hashlib.sha256(content).hexdigest()
+        new = self.log_sha256 + "\n"
         # Both digests are legal while the log is replaced, so that a kill in between loses no record.
         old = self._digest_path.read_text() if self._digest_path.is_file() else ""
         durable.write_text(self._digest_path, new + old)
@@ -149,7 +158,8 @@ class CommitLog(Mapping[Key, CommitRecord]):
             return _SCHEMA.empty_table()
         content = self._log.read_bytes()
         expected = self._digest_path.read_bytes() if self._digest_path.is_file() else b""
-        if (hashlib.sha256(content).hexdigest() + "\n").encode() not in expected.splitlines(keepends=True):
+        self.log_sha256 = hashlib.sha256(content).hexdigest()
+        if (self.log_sha256 + "\n").encode() not in expected.splitlines(keepends=True):
             raise CorruptStoreError(f"{self._log} differs from {self._digest_path.name}. {REPAIR}")
         # From the file, not from `content`: Arrow's threads may let go of a Python buffer after Python has ended.
         return pq.read_table(self._log, use_threads=False, pre_buffer=False)

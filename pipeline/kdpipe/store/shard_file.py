@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from kdpipe.errors import CorruptStoreError, IncompleteStoreError
+from kdpipe.store.folder import HeldFolder
 from kdpipe.store.layout import COMPRESSION, CRC_BYTES, ArrayLayout
 from kdpipe.store.rows import grouped
 from kdpipe.store.scattering import MOST_ROWS, Scattered
@@ -86,15 +88,18 @@ def crc32c(*parts: NDArray[Any]) -> NDArray[np.uint8]:
 class ShardFile:
     """A committed shard, open for reading. Each inner chunk's checksum is verified on first touch, however it is read.
 
-    Raises `IncompleteStoreError` for an absent file, `CorruptStoreError` for another size, a damaged index or chunk.
+    `within`: the folder below which `path` lies, where it may be replaced. Raises `IncompleteStoreError` for an absent
+    file, `CorruptStoreError` for another size, a damaged index or chunk.
     """
 
-    def __init__(self, path: Path, layout: ArrayLayout, num_rows: int, expected_bytes: int) -> None:
-        self._path, self._layout, self._num_rows = path, layout, num_rows
+    def __init__(
+        self, path: Path, layout: ArrayLayout, num_rows: int, expected_bytes: int, within: HeldFolder | None = None
+    ) -> None:
+        self._path, self._layout, self._num_rows, self._within = path, layout, num_rows, within
         self._num_used = -(-num_rows // layout.chunk_rows)
         self._verified = np.zeros(self._num_used, np.bool_)
         try:
-            with path.open("rb") as file:
+            with self._open() as file:
                 self._bytes = os.fstat(file.fileno()).st_size
                 if self._bytes != expected_bytes:
                     raise CorruptStoreError(
@@ -105,6 +110,16 @@ class ShardFile:
             raise IncompleteStoreError(f"{path} is committed but absent. {REPAIR}") from None
         self._offsets, self._sizes = self._read_index(np.frombuffer(index, np.uint8))
 
+    def _open(self) -> FileIO:
+        if self._within is None:
+            return self._path.open("rb", buffering=0)
+        return open(self._name, "rb", buffering=0, opener=self._within.opener)
+
+    @cached_property
+    def _name(self) -> str:
+        assert self._within is not None
+        return str(self._path.relative_to(self._within.path))
+
     def rows_of(self, chunk: int) -> int:
         """Rows that a chunk holds; the last one of a shard may hold fewer than `chunk_rows`."""
         return min(self._layout.chunk_rows, self._num_rows - chunk * self._layout.chunk_rows)
@@ -114,7 +129,7 @@ class ShardFile:
         if self._layout.compressed:
             return self._decode(chunk)[: self.rows_of(chunk)]
         content = scratch[: int(self._sizes[chunk])]
-        with open(self._path, "rb", buffering=0) as file:
+        with self._open() as file:
             num_bytes = os.preadv(file.fileno(), [content.data], int(self._offsets[chunk]))
         if num_bytes != len(content):
             raise CorruptStoreError(f"{self._path} ends within chunk {chunk}. {REPAIR}")
@@ -130,7 +145,7 @@ class ShardFile:
     def scatter_chunk(self, chunk: int, out: NDArray[Any], places: NDArray[np.int64]) -> None:
         """An uncompressed chunk's rows, each straight to its place in `out [N, …]`; `places [rows_of(chunk)]`."""
         width, offset, rows = self._layout.row_bytes, int(self._offsets[chunk]), Scattered(out, places)
-        with open(self._path, "rb", buffering=0) as file:
+        with self._open() as file:
             for start in range(0, len(places), MOST_ROWS):
                 if not rows.read(file.fileno(), offset + start * width, start, start + MOST_ROWS):
                     raise CorruptStoreError(f"{self._path} ends within chunk {chunk}. {REPAIR}")
@@ -160,7 +175,7 @@ class ShardFile:
     def _decode(self, chunk: int) -> NDArray[Any]:
         """A compressed chunk `[chunk_rows, …]`; its checksum and Blosc's own header are always checked."""
         size = int(self._sizes[chunk])
-        with self._path.open("rb", buffering=0) as file:
+        with self._open() as file:
             content = np.frombuffer(os.pread(file.fileno(), size, int(self._offsets[chunk])), np.uint8)
         self._compare(chunk, crc32c(content[:-CRC_BYTES]), content[-CRC_BYTES:])
         out = np.empty((self._layout.chunk_rows, *self._layout.shape), self._layout.numpy_dtype)
@@ -179,7 +194,7 @@ class ShardFile:
 
     @cached_property
     def _mapped(self) -> mmap.mmap:
-        with self._path.open("rb") as file:
+        with self._open() as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @cached_property

@@ -27,6 +27,8 @@ def teacher_statistics(logits: Tensor) -> NDArray[np.float32]:
 
     In a store all three are 0 where the teacher abstained; nobody else's confidence is.
     """
+    if logits.dtype == torch.float64:  # what lies far from 0 would be rounded together
+        logits = logits - logits.amax(dim=-1, keepdim=True)
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     top = log_probs.max(dim=-1)
     entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)

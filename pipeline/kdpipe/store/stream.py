@@ -106,7 +106,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
     in a single view are kept in memory, otherwise two pools of rows are. `state_dict` says where the stream stands, in
     mid-epoch too, and `load_state_dict` goes on from there; both are about the process that iterates. A thread reads
     ahead, so that loader workers are not needed for speed; each worker has a copy of the stream, so that with workers
-    `set_epoch` must be called before each epoch.
+    `set_epoch` must be called before each epoch (persistent ones go from epoch to epoch, whatever it says).
 
         for rows, targets in TargetStream(open_store("data/targets/big"), batch_size=256): ...
     """
@@ -148,7 +148,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
             self._order.check_budget(width, ram_budget_bytes)
         self._pools = TargetPools(store, outputs, wanted if kept else None, verify_always=verify_always)
         self._step = 0
-        self._epoch_is_set = False
+        self._epoch_is_set = self._in_worker = False
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -166,6 +166,13 @@ class TargetStream(IterableDataset[StreamedBatch]):
                 "loader workers cannot know which epoch it is: call stream.set_epoch(epoch) before each epoch, or "
                 "leave num_workers at 0 (a thread reads ahead anyhow)"
             )
+        if worker is not None and self._in_worker and first % steps:
+            raise ConfigError(
+                "the epoch before this one was left in the middle, and persistent workers have read ahead, each to "
+                "another batch: make the DataLoader with persistent_workers=False, or leave num_workers at 0 (a thread "
+                "reads ahead anyhow)"
+            )
+        self._in_worker = worker is not None
         views = ((self._views.view_of_epoch(group.epoch), group) for group in groups)
         for number, batch in enumerate(self._pools.batches(views)):
             self._step = first + number + 1
@@ -188,7 +195,12 @@ class TargetStream(IterableDataset[StreamedBatch]):
 
         Raises `ConfigError` for what is no state of a stream, or that of a stream of other batches.
         """
-        if state.keys() != {"step", *self._settings} or not isinstance(state["step"], int) or state["step"] < 0:
+        if (
+            not isinstance(state, dict)
+            or state.keys() != {"step", *self._settings}
+            or not isinstance(state["step"], int)
+            or state["step"] < 0
+        ):
             raise ConfigError(f"found {state}; expected what a stream's state_dict() gave")
         others = [f"{key} {state[key]!r}, here {here!r}" for key, here in self._settings.items() if state[key] != here]
         if others:

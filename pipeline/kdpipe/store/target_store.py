@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from kdpipe.errors import IncompleteStoreError, StaleStoreError, StoreError
 from kdpipe.fingerprint import digest
 from kdpipe.store.classifier import CLASSIFIER, TeacherClassifier
 from kdpipe.store.extent import ROWS, Extent, write_extent, zarr_files
+from kdpipe.store.folder import HeldFolder, published_anew
 from kdpipe.store.kept import VIEWS, KeptViews
 from kdpipe.store.layout import ArrayLayout
 from kdpipe.store.manifest import COVERED, STATISTICS, Manifest
@@ -43,12 +45,15 @@ class TargetStore:
     def __init__(self, path: Path, remote: RemoteFolder | Uploading | None = None) -> None:
         """Open what is there, the mirror of what is remote, or what goes there; see `open` and `create`."""
         self.path, self._remote = path, remote
+        self._folder = HeldFolder(path)
         self.manifest = Manifest.load(path)
         self.extent = Extent.load(path)
         self.layouts: dict[str, ArrayLayout] = self.manifest.layouts()
         self.records = CommitLog(path)
-        self.rows = StoredRows(self._read_rows)
-        self.reader = ShardReader(self._open_shard)
+        self._folder.check()
+        this = weakref.proxy(self)  # no cycle: the folder is let go of as soon as the store is
+        self.rows = StoredRows(lambda: this._read_rows())
+        self.reader = ShardReader(lambda *which: this._open_shard(*which))
         self._found_valid: set[Key] = set()
         self._in_views: NDArray[np.bool_] | None = None
         self._computed_rows: dict[int, NDArray[np.bool_]] = {}
@@ -106,7 +111,8 @@ class TargetStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A store that goes to another process is opened there."""
-        return open_store, (self._remote.named if isinstance(self._remote, RemoteFolder) else self.path,)
+        named = self._remote.named if isinstance(self._remote, RemoteFolder) else self.path
+        return _opened_again, (named, self._version)
 
     @property
     def num_rows(self) -> int:
@@ -345,7 +351,7 @@ class TargetStore:
         if len(unknown):
             raise IncompleteStoreError(
                 f"{self.path} has no targets for {len(unknown)} of {len(rows)} samples, such as "
-                f"{str(sample_ids[int(unknown[0])])!r}. Run `kdpipe cache-teacher NAME`."
+                f"{str(np.asarray(sample_ids)[unknown[0]])!r}. Run `kdpipe cache-teacher NAME`."
             )
         return rows
 
@@ -370,7 +376,8 @@ class TargetStore:
                 "Run `kdpipe cache-teacher NAME` where params.yaml asks for more views."
             )
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_rows:
-            raise IncompleteStoreError(f"{self.path} has {self.num_rows} rows; row {rows.max()} was asked")
+            asked = rows.min() if rows.min() < 0 else rows.max()
+            raise IncompleteStoreError(f"{self.path} has rows 0..{self.num_rows - 1}; row {asked} was asked")
         if view > 0:
             absent = int((~self._computed(view)[rows]).sum())
             if absent:
@@ -439,30 +446,37 @@ class TargetStore:
         )
 
     def _open_shard(self, layout: ArrayLayout, view: int, shard: int) -> ShardFile:
+        self._folder.check()
         if (view, shard) not in self._found_valid and not self._valid(view, self.shards[shard]):
             raise IncompleteStoreError(
-                f"{self.path}: shard {shard} of view {view} is not committed. Run `kdpipe cache-teacher NAME`."
+                f"{self.path}: shard {shard} of view {view} is not committed, or a file of it is absent or has another "
+                "size than was committed. Run `kdpipe cache-teacher NAME`, or fetch the store again."
             )
         self._found_valid.add((view, shard))  # not looked at again for each of its arrays
         record = self.records[view, shard]
-        self._fetch(layout.shard_path(view, shard), record.files[layout.name][1])
-        path = self.path / layout.shard_path(view, shard)
-        return ShardFile(path, layout, record.stop - record.start, record.files[layout.name][0])
+        name, num_rows = layout.shard_path(view, shard), record.stop - record.start
+        self._fetch(name, record.files[layout.name][1])
+        return ShardFile(self.path / name, layout, num_rows, record.files[layout.name][0], self._folder)
 
     def _fetch(self, name: str, sha256: str | None = None) -> None:
+        """Have a file of this store below `path`. Raises `StaleStoreError` where it has given way to another one."""
         if self._remote is not None:
             self._remote.fetch(name, sha256)
+        self._folder.check()
 
     def file_size(self, name: str) -> int | None:
         """Bytes of one of the store's files; None where it is absent."""
-        try:
-            return (self.path / name).stat().st_size
-        except FileNotFoundError:
-            return None if self._remote is None else self._remote.size(name)
+        size = self._folder.size(name)
+        return self._remote.size(name) if size is None and self._remote is not None else size
 
     def _read_rows(self) -> pa.Table:
         self._fetch(ROWS, self.extent.rows_sha256)
         return self.extent.read_rows(self.path)
+
+    @property
+    def _version(self) -> str:
+        """What tells this store from another one that is published at the same place."""
+        return digest([self.manifest.identity(), self.extent.to_text(), self.records.log_sha256])
 
     @cached_property
     def _manifest_digest(self) -> str:
@@ -480,6 +494,14 @@ class TargetStore:
 def open_store(path: Path | str) -> TargetStore:
     """Open a store (a folder, or an s3:// or gs:// url): `targets = open_store(path).targets(sample_ids, view=0)`."""
     return TargetStore.open(path)
+
+
+def _opened_again(path: Path | str, version: str) -> TargetStore:
+    """A store that another process has open. Raises `StaleStoreError` where it was published anew meanwhile."""
+    store = open_store(path)
+    if store._version != version:
+        raise published_anew(path)
+    return store
 
 
 def _forget_other_rows(records: CommitLog, rows: StoredRows, num_rows: int) -> None:

@@ -21,7 +21,7 @@ column, `temperatures`, and that JSON as the text `kdpipe`; its lists are padded
 from kdpipe.store.tables.exporting import export_table
 from kdpipe.store.tables.files import FORMATS, Table, open_table
 from kdpipe.store.tables.filling import fill
-from kdpipe.store.tables.importing import TableTargets
+from kdpipe.store.tables.importing import TableTargets, stored_encodings
 from kdpipe.store.tables.matching import OwnRows, own_rows, prepared_rows
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "open_table",
     "own_rows",
     "prepared_rows",
+    "stored_encodings",
 ]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 from torch import Tensor
 
-from kdpipe.encodings import TopK
+from kdpipe.encodings import TargetEncoding, TopK
 from kdpipe.errors import DataError
 from kdpipe.store.manifest import COVERED
 from kdpipe.store.tables.columns import depth_of, entry_type, list_lengths, numbers, padded, spoken, token_lengths
@@ -31,12 +31,16 @@ MASS_SLACK = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
-    """What a table's columns are about: `tokens` is `()` or `(T,)`, `temperatures` are those of `tail_log_mass`."""
+    """What a table's columns are about: `tokens` is `()` or `(T,)`, `temperatures` are those of `tail_log_mass`.
+
+    `stored` is how an exported table's logits were stored.
+    """
 
     path: Path
     tokens: tuple[int, ...]
     num_classes: int
     temperatures: tuple[float, ...]
+    stored: TargetEncoding | None = None
 
 
 def read_lists(
@@ -73,6 +77,7 @@ class CheckedRows:
     def __init__(self, meaning: Meaning, batch: pa.RecordBatch, sample_ids: NDArray[np.str_]) -> None:
         self._path, self._tokens, self._num_classes = meaning.path, meaning.tokens, meaning.num_classes
         self._given, self._batch, self._ids = meaning.temperatures, batch, sample_ids
+        self._stored = meaning.stored
         self.covered = self._coverage()
 
     def logits(self) -> Tensor:
@@ -81,7 +86,8 @@ class CheckedRows:
         values, lengths = self._read("logits", (*self._tokens, num_classes))
         self._refuse(lengths != num_classes, f"have other than {num_classes} logits")
         largest = values.max(axis=-1)  # of NaN and others, the maximum is NaN
-        self._refuse(~_in_float32(largest), "have logits that are NaN, +inf, all -inf or beyond float32")
+        beyond = ~_in_float32(largest) | (np.isfinite(values) & ~_in_float32(values)).any(axis=-1)
+        self._refuse(beyond, "have logits that are NaN, +inf, all -inf or beyond float32")
         return torch.from_numpy(np.where(self.covered[..., np.newaxis], values, values.dtype.type(0)))
 
     def features(self, output: OutputSpec) -> Tensor:
@@ -98,7 +104,7 @@ class CheckedRows:
         temperatures = list(encoding.temperatures)
         ids, log_probs = self._classes(encoding.k)
         tails = self._tails(temperatures, log_probs)
-        if ids.shape[-1] > encoding.k or encoding.top_p is not None:
+        if ids.shape[-1] > encoding.k or (encoding.top_p is not None and not self._keeps_as(encoding)):
             dropped = np.where(_kept(log_probs, encoding), -np.inf, log_probs)
             joined = np.stack([logsumexp(dropped / each, axis=-1) for each in temperatures], axis=-1)
             tails, log_probs = np.logaddexp(tails, joined), np.where(np.isneginf(dropped), log_probs, -np.inf)
@@ -107,6 +113,11 @@ class CheckedRows:
         # An unused place repeats the last id.
         ids = np.maximum.accumulate(np.where(np.isneginf(log_probs), 0, ids), axis=-1)
         return Head(ids=ids, log_probs=log_probs, tails=tails, temperatures=temperatures)
+
+    def _keeps_as(self, encoding: TopK) -> bool:
+        """Whether an encoding keeps the very classes that the table's own kept: rounded numbers would keep others."""
+        was = self._stored
+        return isinstance(was, TopK) and (was.k, was.top_p, was.min_k) == (encoding.k, encoding.top_p, encoding.min_k)
 
     def _classes(self, least: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Ids in order and log-probs `[B, ..., K]`, unused places last; K is `least` or more.
@@ -158,6 +169,12 @@ class CheckedRows:
                 far = abs(mass - 1) > MASS_SLACK
                 self._refuse(far, "have class_ids and tail_log_mass whose probabilities do not sum to 1")
         others = self._num_classes - (log_probs > -np.inf).sum(axis=-1, keepdims=True)
+        for number, temperature in enumerate(temperatures):
+            if temperature != 1 and 1.0 in given:
+                what = f"have a tail_log_mass at temperature {temperature:g} that does not go with the one at 1"
+                at_1 = tails[..., temperatures.index(1.0)]
+                wrong = _impossible(tails[..., number], temperature, at_1, others[..., 0])
+                self._refuse(wrong, f"{what}; are its values in the order of the temperatures?")
         with np.errstate(divide="ignore"):
             blank = np.log(others) - np.log(self._num_classes) / np.array(temperatures)
         return np.where(self.covered[..., np.newaxis], tails, blank)
@@ -215,6 +232,22 @@ def _in_float32(values: NDArray[Any]) -> NDArray[np.bool_]:
     """Where a number stays finite in float32, in which losses compute."""
     within: NDArray[np.bool_] = np.abs(values) <= np.finfo(np.float32).max
     return within
+
+
+def _impossible(
+    tails: NDArray[np.float64], temperature: float, at_1: NDArray[np.float64], others: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Where `log R_T [B, ...]` cannot be that of `others [B, ...]` classes whose mass at T = 1 is `exp(at_1)`.
+
+    Sums of powers (Jensen): with b = 1 / T, log R_T lies between b log R_1 and b log R_1 + (1 - b) log others.
+    """
+    beta = 1 / temperature
+    with np.errstate(invalid="ignore"):
+        one_class = beta * at_1
+        alike = one_class + (1 - beta) * np.log(np.maximum(others, 1))
+        slack = MASS_SLACK * (1 + np.abs(one_class))
+        outside = (tails < np.minimum(one_class, alike) - slack) | (tails > np.maximum(one_class, alike) + slack)
+    return np.where(np.isneginf(at_1), ~np.isneginf(tails), outside)
 
 
 def _in_order(ids: NDArray[np.int64], log_probs: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

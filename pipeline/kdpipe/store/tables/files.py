@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from kdpipe import durable
 from kdpipe.data.npy import ArrayRows
 from kdpipe.errors import DataError
+from kdpipe.targets import is_number
 
 FORMATS = {"parquet": ".parquet", "arrow": ".arrow", "npz": ".npz"}
 """Format that can be written -> the usual end of its files' names."""
@@ -119,7 +120,15 @@ def _parsed(text: bytes | str) -> Mapping[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"its {ABOUT!r} metadata is no JSON object")
+    _check_temperatures(value.get(TEMPERATURES, []))
+    if not isinstance(value.get("encodings", {}), dict):
+        raise ValueError(f"the encodings of its {ABOUT!r} metadata are {value['encodings']!r}; expected an object")
     return value
+
+
+def _check_temperatures(value: object) -> None:
+    if not isinstance(value, list) or not all(map(is_number, value)):
+        raise ValueError(f"its temperatures are {value!r}; expected a list of numbers")
 
 
 def _open_parquet(path: Path) -> Table:
@@ -234,6 +243,7 @@ def _open_npz(path: Path) -> Table:
         about = dict(_parsed(str(_whole(archive, ABOUT)))) if ABOUT in names else {}
         if TEMPERATURES in names:
             about[TEMPERATURES] = _whole(archive, TEMPERATURES).tolist()
+            _check_temperatures(about[TEMPERATURES])
     columns = tuple(each for each in names if each not in (ABOUT, TEMPERATURES))
     return Table(path=path, names=columns, about=about, read=read)
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from kdpipe.encodings import Dense, Int8, TargetEncoding, TopK
+from kdpipe.encodings import Dense, Int8, TargetEncoding, TopK, encoding_from_json
 from kdpipe.errors import ConfigError, DataError
 from kdpipe.store.manifest import COVERED
 from kdpipe.store.statistics import kept_statistics, teacher_statistics
@@ -63,6 +63,7 @@ class TableTargets:
             tokens=self._shapes[self._columns[0]][:-1],
             num_classes=self.num_classes,
             temperatures=self.temperatures,
+            stored=stored_encodings(table).get("logits"),
         )
         self.outputs = [
             OutputSpec(name="logits", shape=(*self._meaning.tokens, self.num_classes)),
@@ -213,6 +214,8 @@ class TableTargets:
                 f"{self.table.path}: tail_log_mass has {width} values per row, but there are {len(told)} temperatures, "
                 f"{list(told)}; name one for each, in their order"
             )
+        if len(set(told)) < len(told):
+            raise ConfigError(f"{self.table.path}: tail_log_mass has the temperatures {list(told)}; expected each once")
         return tuple(map(float, told))
 
     def _sample_ids(self, column: Any) -> NDArray[np.str_]:
@@ -224,6 +227,12 @@ class TableTargets:
             raise DataError(f"{self.table.path}: sample_id holds {column.type} or null; expected strings or integers")
         ids: NDArray[np.str_] = named.to_numpy(zero_copy_only=False).astype(np.str_)
         return ids
+
+
+def stored_encodings(table: Table) -> dict[str, TargetEncoding]:
+    """How those outputs of an exported table were stored that it still holds."""
+    stored = {name: encoding_from_json(each) for name, each in table.about.get("encodings", {}).items()}
+    return {name: each for name, each in stored.items() if name == "logits" or name in table.names}
 
 
 def _extremes(

@@ -60,7 +60,7 @@ def columns_not_read(table: Table, read: Sequence[str]) -> tuple[str, ...]:
 def _hint(table: Table, absent: Sequence[str]) -> str:
     """What to add where a column's name is nearly one that is needed."""
     names = {name.lower(): name for name in table.names}
-    for needed in (*absent, "logits"):
+    for needed in (each for each in (*absent, "logits") if each not in table.names):
         for found in difflib.get_close_matches(needed, names, n=1, cutoff=_NEAR):
             return f"; did you mean {needed!r} by {names[found]!r}?"
     return ""
