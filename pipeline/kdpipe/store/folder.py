@@ -33,10 +33,11 @@ class HeldFolder:
             raise
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where it is absent."""
+        """Bytes of a file; None where it is absent. Raises as `check` does."""
         try:
             return os.stat(name, dir_fd=self._descriptor).st_size
         except FileNotFoundError:
+            self.check()
             return None
 
     def check(self) -> None:

@@ -446,7 +446,6 @@ class TargetStore:
         )
 
     def _open_shard(self, layout: ArrayLayout, view: int, shard: int) -> ShardFile:
-        self._folder.check()
         if (view, shard) not in self._found_valid and not self._valid(view, self.shards[shard]):
             raise IncompleteStoreError(
                 f"{self.path}: shard {shard} of view {view} is not committed, or a file of it is absent or has another "
