@@ -490,6 +490,19 @@ def test_statistics_of_known_logits():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.01, 1, 30, 1e30])
+def test_statistics_are_those_of_the_definition(scale):
+    logits = scale * torch.randn(50, 3, 40, generator=torch.Generator().manual_seed(0))
+    logits[::2, :, 7] = -torch.inf
+    log_probs = torch.log_softmax(logits.double(), dim=-1)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(dim=-1)
+    expected = torch.stack([logits.argmax(dim=-1).double(), log_probs.amax(dim=-1).exp(), entropy], dim=-1)
+    found = teacher_statistics(logits)
+    assert found.shape == (50, 3, 3)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6, atol=1e-6)
+    assert (found[..., 2] >= 0).all()
+
+
 def test_a_rows_key_depends_on_its_id_and_view_only():
     ids = MemoryRows(50).sample_ids
     keys = row_keys(ids, 0)

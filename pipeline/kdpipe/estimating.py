@@ -150,7 +150,7 @@ def stored_bytes(encoding: TargetEncoding, sample: Sample, shard_rows: int) -> f
     for suffix, spec in encoding.arrays(sample.output).items():
         layout = ArrayLayout(name=suffix, **vars(spec), shard_rows=rows, chunk_rows=rows)
         shards = (arrays[suffix][start : start + rows] for start in range(0, counted, rows))
-        total += sum(len(encode_shard(shard, layout)) for shard in shards)
+        total += sum(len(piece) for shard in shards for piece in encode_shard(shard, layout))
     return total / counted
 
 

@@ -13,6 +13,7 @@ from kdpipe.data.prepared import PreparedData
 from kdpipe.errors import ConfigError, IncompleteStoreError
 from kdpipe.store import open_store
 from kdpipe.store.aligned import AlignedTargets
+from kdpipe.teachers.torch import TorchTeacher
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, train_teacher
 from kdpipe_stages.cache_teacher import build_teacher
 from kdpipe_stages.stores import inspect
@@ -156,6 +157,29 @@ def test_reordering_relabelling_and_resplitting_show_no_row(folder):
     assert cache(folder).rows_computed == 0
     assert rows_shown(folder) == 0
     check_targets(folder)
+
+
+def test_a_run_without_new_rows_does_not_call_the_teacher_at_all(folder, monkeypatch):
+    """Not even on the one row that tells what it gives: the store knows that."""
+    shown, say = [], TorchTeacher._say
+
+    def counting(self, columns):
+        shown.append(len(columns["image"]))
+        return say(self, columns)
+
+    monkeypatch.setattr(TorchTeacher, "_say", counting)
+    replace_digits(folder, digits(folder).take(pa.array(np.random.default_rng(0).permutation(NUM_ROWS))))
+    assert cache(folder).rows_computed == 0
+    assert shown == []
+    outputs = {"big": {**sections(4)["targets"]["big"], "outputs": ["logits", "no_such_output"]}}
+    write_params(folder, params(**{**sections(4), "targets": outputs}))
+    with pytest.raises(ConfigError, match=r"targets\.big\.outputs: .*no_such_output"):
+        cache(folder)
+    assert shown == [1]
+    shutil.rmtree(folder / "data" / "targets")  # what was computed is in the work area still
+    write_params(folder, params(**sections(4)))
+    assert cache(folder).rows_computed == 0
+    assert shown == [1, 1]
 
 
 def test_another_transform_or_seed_is_another_store(folder):

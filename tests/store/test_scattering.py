@@ -66,7 +66,7 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
 def test_a_chunk_of_more_rows_than_one_call_reads(tmp_path, chunk):
     layout = ArrayLayout.of("x", ArraySpec(dtype="float32", shape=(150,)), shard_rows=4096)
     rows = np.random.default_rng(0).normal(size=(3900, 150)).astype(np.float32)
-    content = encode_shard(rows, layout)
+    content = np.concatenate(list(encode_shard(rows, layout)))
     (tmp_path / "shard").write_bytes(content.tobytes())
     file = ShardFile(tmp_path / "shard", layout, len(rows), len(content))
     assert MOST_ROWS < file.rows_of(chunk) < 2 * MOST_ROWS + 1

@@ -50,7 +50,7 @@ class Dense:
         """`z - max` and max of logits `[B, ..., C]`."""
         wide = widened(values)
         row_max = wide.amax(dim=-1)
-        below = narrowed(self.dtype, wide - row_max.unsqueeze(-1), torch.isneginf(wide))
+        below = narrowed(self.dtype, wide - row_max.unsqueeze(-1), wide)
         return {"": below.cpu().numpy(), ".row_max": row_max.float().cpu().numpy()}
 
     def decode(self, arrays: Mapping[str, NDArray[Any]], output: OutputSpec) -> DenseTargets:

@@ -108,7 +108,7 @@ class TopK:
         if self.values == "int8":
             arrays |= _codes_of(head)
         else:
-            arrays[".log_probs"] = narrowed("float16", head, torch.isneginf(head)).cpu().numpy()
+            arrays[".log_probs"] = narrowed("float16", head, head).cpu().numpy()
         if self.top_p is not None:
             arrays[".num_kept"] = (~torch.isneginf(head)).sum(dim=-1).cpu().numpy().astype(narrowest(self.k))
         return arrays

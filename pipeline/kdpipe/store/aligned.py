@@ -33,7 +33,7 @@ class AlignedTargets:
         """`outputs` are those that are read (None: all)."""
         self.store, self._outputs = store, outputs
         self._store_row = np.full(len(inputs), -1, np.int64)
-        self._store_row[rows] = store.rows_of(inputs.sample_ids[rows].tolist())
+        self._store_row[rows] = _rows_of(store, rows, inputs.sample_ids[rows])
         differing = (store.digests[self._store_row[rows]] != inputs.digests[rows]).any(axis=1)
         if differing.any():
             example = inputs.sample_ids[rows[int(np.flatnonzero(differing)[0])]]
@@ -67,3 +67,10 @@ class AlignedTargets:
     def _mapped(self, group: Group) -> Group:
         batches = [self._store_row[rows] for rows in group.batches]
         return replace(group, batches=batches, tail=self._store_row[group.tail])
+
+
+def _rows_of(store: TargetStore, rows: NDArray[np.int64], sample_ids: NDArray[np.str_]) -> NDArray[np.int64]:
+    """The store's rows of samples `[N]`: the same as the prepared `rows` unless either side was reordered."""
+    if len(rows) and rows.max() < store.num_rows and np.array_equal(store.sample_ids[rows], sample_ids):
+        return rows  # nothing needs to be sorted
+    return store.rows_of(sample_ids.tolist())

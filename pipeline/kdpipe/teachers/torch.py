@@ -5,7 +5,8 @@ Shapes: B rows, T tokens, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,14 @@ def _first_device(model: nn.Module) -> torch.device:
     return next((each.device for each in model.parameters() if each.device.type != "meta"), compute_device())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a teacher gives about each row, and whether it abstains from some."""
+
+    outputs: Sequence[OutputSpec]
+    abstains: bool
+
+
 class TorchTeacher:
     """A module with its own preprocess; its forward returns logits `[B, C]` or `[B, T, C]`, or a dict or tuple.
 
@@ -48,9 +57,9 @@ class TorchTeacher:
     part). A single logit z, of a sigmoid head, is two classes `[0, z]`. Each further name in `outputs` is a part too
     (`1`, `hidden_states.2`), or the dotted path of a submodule, whose output is taken. A dict with bool `covered`
     (`[B]`, or `[B, T]`) makes a teacher that abstains from the other rows. `probe`, one prepared row, is run once to
-    learn the shapes. `identity` (JSON) says which module with which weights this is; preprocess state and numeric mode
-    are added to it. Raises `ConfigError` for an output that does not exist, `TeacherError` where forward fails or gives
-    no logits of `num_classes`.
+    learn the shapes, unless `known`, which is given the fingerprint, can tell them. `identity` (JSON) says which module
+    with which weights this is; preprocess state and numeric mode are added to it. Raises `ConfigError` for an output
+    that does not exist, `TeacherError` where forward fails or gives no logits of `num_classes`.
     """
 
     def __init__(
@@ -63,6 +72,7 @@ class TorchTeacher:
         outputs: Sequence[str] = (LOGITS,),
         precision: str = "float32",
         logits: str | None = None,
+        known: Callable[[Mapping[str, Any]], Form | None] = lambda _: None,
     ) -> None:
         is_placed = hasattr(model, "hf_device_map")  # by Transformers, on one device or several
         self._device = _first_device(model) if is_placed else compute_device()
@@ -71,21 +81,6 @@ class TorchTeacher:
         self._forward = Outputs(model, features, Head(logits, num_classes))
         self._preprocess, self._num_classes = preprocess, num_classes
         self._autocast = PRECISIONS[precision]
-        with torch.no_grad():
-            said, _ = self._say(probe)
-        found = said[LOGITS]
-        if found.ndim < 2 or found.shape[:1] + found.shape[-1:] != (1, num_classes):
-            raise self._misfit(said, LOGITS, 1, f"[1, …, {num_classes}]")
-        if look_like_probabilities(found):
-            raise TeacherError(
-                "the teacher's forward gives numbers from 0 to 1 with a sum of 1: probabilities, of a softmax at its "
-                "end; expected logits. Take what goes into the softmax, or return the logarithm of what comes out"
-            )
-        self.abstains = COVERED in said
-        self.outputs = (
-            OutputSpec(name=LOGITS, shape=tuple(found.shape[1:]), kind="logits"),
-            *(OutputSpec(name=name, shape=self._shape(name, said), kind="features") for name in features),
-        )
         self.fingerprint = {
             **identity,
             "preprocess_state": brief(preprocess.state()),
@@ -95,6 +90,8 @@ class TorchTeacher:
                 "tf32": torch.backends.cuda.matmul.allow_tf32 and self._device.type == "cuda",
             },
         }
+        form = known(self.fingerprint) or self._tried(probe, features)
+        self.outputs, self.abstains = tuple(form.outputs), form.abstains
 
     @torch.inference_mode()
     def predict(self, columns: Columns) -> dict[str, Tensor]:
@@ -117,6 +114,23 @@ class TorchTeacher:
             return np.ones(len(next(iter(columns.values()))), np.int64)
         lengths: NDArray[np.int64] = of_tokens(columns)
         return lengths
+
+    @torch.no_grad()
+    def _tried(self, probe: Columns, features: Sequence[str]) -> Form:
+        """What forward gives about one row."""
+        said, _ = self._say(probe)
+        found = said[LOGITS]
+        if found.ndim < 2 or found.shape[:1] + found.shape[-1:] != (1, self._num_classes):
+            raise self._misfit(said, LOGITS, 1, f"[1, …, {self._num_classes}]")
+        if look_like_probabilities(found):
+            raise TeacherError(
+                "the teacher's forward gives numbers from 0 to 1 with a sum of 1: probabilities, of a softmax at its "
+                "end; expected logits. Take what goes into the softmax, or return the logarithm of what comes out"
+            )
+        logits = OutputSpec(name=LOGITS, shape=tuple(found.shape[1:]), kind="logits")
+        shapes = {name: self._shape(name, said) for name in features}
+        outputs = [OutputSpec(name=name, shape=shape, kind="features") for name, shape in shapes.items()]
+        return Form(outputs=[logits, *outputs], abstains=COVERED in said)
 
     def _say(self, columns: Columns) -> tuple[dict[str, Any], int]:
         """What forward returns and its submodules give, as it comes, and the number of rows."""
