@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import sys
 import time
 from dataclasses import replace
 from unittest.mock import patch
@@ -226,6 +227,13 @@ def test_a_batch_larger_than_the_bound_is_taken(tmp_path, monkeypatch):
     assert captured(tmp_path / "store").path
     monkeypatch.undo()
     assert tree(tmp_path / "store") == tree(captured(tmp_path / "expected").path)
+
+
+def test_threads_give_way_to_the_teacher_for_as_long_as_it_works(tmp_path):
+    usual, found = sys.getswitchinterval(), []
+    captured(tmp_path, ToyTeacher(lambda said, _: (found.append(sys.getswitchinterval()), said)[1]))
+    assert max(found) < usual / 10
+    assert sys.getswitchinterval() == usual
 
 
 # What goes wrong

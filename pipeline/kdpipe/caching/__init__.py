@@ -6,9 +6,11 @@ and commits the shards behind it. Shapes: B rows, T tokens, C classes.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -118,7 +120,7 @@ def capture(
     batches = batches_of(store, missing, cut)
     total = sum(int(store.wanted(view, shard).sum()) for view, shard in missing)
     started, teacher_seconds, done = time.perf_counter(), 0.0, 0
-    with _torch_thread("loader") as loading, _torch_thread("writer") as writing:
+    with _torch_thread("loader") as loading, _torch_thread("writer") as writing, _giving_way():
         writer, ask = Writer(store, writing), Asking(teacher)
         for batch, columns in Loader(inputs, views, loading).read(batches):
             before = time.perf_counter()
@@ -151,6 +153,20 @@ def _probe_views(
             rows = rows[:PROBE_ROWS]
             views.probe(inputs.read(rows), inputs.sample_ids[rows].tolist())
             return
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """Let no thread keep the interpreter from the teacher's for long, as digests of rows do: a millisecond at once."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
+_SWITCH_S = 50e-6
 
 
 def _torch_thread(name: str) -> ThreadPoolExecutor:
