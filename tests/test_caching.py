@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import sys
+import threading
 import time
 from dataclasses import replace
 from unittest.mock import patch
