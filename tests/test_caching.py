@@ -236,6 +236,12 @@ def test_threads_give_way_to_the_teacher_for_as_long_as_it_works(tmp_path):
     assert sys.getswitchinterval() == usual
 
 
+def test_a_teacher_is_asked_without_gradients(tmp_path):
+    weights = torch.ones(5, requires_grad=True)
+    asked = captured(tmp_path / "asked", ToyTeacher(lambda said, _: {"logits": said["logits"] * weights}))
+    assert tree(asked.path) == tree(captured(tmp_path / "expected").path)
+
+
 # What goes wrong
 
 

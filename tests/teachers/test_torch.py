@@ -64,6 +64,19 @@ def test_it_says_the_same_again():
     assert torch.equal(teacher.predict(FEATURES)["logits"], teacher.predict(FEATURES)["logits"])
 
 
+def test_logits_in_float64_stay_so():
+    """As float32, 1e9 + 1 is 1e9."""
+
+    class Far(nn.Module):
+        def forward(self, inputs):
+            return inputs.flatten(1)[:, :3].double() + 1e9
+
+    said = teacher_of(Far()).predict(FEATURES)["logits"]
+    near = fitted()(FEATURES).flatten(1)[:, :3].double()
+    assert said.dtype == torch.float64
+    torch.testing.assert_close(on_cpu(said) - 1e9, near, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_gives_float32_near_the_exact_logits(precision):
     exact = on_cpu(teacher_of(network()).predict(FEATURES)["logits"])

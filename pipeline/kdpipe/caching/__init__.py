@@ -157,7 +157,10 @@ def _probe_views(
 
 @contextmanager
 def _giving_way() -> Iterator[None]:
-    """Let no thread keep the interpreter from the teacher's for long, as digests of rows do: a millisecond at once."""
+    """Let no thread keep the interpreter from the teacher's for long, as digests of rows do: a millisecond at once.
+
+    The whole process's: captures that overlap in threads of one process would give each other's back.
+    """
     usual = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
     try:

@@ -38,8 +38,9 @@ class TopK:
     """k classes: sorted ids, log-probs at T = 1, and the unnormalised tail log-mass `log R_T` at each temperature.
 
     With ids of i bytes (1, 2 or 4, as the classes need) and N temperatures, T = 1 always among them, in bytes per row:
-    `float16` values (i + 2) k + 4N with |error| <= |log-prob| * 2^-11 + 2^-25; `int8` values (i + 1) k + 4N + 4 with
-    |error| <= scale, scale = the kept log-probs' range / 254, after the head is rescaled to its exact mass `1 - R_1`.
+    `float16` values (i + 2) k + 4N with |error| <= |log-prob| * 2^-11 + 2^-25, one below -65504 counting as -65504;
+    `int8` values (i + 1) k + 4N + 4 with |error| <= scale, scale = the kept log-probs' range / 254, after the head is
+    rescaled to its exact mass `1 - R_1`.
 
     `top_p` keeps the fewest classes whose mass reaches it, at least `min_k` and at most k; `.num_kept` says how many.
     `compact` stores the ids' steps, compressed. Measured with int8 values, three temperatures and uniformly random ids

@@ -30,7 +30,8 @@ class Asking:
         """What the teacher says about `B` rows. Raises `TeacherError` when a single row does not fit."""
         if self.at_once is None or num_rows <= self.at_once:
             try:
-                return self._teacher.predict(columns)
+                with torch.no_grad():
+                    return self._teacher.predict(columns)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -95,14 +95,18 @@ class TorchTeacher:
 
     @torch.inference_mode()
     def predict(self, columns: Columns) -> dict[str, Tensor]:
-        """Every output `[B, …]` as float32, and `covered` where it abstains. Raises `TeacherError` for other shapes."""
+        """Every output `[B, …]` as float32 (float64 as it is), and `covered` where it abstains.
+
+        Raises `TeacherError` for other shapes.
+        """
         said, num_rows = self._say(columns)
         answer = {}
         for spec in self.outputs:
             value, expected = said.get(spec.name), [num_rows, *spec.shape]
             if not isinstance(value, Tensor) or list(value.shape) != expected:
                 raise self._misfit(said, spec.name, num_rows, str(expected))
-            answer[spec.name] = value.float()
+            # What lies far from 0 would be rounded together.
+            answer[spec.name] = value if value.dtype == torch.float64 else value.float()
         if self.abstains or COVERED in said:
             answer[COVERED] = self._covered(said.get(COVERED), answer[LOGITS].shape[:-1])
         return answer

@@ -50,8 +50,9 @@ def shard_bytes(encoding: TargetEncoding, arrays: Arrays, num_classes: int) -> d
     num_rows = len(next(iter(arrays.values())))
     return {
         suffix: sum(
-            len(encode_shard(arrays[suffix][start : start + layout.shard_rows], layout))
+            len(piece)
             for start in range(0, num_rows, layout.shard_rows)
+            for piece in encode_shard(arrays[suffix][start : start + layout.shard_rows], layout)
         )
         / num_rows
         for suffix, layout in layouts(encoding, num_classes, num_rows).items()

@@ -54,10 +54,13 @@ def written_and_read(encoding: TargetEncoding, logits: Tensor, keys: np.ndarray,
     plan = layouts(encoding, num_classes, num_rows)
     began = cpu_s()
     arrays = encoding.encode(logits, keys)
-    shards = {suffix: encode_shard(arrays[suffix][: plan[suffix].shard_rows], plan[suffix]) for suffix in arrays}
+    shards = {
+        suffix: b"".join(piece.data for piece in encode_shard(array[: plan[suffix].shard_rows], plan[suffix]))
+        for suffix, array in arrays.items()
+    }
     wrote = cpu_s() - began
     for suffix, content in shards.items():
-        (folder / f"shard{suffix}").write_bytes(content.tobytes())
+        (folder / f"shard{suffix}").write_bytes(content)
     began = cpu_s()
     read: Arrays = {}
     for suffix, layout in plan.items():
