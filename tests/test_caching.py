@@ -297,6 +297,13 @@ def test_rows_that_differ_from_their_digest_are_never_shown(tmp_path, row):
     check_what_is_left(tmp_path, row // SHARD_ROWS)
 
 
+def test_float64_beyond_float32_is_refused(tmp_path):
+    """Losses compute in float32, and a row's maximum is stored so."""
+    teacher = ToyTeacher(lambda said, _: {"logits": said["logits"].double() + 1e39})
+    with pytest.raises(TeacherError, match="logits are NaN or infinite in float32 for "):
+        captured(tmp_path / "store", teacher)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("row", [0, 47, 48, 149])
 def test_nan_and_infinity_are_refused_and_their_shard_is_never_committed(tmp_path, bad, row):

@@ -60,6 +60,16 @@ def test_dense_float32_loses_nothing_and_topk_of_every_class_neither():
     assert at(measure(Dense(dtype="float32"), sample, 64), 1).gradient_error < 1e-6
 
 
+@pytest.mark.parametrize("encoding", [Dense(), Int8(), TopK(k=3, temperatures=TEMPERATURES)])
+def test_what_float64_adds_to_all_classes_changes_nothing(encoding):
+    logits = logits_of().double()
+    near, far = (measure(encoding, sample_of(logits + offset), 64) for offset in (0, 2.0**30))
+    assert near.top1_agreement == far.top1_agreement
+    for one, other in zip(near.at, far.at, strict=True):
+        assert other.kl == pytest.approx(one.kl, rel=1e-3, abs=1e-12)
+        assert other.gradient_error == pytest.approx(one.gradient_error, rel=1e-3)
+
+
 @given(st.integers(2, 40), st.integers(0, 10), st.floats(0.1, 30))
 def test_int8_is_within_its_bound(num_classes, seed, scale):
     """T^2 KL <= scale^2 / 8 per row (Hoeffding), with the scale of the widest row."""

@@ -97,7 +97,9 @@ class Sample:
     """A teacher's finite or masked (-inf) logits `[P, C]` on the CPU, a key per position, and a student's gradients."""
 
     def __init__(self, logits: Tensor, keys: NDArray[np.uint64], temperatures: Sequence[float]) -> None:
-        self.logits, self.keys, self.temperatures = logits.float(), keys, temperatures
+        wide = logits.double()  # what a float64 teacher adds to all classes is not to round them
+        self.logits = (wide - wide.amax(dim=-1, keepdim=True)).float()
+        self.keys, self.temperatures = keys, temperatures
         self.output = OutputSpec(name="logits", shape=tuple(logits.shape[1:]))
         self.student = made_up_student(self.logits)
         self.exact = {

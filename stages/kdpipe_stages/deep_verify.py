@@ -37,6 +37,7 @@ from kdpipe.store import TargetStore
 from kdpipe.store.manifest import COVERED
 from kdpipe.store.rows import SampleIndex
 from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, Targets
+from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import CLASS_IDS, Teacher
 from kdpipe.views import ViewSpec, row_keys
 from kdpipe_stages.cache_teacher import manifest_of
@@ -202,6 +203,10 @@ class _Again:
         return places
 
     @cached_property
+    def _ask(self) -> Asking:
+        return Asking(self.teacher)
+
+    @cached_property
     def _prepared(self) -> SampleIndex:
         return SampleIndex(self.inputs.sample_ids)
 
@@ -209,7 +214,7 @@ class _Again:
         """What the teacher says about prepared rows, zero where it abstains."""
         ids = self.inputs.sample_ids[places]
         read = partial(read_intact, self.inputs)
-        said = self.teacher.predict(self.views.read(read, self.inputs.sample_ids, places, batch.view).columns)
+        said = self._ask(self.views.read(read, self.inputs.sample_ids, places, batch.view).columns, len(places))
         if CLASS_IDS in said:
             raise ConfigError(
                 "--deep compares logits of all classes, and this teacher gives its most probable ones only"
@@ -334,13 +339,27 @@ def distance(live: Tensor, targets: Targets, own: Targets) -> Tensor:
     return kl_to_targets(wide, targets)
 
 
+def _size(logits: Tensor) -> Tensor:
+    """The number, per row `[B, ..., 1]`, that a share of is lost to rounding: how large the largest logit is.
+
+    In float64 no larger than the row's range: a module that computes in float32 may widen its answer, and what it adds
+    to all classes then is no reason for them to be apart.
+    """
+    wide = logits.double()
+    top = wide.amax(dim=-1, keepdim=True)
+    if logits.dtype != torch.float64:
+        return top.abs()
+    lowest = torch.where(torch.isneginf(wide), top, wide).amin(dim=-1, keepdim=True)
+    return torch.minimum(top.abs(), top - lowest) + torch.finfo(torch.float64).eps * top.abs()
+
+
 def allowance(live: Tensor, own: Targets, rounding: float) -> Tensor:
     """What of `distance` rounding by a share of each number's size explains, to second order for KL: `[B, ...]`."""
     wide = live.double()
     if isinstance(own, FeatureTargets):
         return torch.full(wide.shape[:-1], rounding, dtype=torch.float64)
     log_probs = torch.log_softmax(wide, dim=-1)
-    probs, shift = log_probs.exp(), rounding * (wide.amax(dim=-1, keepdim=True).abs() - log_probs)
+    probs, shift = log_probs.exp(), rounding * (_size(live) - log_probs)
     shift = torch.where(probs > 0, shift, 0.0)
     if isinstance(own, SampledTargets):  # a draw near a border between classes may fall on the other side
         entropy: Tensor = torch.special.entr(probs).sum(dim=-1)

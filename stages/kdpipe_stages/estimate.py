@@ -41,6 +41,7 @@ from kdpipe.fingerprint import uniform_by_id
 from kdpipe.losses import LossTerm
 from kdpipe.store.manifest import COVERED, STATISTICS
 from kdpipe.targets import OutputSpec
+from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import CLASS_IDS, Teacher, abstains
 from kdpipe.views import row_keys
 from kdpipe_stages.building import encodings_of
@@ -127,10 +128,10 @@ def _listen(
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     (output,) = [each for each in teacher.outputs if each.name == "logits"]
     most = max(1, MAX_LOGITS // output.shape[-1] // len(batches))
-    logits, keys, timed = [], [], []
+    logits, keys, timed, ask = [], [], [], Asking(teacher)
     for number, batch in enumerate(batches + batches[:1] * (len(batches) == 1)):
         columns, before = inputs.read(batch), time.perf_counter()
-        said = {each: value.cpu() for each, value in teacher.predict(columns).items()}
+        said = {each: value.cpu() for each, value in ask(columns, len(batch)).items()}
         if CLASS_IDS in said:
             raise ConfigError(
                 "this teacher gives its most probable classes only, so that nothing can be compared with all of them"

@@ -204,6 +204,14 @@ def test_logit_mse_is_the_same_at_every_temperature():
     assert torch.equal(*values)
 
 
+def test_a_centred_logit_mse_knows_no_offset():
+    """Not even one beside which float32 would round the classes together."""
+    teacher, student = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[0.3, 0.1, -0.7]])
+    far = DenseTargets(values=teacher - 1, row_max=torch.tensor([1e9]))
+    loss = LogitMSE(centred=True)
+    torch.testing.assert_close(loss(student, far), loss(student, DenseTargets.of(teacher)))
+
+
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_logit_mse_leaves_out_what_the_teacher_masks(centred, reduction):

@@ -341,6 +341,25 @@ def test_a_teacher_that_answers_otherwise_when_asked_again_is_refused(tmp_path, 
     assert re.search(r"\nlogits: KL.* nats, asked again \S+; rounding explains up to \S+$", str(caught.value))
 
 
+# In float64, far from 0; what it says today depends on a file.
+OFFSET = LOGGING_TEACHER.replace(
+    RETURNS,
+    """        logits = self.head(inputs.flatten(1))
+        if self.training:
+            return logits
+        other = LOG.with_name("other").exists()
+        return logits.double() * (0.9 if other else 1) + 1e9""",
+)
+
+
+def test_what_float64_adds_to_all_classes_explains_nothing(tmp_path):
+    project = cached(tmp_path, TARGETS["float32"], OFFSET)
+    assert deep_verify.run(project, project.store("big"))[-1].endswith("is what big says")
+    (tmp_path / "other").touch()
+    with pytest.raises(CorruptStoreError, match="0 rows give identical bytes"):
+        deep_verify.run(project, project.store("big"))
+
+
 def test_a_teacher_that_says_nan_today_is_refused(tmp_path):
     project = cached(tmp_path, DENSE, FORGETFUL)
     assert deep_verify.run(project, project.store("big"))[-1].endswith("is what big says")

@@ -13,7 +13,7 @@ from kdpipe.config import parse
 from kdpipe.encodings import Dense, Int8, Sampled, TopK
 from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.store import open_store
-from kdpipe_stages import cache_teacher, estimate, prepare_data, train_teacher
+from kdpipe_stages import cache_teacher, deep_verify, estimate, prepare_data, train_teacher
 from kdpipe_stages.cli import run
 from kdpipe_stages.params import TargetsSection, logits_encoding
 from projects import LOGGING_TEACHER, make_project, params, project_in, tree, write_params
@@ -274,6 +274,35 @@ def test_nan_names_a_sample(tmp_path):
     ready(tmp_path, LOGGING_TEACHER.replace(RETURNS, says))
     with pytest.raises(TeacherError, match=r"NaN or infinite for 64 positions, such as of \d+-"):
         estimate.run(project_in(tmp_path), "big", 64)
+
+
+WITH_GRADIENTS = """
+import torch
+
+from kdpipe.targets import OutputSpec
+
+
+class Own:
+    outputs = (OutputSpec(name="logits", shape=(10,)),)
+    fingerprint = {"own": 1}
+
+    def __init__(self):
+        self.weights = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).div_(16).requires_grad_()
+
+    def predict(self, columns):
+        return {"logits": torch.from_numpy(columns["image"]).flatten(1).float() @ self.weights}
+"""
+
+
+def test_answers_that_require_gradients_are_asked_for_without_them(tmp_path):
+    """By every command that asks a teacher by factory."""
+    (tmp_path / "own.py").write_text(WITH_GRADIENTS)
+    make_project(tmp_path, teachers={"big": {"teacher": {"factory": "own.py:Own"}}})
+    project = project_in(tmp_path)
+    prepare_data.run(project)
+    assert estimate.run(project, "big", 64)["encodings"]
+    cache_teacher.run(project, "big")
+    assert deep_verify.run(project, project.store("big"), 64)[-1].endswith("is what big says")
 
 
 TOKENS = LOGGING_TEACHER.replace(

@@ -280,6 +280,15 @@ def test_persistent_workers_left_in_the_middle_are_refused(store):
         list(loader)
 
 
+def test_two_iterations_at_once_are_refused(store):
+    """Each would move the other's place: rows twice, and others never."""
+    stream = TargetStream(store, batch_size=50)
+    with pytest.raises(ConfigError, match="another iteration of this stream has begun"):
+        list(zip(stream, stream, strict=True))
+    stream.set_epoch(0)
+    assert sum(len(rows) for rows, _ in stream) == store.num_rows
+
+
 @pytest.mark.parametrize("step", [1, 40])
 def test_verify_always_reads_no_row_that_it_has_not_verified(tmp_path, step):
     store = store_of(tmp_path, num_views=1)

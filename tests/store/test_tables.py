@@ -653,6 +653,23 @@ def test_large_offsets_cost_nothing(tmp_path):
     assert said["confidence"] == pytest.approx(float(expected.exp()[2]), abs=1e-6)
 
 
+@FORMAT
+@pytest.mark.parametrize("encoding", [Dense(dtype="float32"), Int8()])
+def test_large_offsets_come_back(tmp_path, encoding, table_format):
+    """A table has in float64 what float32 would round together, and in float32 what it does not."""
+    near = store_of(tmp_path / "near", encoding)
+    ids = near.sample_ids.tolist()
+    logits = near.targets(ids).logits().double() + 1e9
+    far = imported_as(tmp_path, {"sample_id": ids, "logits": logits.tolist()}, encoding, num_classes=NUM_CLASSES)
+    for store, dtype in ((near, pa.float32()), (far, pa.float64())):
+        path = tmp_path / f"{dtype}{FORMATS[table_format]}"
+        export_table(store, path)
+        (first, *_) = open_table(path).batches(["logits"])
+        assert first["logits"].type.value_type == dtype
+        back = imported(tmp_path / str(dtype), TableTargets(open_table(path)), store.manifest)
+        same_where_covered(store, back, 0)
+
+
 @pytest.mark.parametrize("encoding", [Dense(), Sampled(draws=3), TopK(k=2, temperatures=(4.0,)), TopK(k=9)])
 def test_encodings_that_a_head_cannot_fill(tmp_path, encoding):
     with pytest.raises(ConfigError, match=r"cannot be stored as|no tail_log_mass at temperature 4|k is 9"):

@@ -226,9 +226,15 @@ def zero_where_abstained(values: Tensor, covered: Tensor | None) -> Tensor:
 
 
 def refuse_nonfinite(values: Tensor, output: OutputSpec, sample_ids: NDArray[np.str_]) -> None:
-    """Raise `TeacherError` naming samples; -inf is a masked class: legal in logits unless every class is masked."""
+    """Raise `TeacherError` naming samples; -inf is a masked class: legal in logits unless every class is masked.
+
+    What losses compute in counts: float64 beyond float32 is infinite.
+    """
     worst = values.amax(dim=-1) if output.kind == "logits" else values  # of NaN and others, the maximum is NaN
-    _refuse(~torch.isfinite(worst), f"{output.name} are NaN or infinite", sample_ids)
+    where = ""
+    if worst.dtype == torch.float64:
+        worst, where = worst.float(), " in float32"
+    _refuse(~torch.isfinite(worst), f"{output.name} are NaN or infinite{where}", sample_ids)
 
 
 def are_logits(logits: Tensor, covered: Tensor | None = None) -> bool:

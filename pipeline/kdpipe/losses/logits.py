@@ -55,7 +55,8 @@ class LogitMSE:
         dense = only_dense(targets, "LogitMSE of logits")
         check_shape(logits, tuple(dense.values.shape))
         kept, wide = ~dense.masked, widened(logits)
-        difference = torch.where(kept, wide - dense.logits().to(wide.dtype), 0.0)
+        teacher = dense.values if self.centred else dense.logits()
+        difference = torch.where(kept, wide - teacher.to(wide.dtype), 0.0)
         num_classes = kept.sum(dim=-1)
         if self.centred:
             mean = difference.sum(dim=-1, keepdim=True) / num_classes.unsqueeze(-1)

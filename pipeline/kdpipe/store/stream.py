@@ -106,7 +106,8 @@ class TargetStream(IterableDataset[StreamedBatch]):
     in a single view are kept in memory, otherwise two pools of rows are. `state_dict` says where the stream stands, in
     mid-epoch too, and `load_state_dict` goes on from there; both are about the process that iterates. A thread reads
     ahead, so that loader workers are not needed for speed; each worker has a copy of the stream, so that with workers
-    `set_epoch` must be called before each epoch (persistent ones go from epoch to epoch, whatever it says).
+    `set_epoch` must be called before each epoch (before the first with persistent ones, which go from epoch to epoch,
+    whatever it says). Two iterations at once need a stream each.
 
         for rows, targets in TargetStream(open_store("data/targets/big"), batch_size=256): ...
     """
@@ -149,6 +150,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
         self._pools = TargetPools(store, outputs, wanted if kept else None, verify_always=verify_always)
         self._step = 0
         self._epoch_is_set = self._in_worker = False
+        self._num_iterations = 0
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -173,8 +175,12 @@ class TargetStream(IterableDataset[StreamedBatch]):
                 "reads ahead anyhow)"
             )
         self._in_worker = worker is not None
+        self._num_iterations += 1
+        this = self._num_iterations
         views = ((self._views.view_of_epoch(group.epoch), group) for group in groups)
         for number, batch in enumerate(self._pools.batches(views)):
+            if self._num_iterations != this:
+                raise ConfigError("another iteration of this stream has begun; two at once need a stream each")
             self._step = first + number + 1
             if worker is None or number % worker.num_workers == worker.id:
                 yield batch

@@ -24,6 +24,10 @@ from kdpipe.store.target_store import TargetStore
 from kdpipe.targets import DenseTargets, FeatureTargets, MixedTargets, OutputSpec, SampledTargets, Targets
 
 FORMAT_VERSION = 1
+_FLOAT32_MAXIMUM = 2.0**13
+"""Logits of rows with larger ones are float64 in a table: float32 would round them by 2^-11 or more."""
+_MAXIMA = 2**20
+"""Rows whose maxima are looked at together."""
 _USED = "\0used"
 """End of a mask's name beside the columns; no column can be named so."""
 
@@ -46,7 +50,7 @@ def export_table(
     views = range(store.num_views) if views is None else views
     for view in views:
         store.check_rows(np.empty(0, np.int64), view)
-    columns = _columns(store, names)
+    columns = _columns(store, names, views)
     fields = [field for group in columns.values() for field in group]
     rows_of = {view: _rows_in(store, view) for view in views}
     num_rows = sum(len(each) for each in rows_of.values())
@@ -74,7 +78,7 @@ def _about(store: TargetStore, outputs: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _columns(store: TargetStore, outputs: Sequence[str]) -> dict[str, list[Field]]:
+def _columns(store: TargetStore, outputs: Sequence[str], views: Sequence[int]) -> dict[str, list[Field]]:
     """Columns by where they come from: "" (every store has them), an output, or its statistics."""
     tokens = store.outputs["logits"].shape[:-1]
     general = [
@@ -82,16 +86,30 @@ def _columns(store: TargetStore, outputs: Sequence[str]) -> dict[str, list[Field
         Field(name="view", dtype="<i4"),
         *([Field(name=COVERED, dtype="|b1", shape=tokens)] if store.manifest.coverage else []),
     ]
-    columns = {"": general} | {name: _fields_of(store.outputs[name], store.encodings[name]) for name in outputs}
+    columns = {"": general} | {
+        name: _fields_of(store.outputs[name], store.encodings[name], _dtype_of(store, name, views)) for name in outputs
+    }
     if "logits" in outputs:
         types = {"top1": "<i4", "confidence": "<f4", "entropy": "<f4"}
         columns["statistics"] = [Field(name=name, dtype=types[name], shape=tokens) for name in STATISTICS]
     return columns
 
 
-def _fields_of(output: OutputSpec, encoding: TargetEncoding) -> list[Field]:
+def _dtype_of(store: TargetStore, output: str, views: Sequence[int]) -> str:
+    """Of a dense output's numbers: those of logits are `z - max` and the maximum together again."""
+    row_max = f"{output}.row_max"
+    if row_max not in store.layouts:
+        return "<f4"
+    for view in views:
+        for rows in np.array_split(_rows_in(store, view), max(1, store.num_rows // _MAXIMA)):
+            if (np.abs(store.read_arrays(rows, view, [row_max])[row_max]) > _FLOAT32_MAXIMUM).any():
+                return "<f8"
+    return "<f4"
+
+
+def _fields_of(output: OutputSpec, encoding: TargetEncoding, dtype: str) -> list[Field]:
     if output.kind == "features" or isinstance(encoding, Dense | Int8):
-        return [Field(name=output.name, dtype="<f4", shape=output.shape)]
+        return [Field(name=output.name, dtype=dtype, shape=output.shape)]
     tokens, prefix = output.shape[:-1], prefix_of(output.name)
     if isinstance(encoding, TopK):
         places, numbers = encoding.k, "log_probs"
@@ -122,7 +140,8 @@ def _batches(
     for view, every_row in rows_of.items():
         for start in range(0, len(every_row), num_rows):
             rows = every_row[start : start + num_rows]
-            yield {name: value for each in sources for name, value in _read(store, each, view, rows).items()}
+            read = (_read(store, each, columns[each], view, rows) for each in sources)
+            yield {name: value for each in read for name, value in each.items()}
 
 
 def _rows_in(store: TargetStore, view: int) -> NDArray[np.int64]:
@@ -133,7 +152,7 @@ def _rows_in(store: TargetStore, view: int) -> NDArray[np.int64]:
     return np.flatnonzero(np.concatenate([np.zeros(0, np.bool_), *shown]))
 
 
-def _read(store: TargetStore, source: str, view: int, rows: NDArray[np.int64]) -> Values:
+def _read(store: TargetStore, source: str, fields: Sequence[Field], view: int, rows: NDArray[np.int64]) -> Values:
     """The columns of one source; where the teacher did not speak, floats are NaN, integers -1, and no place is used."""
     covered = store.read_arrays(rows, view, [COVERED])[COVERED] if store.manifest.coverage else None
     values: dict[str, NDArray[Any]]
@@ -144,7 +163,7 @@ def _read(store: TargetStore, source: str, view: int, rows: NDArray[np.int64]) -
         values = dict(store.statistics(rows, view))
         values["top1"] = values["top1"].astype(np.int32)
     else:
-        values = _values(source, store.read(rows, view, [source])[source])
+        values = _values(source, store.read(rows, view, [source])[source], fields[0].dtype)
     if covered is None:
         return values
     return {name: np.where(spoken(covered, each), each, _SILENT[each.dtype.kind]) for name, each in values.items()}
@@ -154,9 +173,9 @@ _SILENT = {"b": np.False_, "f": np.float32("nan"), "i": np.int32(-1)}
 """What stands where the teacher did not speak, by kind of dtype."""
 
 
-def _values(output: str, targets: Targets) -> dict[str, NDArray[Any]]:
+def _values(output: str, targets: Targets, dtype: str) -> dict[str, NDArray[Any]]:
     if isinstance(targets, DenseTargets):
-        return {output: _floats(targets.logits())}
+        return {output: targets.double().logits().numpy() if dtype == "<f8" else _floats(targets.logits())}
     if isinstance(targets, FeatureTargets):
         return {output: _floats(targets.values)}
     assert not isinstance(targets, MixedTargets)  # which no store holds
