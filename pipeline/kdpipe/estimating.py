@@ -97,8 +97,7 @@ class Sample:
     """A teacher's finite or masked (-inf) logits `[P, C]` on the CPU, a key per position, and a student's gradients."""
 
     def __init__(self, logits: Tensor, keys: NDArray[np.uint64], temperatures: Sequence[float]) -> None:
-        wide = logits.double()  # what a float64 teacher adds to all classes is not to round them
-        self.logits = (wide - wide.amax(dim=-1, keepdim=True)).float()
+        self.logits = logits if logits.dtype == torch.float64 else logits.float()  # as a capture encodes them
         self.keys, self.temperatures = keys, temperatures
         self.output = OutputSpec(name="logits", shape=tuple(logits.shape[1:]))
         self.student = made_up_student(self.logits)

@@ -138,7 +138,7 @@ MUTANTS = {
     ],
     "logit_mse": [
         (logits, "LogitMSE", ".sum(dim=-1)", ".mean(dim=-1)"),
-        (logits, "LogitMSE", "wide - dense.logits()", "wide + dense.logits()"),
+        (logits, "LogitMSE", "wide - teacher", "wide + teacher"),
         (logits, "LogitMSE", "dense.logits()", "dense.values"),
     ],
     "mean_logit_mse": [(logits, "LogitMSE", "value / num_classes", "value")],
