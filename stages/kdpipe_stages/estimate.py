@@ -78,7 +78,7 @@ def run(
     needed = sorted({term.loss.temperature for term in terms.values()}) or [1.0]
     plan = _Plan(project=project, name=name, teacher=teacher, data=data, heard=heard)
     sample = Sample(heard.logits, heard.keys, sorted({*section.temperatures, *needed, *_ALWAYS}))
-    offers, excluded = _offers(plan, sample, terms, on_progress)
+    offers, excluded = _offers(plan, sample, terms, sorted({*section.temperatures, *needed}), on_progress)
     disk = measure_disk(project.work("estimate"))
     needs = Needs(
         num_classes=sample.output.shape[-1],
@@ -291,13 +291,16 @@ def _terms(project: Project, name: str) -> dict[str, LossTerm]:
 
 
 def _offers(
-    plan: _Plan, sample: Sample, terms: dict[str, LossTerm], on_progress: OnProgress
+    plan: _Plan, sample: Sample, terms: dict[str, LossTerm], temperatures: list[float], on_progress: OnProgress
 ) -> tuple[list[Offer], dict[str, str]]:
-    """Every candidate and params.yaml's own encoding, measured; and why others could not be, by name."""
-    masked = bool(torch.isneginf(sample.logits).any())
-    wanted = candidates(sample.output.shape[-1], plan.section.temperatures, masked)
-    if profiled(plan.own, "fast") not in wanted:
-        wanted = [profiled(plan.own, "fast"), *wanted]
+    """Every candidate and params.yaml's own encoding, measured; and why others could not be, by name.
+
+    Candidates store `temperatures`; params.yaml's own takes the place of the one with its name, and stores its own.
+    """
+    masked, own = bool(torch.isneginf(sample.logits).any()), profiled(plan.own, "fast")
+    wanted = candidates(sample.output.shape[-1], temperatures, masked)
+    if own not in wanted:
+        wanted = [own, *(each for each in wanted if title_of(each) != title_of(own))]
     offers, excluded = [], {}
     for number, encoding in enumerate(wanted):
         on_progress(number, len(wanted), title_of(encoding))

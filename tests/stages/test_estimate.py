@@ -152,20 +152,31 @@ def test_the_temperatures_are_those_of_targets_and_losses_and_one_and_four(folde
     assert found["loss_temperatures"] == [3]
     topk = by_name(found)["topk 5 float16"]
     served = {each["temperature"]: each["gradient_error"] is not None for each in topk["at"]}
-    assert served == {1: True, 2: True, 3: False, 4: False}
-    assert "temperature 3 is not stored" in topk["refused"]
+    assert served == {1: True, 2: True, 3: True, 4: False}
+    assert not topk["refused"]
     assert "sampled" in by_name(found)["sampled 10"]["refused"]
     assert not by_name(found)["int8"]["refused"]
 
 
-@pytest.mark.parametrize("targets", [{"encoding": "topk", "k": 4, "temperatures": [1]}, {"encoding": "dense"}])
-def test_what_cannot_serve_the_loss_is_never_recommended(folder, monkeypatch, targets):
-    """Though no disk is slow enough for it and dense is out."""
+@pytest.mark.parametrize("k", [4, 10])
+def test_what_cannot_serve_the_loss_is_never_recommended(folder, monkeypatch, k):
+    """Though no disk is slow enough for it and dense is out. The encoding of params.yaml has one line of the table."""
     monkeypatch.setattr("kdpipe.estimating.DENSE_CLASSES", 1)
-    found = estimate.run(settings(folder, {"temperature": 2.5}, **targets), "big", 64)
-    recommended = by_name(found)[found["recommended"]["name"]]
-    assert not recommended["refused"]
-    assert recommended["name"].startswith(("dense", "int8"))
+    found = estimate.run(settings(folder, {"temperature": 2.5}, encoding="topk", k=k), "big", 64)
+    assert len(by_name(found)) == len(found["encodings"])
+    own = by_name(found)[f"topk {k} float16"]
+    assert own["in_params"]
+    assert "temperature 2.5 is not stored" in own["refused"]
+    assert found["recommended"]["name"] != own["name"]
+    assert not by_name(found)[found["recommended"]["name"]]["refused"]
+
+
+def test_what_may_be_recommended_stores_the_temperatures_of_the_losses(folder):
+    found = estimate.run(settings(folder, {"temperature": 2.5}, temperatures=[1, 4]), "big", 64)
+    topk = [each for each in found["encodings"] if each["settings"]["encoding"] == "topk"]
+    assert [each["settings"]["temperatures"] for each in topk] == [[1, 2.5, 4]] * len(topk)
+    assert topk
+    assert not any(each["refused"] for each in topk)
 
 
 def test_the_recommendation_can_be_pasted(folder, monkeypatch):
