@@ -251,3 +251,20 @@ def test_interpolated_head_mass(values, logits, k):
         lower, upper = targets.tail_bounds(temperature)
         assert (lower - 1e-4 <= tail).all()
         assert (tail <= upper + 1e-4).all()
+
+
+@pytest.mark.parametrize("shape", [(10,), (300,), (3, 50)])
+@pytest.mark.parametrize("top_p", [None, 0.1, 0.55, 1.0])
+@BOTH_VALUES
+def test_classes_that_are_all_alike_need_no_number_each(shape, top_p, values):
+    encoding = TopK(k=10, values=values, top_p=top_p, min_k=2, temperatures=[1, 4])
+    output = OutputSpec(name="logits", shape=shape)
+    alike = encoding.decode(encoding.encode_alike(shape), output)
+    said = decoded(encoding, torch.zeros(1, *shape, dtype=torch.float64))
+    assert alike.ids.equal(said.ids)
+    torch.testing.assert_close(alike.head, said.head, rtol=0, atol=1e-3)
+    torch.testing.assert_close(alike.tails, said.tails, rtol=1e-5, atol=1e-5)
+    huge = encoding.encode_alike((*shape[:-1], 2**31))
+    assert {each: array.shape for each, array in huge.items()} == {
+        each: (1, *spec.shape) for each, spec in encoding.arrays(output).items()
+    }

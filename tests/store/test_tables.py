@@ -39,7 +39,7 @@ def manifest(encoding, shape=(NUM_CLASSES,), coverage=False, features=None, shar
         encodings=encodings,
         temperatures=[1.0],
         num_classes=shape[-1],
-        class_names=[f"class {index}" for index in range(shape[-1])],
+        class_names=[f"class {index}" for index in range(shape[-1])] if shape[-1] < 1000 else None,
         shard_rows=shard_rows,
         coverage=coverage,
     )
@@ -816,3 +816,19 @@ def test_hf_datasets_reads_them(tmp_path, monkeypatch, table_format):
     (saved,) = (tmp_path / "saved").glob("*.arrow")
     again = imported(tmp_path / "made", TableTargets(open_table(saved)), store.manifest)
     assert torch.equal(again.targets(["row-7"]).log_probs(), targets[7:8].log_probs())
+
+
+def test_tables_of_as_many_classes_as_ids_can_name(tmp_path):
+    """Tokens that the table says nothing about take no number per class."""
+    most = 2**31
+    columns = {
+        "sample_id": ["one", "two"],
+        "class_ids": [[[5, most - 1], [0]], [[7]]],
+        "log_probs": [[[-1.0, -0.5], [-0.1]], [[-2.0]]],
+    }
+    store = imported_as(tmp_path, columns, TopK(k=2), num_classes=most)
+    targets = store.targets(["one", "two"])
+    assert targets.covered.tolist() == [[True, True], [True, False]]
+    assert targets.ids[0, 0].tolist() == [5, most - 1]
+    assert targets.head[0, 0].tolist() == [-1.0, -0.5]
+    assert targets.ids[1, 0, 0] == 7

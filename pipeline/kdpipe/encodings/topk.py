@@ -5,6 +5,7 @@ Shapes: B batch, C classes, K kept places, N temperatures; `...` stands for furt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -113,6 +114,21 @@ class TopK:
         if self.top_p is not None:
             arrays[".num_kept"] = (~torch.isneginf(head)).sum(dim=-1).cpu().numpy().astype(narrowest(self.k))
         return arrays
+
+    def encode_alike(self, shape: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Arrays `[1, ..., *]` of a row of `shape` `(..., C)` whose classes are all alike; C may be any number.
+
+        What stands where a teacher said nothing: the lowest ids, as `encode` keeps them of equal logits.
+        """
+        *tokens, num_classes = shape
+        num_kept = self.k
+        if self.top_p is not None:
+            num_kept = min(max(math.ceil(self.top_p * num_classes), self.min_k), self.k)
+        place, others = torch.arange(self.k).expand(1, *tokens, self.k), num_classes - num_kept
+        head = torch.where(place < num_kept, -math.log(num_classes), -math.inf)
+        log_others = math.log(others) if others else -math.inf
+        tails = torch.tensor([log_others - math.log(num_classes) / each for each in self.temperatures])
+        return self.encode_kept(place.clamp(max=num_kept - 1), head, tails.expand(1, *tokens, -1), num_classes)
 
     def decode(self, arrays: Mapping[str, NDArray[Any]], output: OutputSpec) -> SparseTargets:
         """Targets of stored rows, head and tails in float32."""

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.distributed import Shard
-from kdpipe.encodings import ArraySpec
+from kdpipe.encodings import ArraySpec, TopK
 from kdpipe.store.manifest import COVERED
 from kdpipe.store.rows import grouped
 from kdpipe.store.tables.importing import TableTargets
@@ -140,10 +140,16 @@ def _places(store: TargetStore) -> tuple[dict[str, tuple[ArraySpec, tuple[int, .
 
 
 def _blank_row(store: TargetStore) -> dict[str, NDArray[Any]]:
-    """Arrays `[1, ...]` of a row about which the teacher said nothing."""
+    """Arrays `[1, ...]` of a row about which the teacher said nothing; of logits one token stands for all."""
     arrays: dict[str, NDArray[Any]] = {}
     for name, output in store.outputs.items():
-        encoded = store.encodings[name].encode(torch.zeros(1, *output.shape), np.zeros(1, np.uint64))
+        encoding, shape = store.encodings[name], output.shape
+        if output.kind == "logits":
+            shape = (*(1 for _ in shape[:-1]), shape[-1])
+        if isinstance(encoding, TopK):
+            encoded = encoding.encode_alike(shape)
+        else:
+            encoded = encoding.encode(torch.zeros(1, *shape), np.zeros(1, np.uint64))
         arrays |= {name + suffix: values for suffix, values in encoded.items()}
     others = store.manifest.arrays().items()
     return {name: arrays.get(name, np.zeros((1, *spec.shape), spec.dtype)) for name, spec in others}
