@@ -209,10 +209,11 @@ def offer(encoding, error, row_bytes, compact=None, refused=""):
     return Offer(measured=measured, row_bytes=sizes, refused=refused)
 
 
-def chosen(offers, num_classes=100, free_bytes=1e9, disk=1e9, rows_per_s=1e3, temperatures=(4.0,)):
+def chosen(offers, num_classes=100, free_bytes=1e9, disk=1e9, rows_per_s=1e3, temperatures=(4.0,), places=1000):
     needs = Needs(
         num_classes=num_classes,
         rows=1000,
+        places=places,
         rows_per_s=rows_per_s,
         temperatures=temperatures,
         free_bytes=int(free_bytes),
@@ -251,6 +252,23 @@ def test_the_rule(settings, expected, reason):
     found = chosen(OFFERS, **settings)
     assert found.encoding == expected
     assert reason in found.reason.replace("5%", "5 %")
+
+
+def test_rows_without_a_view_take_room_in_the_fast_profile():
+    found = chosen(OFFERS, free_bytes=210e3, places=5000)
+    assert found.encoding == Dense(compact=True)
+    assert "150.0 kB of 210.0 kB free" in found.reason
+
+
+def test_where_a_student_has_nothing_to_learn_rounding_is_no_error():
+    """Teacher and student are sure of the same classes: the gradient is about e^-48."""
+    logits = torch.from_numpy(np.random.default_rng(0).normal(200, 10, (64, 10)))
+    logits[torch.arange(64), torch.arange(64) % 10] += 60 + logits.amax(dim=-1) - 200
+    sample = Sample(logits.float(), np.arange(64, dtype=np.uint64), (1.0,))
+    for encoding in (Dense(), Dense(dtype="float32")):
+        (at_1,) = measure(encoding, sample, 64).at
+        assert at_1.gradient_error is not None
+        assert at_1.gradient_error < 1e-3
 
 
 def test_what_a_loss_refuses_is_never_recommended():

@@ -29,6 +29,8 @@ DENSE_CLASSES = 4000
 """Up to so many classes every one of them is kept, where that fits."""
 DRAWS = 8
 """How often a sampled encoding is drawn for its expected error."""
+SMALLEST_GRADIENT = 1e-12
+"""The norm, per position, below which a gradient in float64 is none."""
 _LADDER = (2, 5, 10, 20, 50, 100, 200, 500)
 _RUNGS = 4
 _WHOLE_TOPK = 100
@@ -111,12 +113,17 @@ class Sample:
         return encoding.decode(encoding.encode(self.logits, self.keys + np.uint64(draw)), self.output)
 
     def squared_error(self, targets: Targets, temperature: float) -> float:
-        """`|g' - g|^2 / |g|^2`: what forward KL tells the student through these targets, and what it should tell."""
+        """`|g' - g|^2 / |g|^2`: what forward KL tells the student through these targets, and what it should tell.
+
+        Where it should tell next to nothing (a student and a teacher that are sure of the same classes), the error is
+        that of rounding, and counts against `SMALLEST_GRADIENT` per position.
+        """
         student = self.student.clone().requires_grad_()
         loss = ForwardKL(temperature=temperature)(student, _widened(targets)).sum()
         (gradient,) = torch.autograd.grad(loss, student)
         exact = self.exact[temperature]
-        return float((gradient / temperature - exact).square().sum() / exact.square().sum())
+        least = len(exact) * SMALLEST_GRADIENT**2
+        return float((gradient / temperature - exact).square().sum() / exact.square().sum().clamp(min=least))
 
 
 def measure(encoding: TargetEncoding, sample: Sample, shard_rows: int) -> Measured:
@@ -243,11 +250,13 @@ class Offer:
 class Needs:
     """What an encoding must do: hold C classes of all rows (times views) that the teacher says so fast, on this disk.
 
-    `temperatures` are those of the student's losses.
+    `places` are all rows times all views: `fast` has room for those of a view that the teacher is not shown, too;
+    `compact` holds zeros there, in next to no bytes. `temperatures` are those of the student's losses.
     """
 
     num_classes: int
     rows: int
+    places: int
     rows_per_s: float
     temperatures: Sequence[float]
     free_bytes: int
@@ -255,8 +264,11 @@ class Needs:
 
     def profile(self, offer: Offer) -> str | None:
         """The profile that fits the free space, `fast` before `compact`."""
-        fitting = (each for each in ("fast", "compact") if offer.row_bytes[each] * self.rows <= self.free_bytes)
-        return next(fitting, None)
+        return next((each for each in ("fast", "compact") if self.total(offer, each) <= self.free_bytes), None)
+
+    def total(self, offer: Offer, profile: str) -> float:
+        """Bytes of the whole store's logits in a profile."""
+        return offer.row_bytes[profile] * (self.places if profile == "fast" else self.rows)
 
     def error(self, offer: Offer) -> float:
         """The largest gradient error at the losses' temperatures; infinite where it cannot serve them."""
@@ -266,7 +278,7 @@ class Needs:
     def size(self, offer: Offer) -> float:
         """Bytes of all rows, in the profile that fits, else in the smaller one."""
         profile = self.profile(offer)
-        return self.rows * (offer.row_bytes[profile] if profile else min(offer.row_bytes.values()))
+        return self.total(offer, profile) if profile else min(self.total(offer, each) for each in offer.row_bytes)
 
     def write_rate(self, offer: Offer) -> float:
         """Bytes per second that the teacher would have written, in that profile."""

@@ -83,6 +83,7 @@ def run(
     needs = Needs(
         num_classes=sample.output.shape[-1],
         rows=plan.num_targets,
+        places=len(data.inputs) * project.views().num_views,
         rows_per_s=heard.rows_per_s,
         temperatures=needed,
         free_bytes=disk.free_bytes,
@@ -96,7 +97,7 @@ def run(
         "disk": disk.to_json(),
         "encodings": [_offer_json(each, needs, plan.own) for each in offers],
         "excluded": excluded,
-        "recommended": _recommended_json(recommend(offers, needs)),
+        "recommended": _recommended_json(recommend(offers, needs), section),
     }
 
 
@@ -333,18 +334,24 @@ def _offer_json(offer: Offer, needs: Needs, own: TargetEncoding) -> dict[str, An
         "in_params": measured.encoding == profiled(own, "fast"),
         "bytes_per_row": offer.row_bytes["fast"],
         "bytes_per_row_compact": offer.row_bytes["compact"],
-        "bytes": offer.row_bytes["fast"] * needs.rows,
-        "bytes_compact": offer.row_bytes["compact"] * needs.rows,
-        "needed_mb_per_s": offer.row_bytes["fast"] * needs.rows_per_s / 1e6,
+        "bytes": needs.total(offer, "fast"),
+        "bytes_compact": needs.total(offer, "compact"),
+        "needed_mb_per_s": needs.total(offer, "fast") / needs.rows * needs.rows_per_s / 1e6,
         "top1_agreement": measured.top1_agreement,
         "refused": offer.refused,
         "at": [vars(each) for each in measured.at],
     }
 
 
-def _recommended_json(found: Recommendation) -> dict[str, Any]:
-    name, settings = found.encoding and title_of(found.encoding), found.encoding and settings_of(found.encoding)
-    return {"name": name, "settings": settings, "reason": found.reason}
+def _recommended_json(found: Recommendation, section: TargetsSection) -> dict[str, Any]:
+    """Its settings are a whole `targets` section: with what today's one says beside the encoding."""
+    if found.encoding is None:
+        return {"name": None, "settings": None, "reason": found.reason}
+    of_encodings = {"encoding", "profile", "temperatures"}.union(*PARAMETERS.values())
+    plain = vars(TargetsSection())
+    kept = {key: each for key, each in vars(section).items() if key in plain.keys() - of_encodings}
+    kept = {key: list(each) if isinstance(each, tuple) else each for key, each in kept.items() if each != plain[key]}
+    return {"name": title_of(found.encoding), "settings": settings_of(found.encoding) | kept, "reason": found.reason}
 
 
 def settings_of(encoding: TargetEncoding) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def export_targets(
     if table_format not in FORMATS:
         raise UsageError(f"--format is {table_format!r}; the choices are {', '.join(FORMATS)}")
     ending = FORMATS[table_format]
-    path = Path(Path(str(store)).name + ending) if out is None else out
+    path = Path(Path(os.path.abspath(str(store))).name + ending) if out is None else out
     if path.suffix != ending:
         raise UsageError(f"--out is {path}; expected a name that ends in {ending}, as --format is {table_format}")
     if view != ALL_VIEWS and not view.isdecimal():
@@ -61,9 +61,17 @@ def export_targets(
         raise DataError(
             f"No such file or directory: {path.parent}, the folder of --out {path}; make it, or name another"
         )
+    _check_is_in_no_store(path)
     views = None if view == ALL_VIEWS else [int(view)]
     opened = TargetStore.open(store)
     return path, export_table(opened, path, views=views, outputs=outputs or None, replace=replace)
+
+
+def _check_is_in_no_store(path: Path) -> None:
+    """Refuse to write into a store's folder, which the next one that is published there replaces."""
+    for folder in path.resolve().parents:
+        if (folder / "manifest.json").is_file() and (folder / "extent.json").is_file():
+            raise DataError(f"{path} lies in the target store {folder}; name a place outside of it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +109,7 @@ def import_targets(
     """
     if folder.exists():
         raise DataError(f"{folder} exists already; remove it, or name another folder")
+    _check_is_in_no_store(folder)
     opened = open_table(table)
     stored = stored_encodings(opened)
     features = {name: each for name, each in stored.items() if isinstance(each, Features | FeaturesInt8)}

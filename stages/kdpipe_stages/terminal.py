@@ -248,7 +248,7 @@ def holdings_table(holdings: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("what, why, and what removal costs", overflow="fold")
     for each in holdings:
         cost = "" if each["state"] in ("current", "in progress", "leftover") else f"costs: {each['cost']}"
-        leftovers = f"{len(each['leftovers'])} leftovers" if each["leftovers"] else ""
+        leftovers = f"leftover files: {len(each['leftovers'])}" if each["leftovers"] else ""
         text = "\n".join(line for line in (each["what"], each["why"], cost, leftovers) if line)
         sizes = (decimal(each["num_bytes"]), decimal(each["freed_bytes"]))
         table.add_row(each["fingerprint"][:12], each["state"], *sizes, Text(text))
@@ -259,9 +259,11 @@ def holdings_summary(holdings: Sequence[Mapping[str, Any]], path: str) -> str:
     """The closing line of `kdpipe gc`."""
     cleared = [each for each in holdings if each["state"] in ("earlier", "leftover")]
     freed = decimal(sum(each["freed_bytes"] for each in cleared))
+    swept = sum(len(each["leftovers"]) for each in holdings if each not in cleared)
+    leftovers = f", {swept} leftover file{'s' * (swept > 1)} in others" if swept else ""
     return (
         f"{path}: {decimal(sum(each['num_bytes'] for each in holdings))} in {len(holdings)} folders; --remove-earlier "
-        f"would remove {len(cleared)} of them and free {freed}"
+        f"would remove {len(cleared)} of them{leftovers}, and free {freed}"
     )
 
 

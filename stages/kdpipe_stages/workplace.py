@@ -15,7 +15,7 @@ from kdpipe import durable
 from kdpipe.caching import Share, read_intact
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.distributed import Shard
-from kdpipe.errors import CorruptStoreError, LockedError, StaleStoreError, StoreError, StoreNotFoundError
+from kdpipe.errors import CorruptStoreError, LockedError, StaleStoreError, StoreError, StoreNotFoundError, some
 from kdpipe.fingerprint import digest, digest_file
 from kdpipe.store import TargetStore
 from kdpipe.store.manifest import Manifest
@@ -27,6 +27,8 @@ from kdpipe.store.verification import description_problems
 from kdpipe.views import ViewSpec
 from kdpipe_stages.project import Project
 from kdpipe_stages.replay import check_kept_views, has_splits_of, keep_views
+
+_FILES_OF_A_STORE = ("manifest.json", "extent.json", "rows.parquet", LOG, "zarr.json")
 
 
 class Workplace:
@@ -51,6 +53,7 @@ class Workplace:
         `repair` reads every byte, and forgets the shards that differ from what was committed. Raises `LockedError` when
         others work on other rows, `CorruptStoreError` for what only a repair may touch.
         """
+        check_is_ours(self._published)
         if len(self.workers.held()) > 1:
             return self._join(inputs)
         if repair:
@@ -90,6 +93,7 @@ class Workplace:
                     f"{self._work} is damaged, so it was not published: {problems[0]} ({len(problems)} problems). "
                     f"{self._repair} to compute damaged shards again."
                 )
+            _keep_earlier(self._project, self._published, self._manifest)
             self._project.publish({"": self._work}, self._published)
         return True
 
@@ -198,6 +202,7 @@ class RemoteWorkplace:
 
         `repair` reads every byte there, and removes what differs from what was committed.
         """
+        check_is_ours(self._published)
         if repair:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._uploading.remove_damaged(self._published if self._is_described_here() else None)
@@ -225,6 +230,7 @@ class RemoteWorkplace:
             self._uploading.discard()
             is_described = _contents(self._folder) == _contents(self._published)
             if not is_described:
+                _keep_earlier(self._project, self._published, self._manifest)
                 self._project.publish({"": self._folder}, self._published)
         shutil.rmtree(self._folder)
         return is_new or not is_described
@@ -295,6 +301,29 @@ class RemoteWorkplace:
                 self._uploading.upload(record, folder)
                 store.records.add(record)
                 return
+
+
+def check_is_ours(published: Path) -> None:
+    """Raise `StoreError` for a folder to publish to that holds other things than a store."""
+    inside = sorted(each.name for each in published.iterdir()) if published.is_dir() else []
+    if inside and not any(each in inside for each in _FILES_OF_A_STORE):
+        raise StoreError(
+            f"{published} holds {some(inside)}, and no target store; publishing one there would remove that. Move it "
+            "elsewhere, and run again."
+        )
+
+
+def _keep_earlier(project: Project, published: Path, manifest: Manifest) -> None:
+    """Take over what is to be replaced, a store of other settings, unless data/.work holds it (it was pulled, say)."""
+    try:
+        fingerprint = Manifest.load(published).fingerprint
+    except StoreError:
+        return  # nothing there, or nothing that could be gone back to
+    earlier = project.work(fingerprint)
+    is_here = fingerprint != manifest.fingerprint and url_of(published) is None
+    if is_here and not (earlier / "manifest.json").is_file():
+        shutil.rmtree(earlier, ignore_errors=True)
+        project.publish({"": published}, earlier)
 
 
 def check_url(project: Project, name: str) -> None:

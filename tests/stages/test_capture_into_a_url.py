@@ -414,6 +414,25 @@ def test_other_settings_replace_the_store(clones, url):
     assert "logits/zarr.json" not in there
 
 
+def test_what_a_description_replaces_here_is_kept_or_left_alone(trained, clones, url, capsys):
+    folder = clones()
+    published = folder / "data" / "targets" / "big"
+    published.mkdir(parents=True)
+    (published / "mine.txt").write_text("of somebody")
+    assert "holds mine.txt, and no target store" in fails(
+        capsys, "cache-teacher", "big", "--params", str(folder / "params.yaml")
+    )
+    shutil.rmtree(published)
+    shutil.copytree(trained / "data" / "targets" / "big", published)
+    write_params(folder, settings(url, encoding="int8"))
+    cache_teacher.run(project_in(folder), "big")
+    assert "remote.json" in tree(published)
+    forget_rows_shown(folder)
+    write_params(folder, settings(None))
+    assert cache_teacher.run(project_in(folder), "big").rows_computed == 0
+    assert tree(published) == tree(trained / "data" / "targets" / "big")
+
+
 def test_shards_that_a_stopped_replacement_has_replaced_are_not_believed(trained, clones, url, monkeypatch):
     folder = clones()
     cache_in(folder)

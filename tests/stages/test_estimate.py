@@ -143,6 +143,9 @@ def test_a_student_of_one_epoch_needs_several_to_pay(folder):
     found = estimate.run(project_in(folder), "big", 64)
     rows = found["break_even"]["rows"]
     assert found["rows_to_show"] == NUM_ROWS + 3 * rows
+    dense = by_name(found)["dense float16"]
+    assert dense["bytes"] == pytest.approx(dense["bytes_per_row"] * 4 * NUM_ROWS)
+    assert dense["bytes_compact"] == pytest.approx(dense["bytes_per_row_compact"] * (NUM_ROWS + 3 * rows))
     assert found["break_even"]["students"] == math.ceil((NUM_ROWS + 3 * rows) / rows)
 
 
@@ -183,6 +186,7 @@ def test_the_recommendation_can_be_pasted(folder, monkeypatch):
     monkeypatch.setattr("kdpipe.estimating.DENSE_CLASSES", 1)
     found = estimate.run(settings(folder, {"temperature": 1}, temperatures=[1]), "big", 64)
     recommended = found["recommended"]
+    assert recommended["settings"]["batch_size"] == 64
     assert "the smallest with a gradient error within 5%" in recommended["reason"]
     again = estimate.run(settings(folder, {"temperature": 1}, **recommended["settings"]), "big", 64)
     assert again["recommended"]["settings"] == recommended["settings"]
@@ -237,7 +241,7 @@ def test_the_table_holds_every_number_and_json_is_the_same(folder, capsys):
         assert len(cells) == 7 + 3 * len(found["temperatures"]) - 1
         assert cells[-1] == ("-" if each["at"][-1]["kl"] is None else f"{100 * each['at'][-1]['gradient_error']:.2f}")
     assert ">* dense float16" in shown.out
-    assert "targets: {big: {encoding: dense}}" in shown.out
+    assert "targets: {big: {encoding: dense, batch_size: 64}}" in shown.out
     assert "caching has paid after 1 student;" in shown.out
     assert "cannot serve the student: sampled 10, sampled 2 head 2: student.losses.0" in shown.out
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from kdpipe import durable
 from kdpipe.errors import ConfigError, LockedError
 from kdpipe.store import open_store
-from kdpipe_stages import cache_teacher, prepare_data, train_student, train_teacher
+from kdpipe_stages import cache_teacher, prepare_data, terminal, train_student, train_teacher
 from kdpipe_stages.cli import run
 from kdpipe_stages.work_area import WorkArea
 from projects import forget_rows_shown, make_project, params, project_in, rows_shown, tree, write_params
@@ -289,6 +289,9 @@ def test_leftovers_of_stopped_runs_are_swept(folder):
     os.link(store / "manifest.json", staged / "manifest.json")
     assert only(folder, "targets", "current").leftovers == ["logits/c.0.0.0.tmp"]
     assert only(folder, "staging", "leftover").freed_bytes == 0
+    holdings = [each.to_json() for each in area_of(folder).holdings()]
+    summary = terminal.holdings_summary(holdings, "here")
+    assert "would remove 5 of them, 2 leftover files in others, and free" in summary
     before = outside(folder)
     done = area_of(folder).remove_earlier()
     assert len(done.removed) == 3 + 4

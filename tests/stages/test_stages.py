@@ -17,9 +17,11 @@ from kdpipe.store import TargetStore, open_store
 from kdpipe_stages import cache_teacher, evaluate, prepare_data, stores, train_student, train_teacher
 from kdpipe_stages.cli import run
 from kdpipe_stages.project import write_project
+from kdpipe_stages.tables import export_targets, import_targets
 from projects import (
     cache,
     digits,
+    fails,
     forget_rows_shown,
     make_project,
     params,
@@ -143,6 +145,38 @@ def test_a_pulled_store_is_adopted(folder):
     project = project_in(folder)
     assert cache_teacher.run(project, "big").rows_computed == 0
     assert tree(folder / "data" / "targets") == first
+
+
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_a_store_that_another_one_replaces_is_gone_back_to(folder, is_imported):
+    """Though the work area did not hold it: it was pulled, say, or imported."""
+    published = folder / "data" / "targets" / "big"
+    first = tree(published)
+    shutil.rmtree(folder / "data" / ".work")
+    if is_imported:
+        table = folder / "said.parquet"
+        export_targets(published, "parquet", table, "all", [], replace=False)
+        shutil.rmtree(published)
+        first = tree(import_targets(table, published, parameters={}).store.path)
+    write_params(folder, params(targets={"big": {"encoding": "int8"}}))
+    assert cache_teacher.run(project_in(folder), "big").rows_computed == NUM_ROWS
+    if is_imported:
+        kept = [each for each in (folder / "data" / ".work").iterdir() if tree(each) == first]
+        assert len(kept) == 1
+    else:
+        write_params(folder, params())
+        assert cache_teacher.run(project_in(folder), "big").rows_computed == 0
+        assert tree(published) == first
+
+
+def test_a_folder_of_other_things_is_not_published_over(folder, capsys):
+    published = folder / "data" / "targets" / "big"
+    shutil.rmtree(published)
+    published.mkdir()
+    (published / "mine.txt").write_text("of somebody")
+    message = fails(capsys, "cache-teacher", "big", "--params", str(folder / "params.yaml"))
+    assert "data/targets/big holds mine.txt, and no target store" in message
+    assert tree(published) == {"mine.txt": b"of somebody"}
 
 
 def test_a_damaged_shard_is_found_and_repaired(folder):

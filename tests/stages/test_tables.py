@@ -430,3 +430,8 @@ def test_commands_refuse_and_leave_nothing(captured, tmp_path, monkeypatch, caps
     assert run(imports) == 0
     assert [each.name for each in tmp_path.glob(".made*")] == [f".made.{os.getppid()}.tmp"]
     assert "made exists already" in fails(capsys, *imports)
+    assert "lies in the target store" in fails(capsys, "import-targets", "big.parquet", "made/again")
+    assert "lies in the target store" in fails(capsys, "export-targets", source, "--out", "made/big.parquet")
+    monkeypatch.chdir("made")
+    assert "made.parquet lies in the target store" in fails(capsys, "export-targets", ".")
+    assert run(["export-targets", ".", "--out", "../here.parquet"]) == 0

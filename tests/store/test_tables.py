@@ -605,6 +605,17 @@ WRONG = {
 }
 
 
+def test_probabilities_are_no_logits(tmp_path):
+    said = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    for name, logits in {"sure": said.softmax(dim=-1).round(), "logs": said.log_softmax(dim=-1)}.items():
+        columns = {"sample_id": [f"{name}-{row}" for row in range(20)], "logits": logits.tolist()}
+        (tmp_path / name).mkdir()
+        assert imported_as(tmp_path / name, columns, Dense()).num_rows == 20
+    columns["logits"] = said.softmax(dim=-1).tolist()
+    with pytest.raises(DataError, match="a sum of 1: probabilities; expected logits"):
+        imported_as(tmp_path, columns, Dense())
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_tables_are_refused(tmp_path, case):
     columns, message = WRONG[case]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdpipe.encodings import TargetEncoding, TopK
 from kdpipe.errors import DataError
+from kdpipe.inputs import look_like_probabilities
 from kdpipe.store.manifest import COVERED
 from kdpipe.store.tables.columns import depth_of, entry_type, list_lengths, numbers, padded, spoken, token_lengths
 from kdpipe.targets import OutputSpec
@@ -88,6 +89,12 @@ class CheckedRows:
         largest = values.max(axis=-1)  # of NaN and others, the maximum is NaN
         beyond = ~_in_float32(largest) | (np.isfinite(values) & ~_in_float32(values)).any(axis=-1)
         self._refuse(beyond, "have logits that are NaN, +inf, all -inf or beyond float32")
+        said = torch.from_numpy(values[self.covered])
+        if len(said) > 1 and look_like_probabilities(said):
+            raise DataError(
+                f"{self._path}: logits are numbers from 0 to 1 with a sum of 1: probabilities; expected logits. Give "
+                "their logarithm"
+            )
         return torch.from_numpy(np.where(self.covered[..., np.newaxis], values, values.dtype.type(0)))
 
     def features(self, output: OutputSpec) -> Tensor:
