@@ -53,7 +53,7 @@ class Workplace:
         `repair` reads every byte, and forgets the shards that differ from what was committed. Raises `LockedError` when
         others work on other rows, `CorruptStoreError` for what only a repair may touch.
         """
-        check_is_ours(self._published)
+        _check_is_ours(self._published)
         if len(self.workers.held()) > 1:
             return self._join(inputs)
         if repair:
@@ -202,7 +202,7 @@ class RemoteWorkplace:
 
         `repair` reads every byte there, and removes what differs from what was committed.
         """
-        check_is_ours(self._published)
+        _check_is_ours(self._published)
         if repair:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._uploading.remove_damaged(self._published if self._is_described_here() else None)
@@ -303,7 +303,7 @@ class RemoteWorkplace:
                 return
 
 
-def check_is_ours(published: Path) -> None:
+def _check_is_ours(published: Path) -> None:
     """Raise `StoreError` for a folder to publish to that holds other things than a store."""
     inside = sorted(each.name for each in published.iterdir()) if published.is_dir() else []
     if inside and not any(each in inside for each in _FILES_OF_A_STORE):
