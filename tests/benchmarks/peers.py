@@ -45,11 +45,13 @@ def zarr_python(layouts: Layouts, folder: Path) -> list[Reader]:
     """The store's own files, read by zarr-python."""
     import zarr
 
+    path = layouts.store.path
+
     def batches(epoch: int) -> Iterator[np.ndarray]:
-        array = zarr.open_group(layouts.store.path, mode="r")["logits"]
+        array = zarr.open_group(path, mode="r")["logits"]
         return from_blocks(lambda start, stop: array[0, start:stop], layouts.num_rows, epoch)
 
-    return [Reader(name="zarr-python, the store's files", batches=batches, warmup_rows=BUFFER_ROWS)]
+    return [Reader(name="zarr-python, the store's files", path=path, batches=batches, warmup_rows=BUFFER_ROWS)]
 
 
 def parquet(layouts: Layouts, folder: Path) -> list[Reader]:
@@ -94,26 +96,27 @@ def parquet(layouts: Layouts, folder: Path) -> list[Reader]:
         "fixed-size binary": write(folder / "binary.parquet", binary, False),
     }
     return [
-        Reader(name=f"Parquet (pyarrow), {way}", batches=partial(batches, path), warmup_rows=BUFFER_ROWS)
+        Reader(name=f"Parquet (pyarrow), {way}", path=path, batches=partial(batches, path), warmup_rows=BUFFER_ROWS)
         for way, path in ways.items()
     ]
 
 
 def hugging_face(layouts: Layouts, folder: Path) -> list[Reader]:
-    """A dataset on disk: its shuffled iterable (its numpy and torch batches are float32), and slices as blocks."""
+    """A dataset on disk: its shuffled iterable, and slices as blocks; numpy and torch are float32 there unless said."""
     import datasets
     import pyarrow as pa
     from torch.utils.data import DataLoader
 
     datasets.disable_progress_bars()
+    path = folder / "hugging_face"
     width = layouts.flat.shape[1]
     column = pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(layouts.flat).reshape(-1)), width)
     written = datasets.Dataset(datasets.table.InMemoryTable.from_arrays([column], names=["logits"]))
-    written.save_to_disk(folder / "hugging_face")
+    written.save_to_disk(path)
     del written, column
 
     def opened() -> Any:
-        return datasets.load_from_disk(folder / "hugging_face")
+        return datasets.load_from_disk(path)
 
     def shuffled_iterable(format_: str, epoch: int) -> Any:
         stream = opened().to_iterable_dataset(num_shards=max(1, layouts.num_rows // BLOCK_ROWS))
@@ -128,8 +131,8 @@ def hugging_face(layouts: Layouts, folder: Path) -> list[Reader]:
     def iterable_arrow(epoch: int) -> Iterator[np.ndarray]:
         return (as_rows(batch["logits"]) for batch in shuffled_iterable("arrow", epoch).iter(batch_size=BATCH_ROWS))
 
-    def slices(epoch: int) -> Iterator[np.ndarray]:
-        rows = opened().with_format("numpy", dtype=np.float16)
+    def slices(epoch: int, **formatting: Any) -> Iterator[np.ndarray]:
+        rows = opened().with_format("numpy", **formatting)
         return from_blocks(lambda start, stop: rows[start:stop]["logits"], layouts.num_rows, epoch)
 
     def slices_arrow(epoch: int) -> Iterator[np.ndarray]:
@@ -145,10 +148,12 @@ def hugging_face(layouts: Layouts, folder: Path) -> list[Reader]:
         "shuffled iterable, torch batches": partial(iterable, "torch"),
         "shuffled iterable, arrow batches": iterable_arrow,
         "block slices, numpy": slices,
+        "block slices, numpy of dtype=float16": partial(slices, dtype=np.float16),
         "block slices, arrow": slices_arrow,
     }
     return [
-        Reader(name=f"HF datasets, {way}", batches=batches, warmup_rows=BUFFER_ROWS) for way, batches in ways.items()
+        Reader(name=f"HF datasets, {way}", path=path, batches=batches, warmup_rows=BUFFER_ROWS)
+        for way, batches in ways.items()
     ]
 
 
@@ -160,9 +165,9 @@ def litdata(layouts: Layouts, folder: Path) -> list[Reader]:
 
     width = layouts.flat.shape[1]
     kinds = {"samples": None, "token blocks": TokensLoader(block_size=width)}
+    paths = {kind: folder / f"litdata {kind}" for kind in kinds}
     for kind, loader in kinds.items():
-        target = folder / f"litdata {kind}"
-        writer = BinaryWriter(str(target), chunk_bytes="64MB", item_loader=loader)
+        writer = BinaryWriter(str(paths[kind]), chunk_bytes="64MB", item_loader=loader)
         for index, row in enumerate(layouts.flat):
             writer[index] = np.array(row) if loader is None else torch.from_numpy(np.array(row))
         writer.done()
@@ -170,12 +175,14 @@ def litdata(layouts: Layouts, folder: Path) -> list[Reader]:
 
     def batches(kind: str, epoch: int) -> Iterator[Any]:
         loader = None if kinds[kind] is None else TokensLoader(block_size=width)
-        path = str(folder / f"litdata {kind}")
-        stream = StreamingDataset(path, item_loader=loader, shuffle=True, seed=epoch)
+        stream = StreamingDataset(str(paths[kind]), item_loader=loader, shuffle=True, seed=epoch)
         stack = np.stack if loader is None else torch.stack
         return (stack(batch) for batch in _batched(stream))
 
-    return [Reader(name=f"litdata, {kind}", batches=partial(batches, kind), warmup_rows=BUFFER_ROWS) for kind in kinds]
+    return [
+        Reader(name=f"litdata, {kind}", path=paths[kind], batches=partial(batches, kind), warmup_rows=BUFFER_ROWS)
+        for kind in kinds
+    ]
 
 
 def mosaic(layouts: Layouts, folder: Path) -> list[Reader]:
@@ -184,19 +191,19 @@ def mosaic(layouts: Layouts, folder: Path) -> list[Reader]:
     from streaming import MDSWriter, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
-    columns = {"logits": f"ndarray:float16:{layouts.flat.shape[1]}"}
-    with MDSWriter(out=str(folder / "mds"), columns=columns, progress_bar=False) as writer:
+    path, columns = folder / "mds", {"logits": f"ndarray:float16:{layouts.flat.shape[1]}"}
+    with MDSWriter(out=str(path), columns=columns, progress_bar=False) as writer:
         for row in layouts.flat:
             writer.write({"logits": np.array(row)})
     clean_stale_shared_memory()
 
     def batches(epoch: int) -> Iterator[np.ndarray]:
         stream = StreamingDataset(
-            local=str(folder / "mds"), shuffle=True, shuffle_seed=epoch, batch_size=BATCH_ROWS, num_canonical_nodes=1
+            local=str(path), shuffle=True, shuffle_seed=epoch, batch_size=BATCH_ROWS, num_canonical_nodes=1
         )
         return (np.stack([row["logits"] for row in batch]) for batch in _batched(stream))
 
-    return [Reader(name="MDS (mosaicml-streaming)", batches=batches, warmup_rows=BUFFER_ROWS)]
+    return [Reader(name="MDS (mosaicml-streaming)", path=path, batches=batches, warmup_rows=BUFFER_ROWS)]
 
 
 PEERS = {

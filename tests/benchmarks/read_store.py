@@ -129,7 +129,10 @@ def readers(layouts: Layouts) -> list[Reader]:
         lambda epoch: epochs(stream(TargetStore.open(path), pools_only)),
         lambda epoch: epochs(everything),
     ]
-    return [Reader(name=name, batches=batches) for name, batches in zip(NAMES, ways, strict=True)]
+    paths = [layouts.flat_path] * 3 + [path] * 4
+    return [
+        Reader(name=name, path=where, batches=batches) for name, where, batches in zip(NAMES, paths, ways, strict=True)
+    ]
 
 
 def main(num_rows: int = 200_000, num_classes: int = 1000, rounds: int = 25, folder: Path | None = None) -> None:

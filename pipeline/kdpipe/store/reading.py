@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kdpipe.store.layout import CRC_BYTES, ArrayLayout
 from kdpipe.store.rows import grouped
+from kdpipe.store.scattering import Scattered
 from kdpipe.store.shard_file import ShardFile
 
 MAX_OPEN_SHARDS = 1024
@@ -22,8 +23,8 @@ DENSE = 1 / 8
 """A chunk of which at least this share is wanted is read whole; of others the wanted rows are read."""
 WIDE_ROW_BYTES = 512
 """A row from which on copying it costs more than counting where it goes."""
-PLACED_AT_ONCE = 2**20
-"""Rows whose places are known at a time: some 50 bytes for each."""
+PLACED_AT_ONCE = 2**19
+"""Rows whose places are known at a time: some 100 bytes for each."""
 _UNSHARED = 2
 """References of an array that only a local variable and `getrefcount` know."""
 
@@ -91,7 +92,7 @@ class RowPool:
                 first = len(carried[layout.name])
                 buffer[:first] = carried[layout.name]
             for start in range(first, len(rows), PLACED_AT_ONCE):
-                self._fill(buffer, layout, view, rows, slice(start, min(start + PLACED_AT_ONCE, len(rows))))
+                self._fill(buffer, layout, view, rows[start : start + PLACED_AT_ONCE], start)
         self._reader.release()
 
     def view(self, positions: slice) -> Arrays:
@@ -107,41 +108,51 @@ class RowPool:
         stop = self._num_rows
         return {name: buffer[stop - num_rows : stop].copy() for name, buffer in self._buffers.items()}
 
-    def _fill(self, buffer: NDArray[Any], layout: ArrayLayout, view: int, rows: NDArray[np.int64], some: slice) -> None:
-        first = some.start
-        chunk_of = rows[some] // layout.chunk_rows
-        position = rows[some] - chunk_of * layout.chunk_rows
+    def _fill(self, buffer: NDArray[Any], layout: ArrayLayout, view: int, rows: NDArray[np.int64], first: int) -> None:
+        """`rows` to the places of `buffer` from `first` on."""
+        chunk_of = rows // layout.chunk_rows
+        position = rows - chunk_of * layout.chunk_rows
+        whole: list[tuple[ShardFile, int, NDArray[np.intp]]] = []
         for chunk, here in grouped(chunk_of):
             shard, inner = divmod(chunk, layout.num_chunks)
             file = self._reader.shard(layout, view, shard)
             if len(here) < DENSE * file.rows_of(inner) and not self._verify:
                 buffer[here + first] = file.read(inner * layout.chunk_rows + position[here])
-                continue
-            if layout.row_bytes < WIDE_ROW_BYTES:
+            elif layout.row_bytes < WIDE_ROW_BYTES:
                 content = file.read_chunk(inner, self._scratch_for(layout), self._verify)
                 buffer[here + first] = content[position[here]]
             else:
-                self._place(file, inner, buffer[: len(rows) + 1], layout, position[here], here + first)
+                whole.append((file, inner, here))
+        at_once = max(1, PLACED_AT_ONCE // layout.chunk_rows)
+        for start in range(0, len(whole), at_once):
+            self._place(buffer[: self._num_rows + 1], layout, position, first, whole[start : start + at_once])
 
     def _place(
         self,
-        file: ShardFile,
-        chunk: int,
         buffer: NDArray[Any],
         layout: ArrayLayout,
-        taken: NDArray[np.int64],
-        places: NDArray[np.int64],
+        position: NDArray[np.int64],
+        first: int,
+        chunks: Sequence[tuple[ShardFile, int, NDArray[np.intp]]],
     ) -> None:
-        """Rows `taken` of a chunk to their `places` in `buffer`, whose last row takes what is not wanted."""
-        place = np.full(file.rows_of(chunk), len(buffer) - 1)
-        place[taken] = places
-        if layout.compressed or self._verify or not file.is_verified(chunk):
-            buffer[place] = file.read_chunk(chunk, self._scratch_for(layout), self._verify)
-        else:
-            file.scatter_chunk(chunk, buffer, place)
-        repeated = place[taken] != places
-        if repeated.any():
-            buffer[places[repeated]] = buffer[place[taken[repeated]]]
+        """Whole chunks, each row straight to its place in `buffer`, whose last row takes what is not wanted."""
+        unwanted = len(buffer) - 1
+        place = np.full((len(chunks), layout.chunk_rows), unwanted)
+        for number, (_, _, here) in enumerate(chunks):
+            place[number, position[here]] = here + first
+        scattered = Scattered(buffer, place.reshape(-1))
+        for number, (file, inner, _) in enumerate(chunks):
+            if layout.compressed or self._verify or not file.is_verified(inner):
+                content = file.read_chunk(inner, self._scratch_for(layout), self._verify)
+                buffer[place[number, : len(content)]] = content
+            else:
+                file.scatter_chunk(inner, scattered, number * layout.chunk_rows)
+        if np.count_nonzero(place != unwanted) == sum(len(here) for _, _, here in chunks):
+            return
+        for number, (_, _, here) in enumerate(chunks):  # some rows are asked for more than once
+            once = place[number, position[here]]
+            again = once != here + first
+            buffer[here[again] + first] = buffer[once[again]]
 
     def _buffer_for(self, layout: ArrayLayout) -> NDArray[Any]:
         buffer = self._buffers.pop(layout.name)

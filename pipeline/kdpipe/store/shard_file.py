@@ -134,12 +134,13 @@ class ShardFile:
         """Whether a chunk's checksum has been compared."""
         return bool(self._verified[chunk])
 
-    def scatter_chunk(self, chunk: int, out: NDArray[Any], places: NDArray[np.int64]) -> None:
-        """An uncompressed chunk's rows, each straight to its place in `out [N, …]`; `places [rows_of(chunk)]`."""
-        width, offset, rows = self._layout.row_bytes, int(self._offsets[chunk]), Scattered(out, places)
+    def scatter_chunk(self, chunk: int, out: Scattered, first: int) -> None:
+        """An uncompressed chunk's rows, each straight to its place in memory: those of `out` from `first` on."""
+        width, offset, num_rows = self._layout.row_bytes, int(self._offsets[chunk]), self.rows_of(chunk)
         with self._open() as file:
-            for start in range(0, len(places), MOST_ROWS):
-                if not rows.read(file.fileno(), offset + start * width, start, start + MOST_ROWS):
+            for start in range(0, num_rows, MOST_ROWS):
+                stop = min(start + MOST_ROWS, num_rows)
+                if not out.read(file.fileno(), offset + start * width, first + start, first + stop):
                     raise CorruptStoreError(f"{self._path} ends within chunk {chunk}. {REPAIR}")
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
