@@ -57,7 +57,7 @@ def verify(path: Path | str) -> Sequence[str]:
     problems = store.verify()
     if problems:
         raise CorruptStoreError(
-            f"{path}: {len(problems)} problems\n  "
+            f"{path}: {len(problems)} problem{'s'[: len(problems) != 1]}\n  "
             + "\n  ".join(map(str, problems))
             + "\nRun `kdpipe cache-teacher NAME --repair` to compute those again, or fetch the store again."
         )

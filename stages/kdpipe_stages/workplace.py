@@ -90,7 +90,7 @@ class Workplace:
             problems = store.verify(trusted={*self._verified, *written})
             if problems:
                 raise CorruptStoreError(
-                    f"{self._work} is damaged, so it was not published: {problems[0]} ({len(problems)} problems). "
+                    f"{self._work} is damaged, so it was not published: {problems[0]} (problem 1 of {len(problems)}). "
                     f"{self._repair} to compute damaged shards again."
                 )
             _keep_earlier(self._project, self._published, self._manifest)

@@ -1,14 +1,12 @@
 """How the benchmarks measure: CPU time, rounds interleaved over what is compared, medians with ranges.
 
-A virtual machine may give its host what it does not use: free memory (free page reporting), and pages of files that
-nobody read for a while. Whoever touches them next pays for the host's work or the disk's, so they are asked for first.
+A virtual machine may give up the cache of files that nobody read for a while; who reads them next pays for the disk.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
-import mmap
 import os
 import platform
 import resource
@@ -37,12 +35,6 @@ def read_files(path: Path) -> None:
             with each.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
-
-
-def claim_memory(num_bytes: int) -> None:
-    """Touch so many bytes and free them, so that what is measured next finds memory that this machine really has."""
-    with mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE)) as memory:
-        memory[:: mmap.PAGESIZE] = b"1" * -(-len(memory) // mmap.PAGESIZE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from functools import partial
 
 import numpy as np
@@ -296,6 +297,24 @@ def test_truncated_and_lost_files_are_named(tmp_path):
     ]
     with pytest.raises(StoreNotFoundError, match="no target store"):
         TargetStore.open(tmp_path / "nowhere")
+
+
+def test_answers_are_counted_as_they_are_committed(tmp_path):
+    store = TargetStore.create(tmp_path, manifest(), *rows(20), num_views=2)
+    answers = [store.num_answers]
+    for view, shard in store.missing():
+        store.write(view, shard, arrays_for(shard, view), batch_size=4)
+        answers.append(TargetStore.open(tmp_path).num_answers)
+    assert answers == [0, 8, 16, 20, 28, 36, 40]
+
+
+def test_a_file_in_the_place_of_an_arrays_folder(tmp_path):
+    store = complete(tmp_path, count=20)
+    shutil.rmtree(tmp_path / "logits")
+    (tmp_path / "logits").write_bytes(b"")
+    assert "view 0, shard 1: c.0.1.0 of logits is absent" in [str(each) for each in store.verify()]
+    with pytest.raises(IncompleteStoreError, match="shard 1 of view 0"):
+        TargetStore.open(tmp_path).read(np.array([9]))
 
 
 def test_a_shard_without_a_record_is_one_problem(tmp_path):

@@ -28,7 +28,7 @@ class HeldFolder:
         """For `open(name, opener=…)`, the name relative to the folder. Raises as `check` does."""
         try:
             return os.open(name, flags, dir_fd=self._descriptor)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self.check()
             raise
 
@@ -36,7 +36,7 @@ class HeldFolder:
         """Bytes of a file; None where it is absent. Raises as `check` does."""
         try:
             return os.stat(name, dir_fd=self._descriptor).st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self.check()
             return None
 

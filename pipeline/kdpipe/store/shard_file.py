@@ -98,7 +98,7 @@ class ShardFile:
                         f"{path} has {self._bytes} bytes; {expected_bytes} were committed. {REPAIR}"
                     )
                 index = os.pread(file.fileno(), _index_bytes(layout), self._bytes - _index_bytes(layout))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise IncompleteStoreError(f"{path} is committed but absent. {REPAIR}") from None
         self._offsets, self._sizes = self._read_index(np.frombuffer(index, np.uint8))
 

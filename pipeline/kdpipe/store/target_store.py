@@ -369,7 +369,7 @@ class TargetStore:
     @property
     def num_answers(self) -> int:
         """How many rows the teacher was shown, over all views: augmented views may be of some rows only."""
-        return self.num_rows + sum(int(self._computed(view).sum()) for view in range(1, self.num_views))
+        return sum(int(self._computed(view).sum()) for view in range(self.num_views))
 
     def check_rows(self, rows: NDArray[np.int64], view: int) -> None:
         """Raise `IncompleteStoreError` for a view or row that the store does not have."""
