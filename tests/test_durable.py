@@ -77,8 +77,9 @@ def largest_file(num_bytes):
 def test_a_write_that_fails_leaves_the_old_content_and_no_temporary(tmp_path, size):
     """Both where the buffer fails to be flushed and where the write itself fails."""
     write_bytes(tmp_path / "file", b"old")
-    with largest_file(1000), pytest.raises(OSError, match="File too large"):
+    with largest_file(1000), pytest.raises(OSError, match="File too large") as caught:
         write_bytes(tmp_path / "file", b"n" * size)
+    assert caught.value.filename == str(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert names_in(tmp_path) == ["file"]
 
@@ -158,6 +159,19 @@ def test_folders_that_are_there_stay(tmp_path):
     (tmp_path / "a" / "file").write_text("content")
     make_folder(tmp_path / "a")
     assert names_in(tmp_path / "a") == ["file"]
+
+
+def test_a_name_of_ones_own_takes_away_what_gone_processes_left(tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    for process in (killed.pid, os.getppid()):
+        (tmp_path / f".a[b].{process}.tmp").mkdir()
+    (tmp_path / f".a[b].c.{killed.pid}.tmp").write_text("of c")
+    (tmp_path / f".ab.{killed.pid}.tmp").write_text("of ab")
+    assert durable.own_temporary(tmp_path / "a[b]").name == f".a[b].{os.getpid()}.tmp"
+    assert names_in(tmp_path) == sorted(
+        [f".a[b].{os.getppid()}.tmp", f".a[b].c.{killed.pid}.tmp", f".ab.{killed.pid}.tmp"]
+    )
 
 
 def test_leftovers_are_swept_wherever_they_are(tmp_path):

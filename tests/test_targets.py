@@ -165,6 +165,14 @@ def test_there_is_no_bound_outside_the_stored_temperatures(temperature):
         sparse_of(LOG_PROBS_BTC, 7, (1.0, 2.0, 4.0)).tail_bounds(temperature)
 
 
+@pytest.mark.parametrize("temperatures", [(1.0, 2.0, 4.0), (1.0, 4.0)])
+def test_the_bounds_at_a_stored_temperature_are_what_is_stored(temperatures):
+    targets = sparse_of(LOG_PROBS_BTC, 7, temperatures)
+    for index, temperature in enumerate(temperatures):
+        for bound in targets.tail_bounds(temperature):
+            torch.testing.assert_close(bound, targets.tails[..., index], rtol=0, atol=0)
+
+
 def test_the_bound_shrinks_with_more_nodes():
     gaps = []
     for temperatures in ((1.0, 4.0, 8.0), (1.0, 2.0, 4.0, 8.0), (1.0, 2.0, 3.0, 4.0, 8.0)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,20 +24,23 @@ _GLANCE_S = 0.2
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[IO[bytes]]:
+def writing(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
     """A new file for `path`, which holds all that the block writes, or what it held before, even after a power cut.
 
-    File and folder are on disk after the block. Raises `OSError` (disk full, read-only); no temporary file is left
-    when the block or the disk fails.
+    File and folder are on disk after the block. `temporary` is its name until then, where several processes may write
+    to `path` at once. Raises `OSError` (disk full, read-only), which names `path`; no temporary file is left when the
+    block or the disk fails.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = temporary or path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         with temporary.open("wb") as file:
             yield file
             fsync_file(file)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
     fsync_folder(path.parent)
 
@@ -70,10 +74,33 @@ def fsync_folder(folder: Path) -> None:
 def sweep_temporaries(folder: Path) -> None:
     """Remove what a killed writer left behind. Only the one writer of `folder` may call this."""
     for leftover in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        _remove(leftover)
+
+
+def own_temporary(path: Path) -> Path:
+    """A name beside `path` that is this process's alone; what processes that are gone left under theirs is removed."""
+    for leftover in path.absolute().parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
+        process = leftover.name[len(path.name) + 2 : -len(TEMPORARY_SUFFIX)]
+        if process.isdecimal() and not _is_running(int(process)):
+            _remove(leftover)
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def make_folder(folder: Path) -> None:

@@ -173,8 +173,12 @@ class SparseTargets:
         beta, and above the chords of the nodes further out, extended. The interpolated value is clamped to both, so
         its error is at most upper - lower, and the head's mass is off by at most a quarter of that.
 
-        Raises `ConfigError` with fewer than three stored temperatures, or for T that is not between them.
+        Both are what is stored at a stored temperature. Raises `ConfigError` for another with fewer than three stored
+        ones, or that is not between them.
         """
+        stored = self._stored_tail(temperature)
+        if stored is not None:
+            return stored, stored
         if len(self.temperatures) < 3 or not min(self.temperatures) < temperature < max(self.temperatures):
             raise ConfigError(
                 f"temperature {temperature:g} cannot be interpolated from {self._choices}; expected three or more "
@@ -189,10 +193,16 @@ class SparseTargets:
         lower, upper = (each.masked_fill(empty, -torch.inf) for each in (torch.minimum(lower, upper), upper))
         return lower, upper
 
-    def _tail(self, temperature: float, allow_interpolation: bool) -> Tensor:
+    def _stored_tail(self, temperature: float) -> Tensor | None:
         for index, stored in enumerate(self.temperatures):
             if math.isclose(stored, temperature, rel_tol=1e-9):
                 return self.tails[..., index]
+        return None
+
+    def _tail(self, temperature: float, allow_interpolation: bool) -> Tensor:
+        stored = self._stored_tail(temperature)
+        if stored is not None:
+            return stored
         if not allow_interpolation:
             between = len(self.temperatures) > 2 and min(self.temperatures) < temperature < max(self.temperatures)
             raise ConfigError(

@@ -33,7 +33,8 @@ PARAMS = Path("params.yaml")
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 _OUT_OF_MEMORY = (
     "out of memory ({}). What was finished is kept. Set a smaller train.batch_size or train.micro_batch_size for what "
-    "is trained, targets.NAME.batch_size for a teacher, or a smaller ram_budget_mb, and run the same command again."
+    "is trained, targets.NAME.batch_size or targets.NAME.shard_rows for a teacher, or a smaller ram_budget_mb, and run "
+    "the same command again."
 )
 
 
@@ -194,6 +195,9 @@ def import_targets(
     dtype: Annotated[str | None, typer.Option("--dtype", help="Of dense: float16 or float32.")] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Of topk: classes per row.")] = None,
     values: Annotated[str | None, typer.Option("--values", help="Of topk: float16 or int8.")] = None,
+    masked_classes: Annotated[
+        bool, typer.Option("--masked-classes", help="Of int8: classes may be masked (-inf), a bit for each.")
+    ] = False,
     temperatures: Annotated[
         list[float] | None, typer.Option("--temperature", help="Of tail_log_mass, one by one, in its order.")
     ] = None,
@@ -202,7 +206,7 @@ def import_targets(
     from kdpipe_stages.tables import import_targets as import_
     from kdpipe_stages.terminal import answer, say
 
-    parameters = {"dtype": dtype, "k": k, "values": values}
+    parameters = {"dtype": dtype, "k": k, "values": values, "masked_classes": masked_classes or None}
     done = import_(
         table,
         store,

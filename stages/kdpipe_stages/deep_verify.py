@@ -384,8 +384,9 @@ def _per_row(values: Tensor, targets: Targets, own: Targets) -> Tensor:
     if own.covered is None or targets.covered is None:
         return values.flatten(1).mean(dim=1) if values.ndim > 1 else values
     covered, changed = own.covered & targets.covered, own.covered != targets.covered
-    if values.ndim < covered.ndim:  # one value for all tokens of a row
+    if values.shape[: covered.ndim] != covered.shape:  # of the row, not of its tokens
         covered = covered.flatten(1).any(dim=1)
+    values = values.reshape(*covered.shape, -1).mean(dim=-1)
     total = torch.where(covered, values, 0.0).reshape(len(values), -1).sum(dim=1)
     mean = total / covered.reshape(len(values), -1).sum(dim=1).clamp(min=1)
     return mean.masked_fill(changed.reshape(len(values), -1).any(dim=1), torch.inf)

@@ -118,8 +118,7 @@ def import_targets(
     said.check(chosen)
     own = own_rows(said)
     manifest = _manifest_of(table, said, chosen, len(own.sample_ids))
-    _sweep_killed_imports(folder)
-    work = folder.with_name(f".{folder.name}.{os.getpid()}{durable.TEMPORARY_SUFFIX}")
+    work = durable.own_temporary(folder)
     try:
         digests = np.zeros((len(own.sample_ids), 16), np.uint8)
         store = TargetStore.create(work, manifest, own.sample_ids, digests, own.num_views)
@@ -141,24 +140,6 @@ def import_targets(
     )
 
 
-def _sweep_killed_imports(folder: Path) -> None:
-    """Remove what imports to the same folder left behind whose processes are gone."""
-    for leftover in folder.absolute().parent.glob(f".{folder.name}.*{durable.TEMPORARY_SUFFIX}"):
-        process = leftover.name.split(".")[-2]
-        if process.isdecimal() and not _is_running(int(process)):
-            shutil.rmtree(leftover)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _chosen_encoding(
     said: TableTargets,
     stored: TargetEncoding | None,
@@ -174,7 +155,7 @@ def _chosen_encoding(
         raise UsageError(f"--encoding is {name!r}; the choices for a table are {', '.join(ENCODINGS_OF_TABLES)}")
     for key in given:
         if key not in PARAMETERS[name]:
-            raise UsageError(f"--{key}: encoding {name!r} has no such parameter")
+            raise UsageError(f"--{key.replace('_', '-')}: encoding {name!r} has no such parameter")
     if name != "topk" and temperatures:
         raise UsageError(f"--temperature: encoding {name!r} serves every temperature; leave it out")
     if name == "topk":

@@ -263,6 +263,32 @@ def test_features_and_a_teacher_that_abstains(tmp_path, features):
     assert "\nlogits: expected" not in str(caught.value)
 
 
+def test_maps_of_a_teacher_that_abstains(tmp_path):
+    # As many places as a batch has rows; a flat output of the same numbers beside it.
+    maps = ABSTAINING.replace('"halves":', '"maps": inputs.flatten(1).repeat(1, 6).reshape(-1, 48, 8), "halves":')
+    maps = maps.replace("[:, :32] / 2}", ".repeat(1, 6)}")
+    targets = {**DENSE, "outputs": ["logits", "maps", "halves"], "features": "int8"}
+    project = cached(tmp_path, targets, maps)
+    lines = deep_verify.run(project, project.store("big"))[1:-1]
+    error = {line.partition(":")[0]: float(re.search(r"own error ([^,]+)", line)[1]) for line in lines}
+    assert 0 < error["maps"] < 3 * error["halves"]
+    store = TargetStore.open(project.store("big"))
+    rows = np.arange(0, 128)
+    arrays = dict(store.read_arrays(rows))
+    place = np.arange(48) % 2 == 1
+    arrays["maps"][:, place] = arrays["maps"][:, place][..., ::-1]
+    store.write(0, store.shards[0], arrays, 48)
+    store.finish()
+    with pytest.raises(CorruptStoreError, match=r"\nmaps: .* in shards 0; the worst"):
+        deep_verify.run(project, project.store("big"))
+
+
+def test_maps_of_rows_whose_tokens_are_masked(tmp_path):
+    tokens = TOKENS.replace('"pooled": logits}', '"pooled": logits, "maps": logits.reshape(-1, 2, 5)}')
+    project = cached(tmp_path, {**DENSE, "outputs": ["logits", "pooled", "maps"]}, tokens)
+    assert f"{NUM_ROWS:,} rows give identical bytes" in deep_verify.run(project, project.store("big"))[0]
+
+
 def test_another_coverage_is_found(tmp_path):
     project = cached(tmp_path, DENSE, ABSTAINING)
     store = TargetStore.open(project.store("big"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -409,7 +410,10 @@ def test_commands_refuse_and_leave_nothing(captured, tmp_path, monkeypatch, caps
     assert "No such file" in fails(capsys, "export-targets", source, "--out", "nowhere/a.parquet")
     assert run(["export-targets", source]) == 0
     assert "exists already" in fails(capsys, "export-targets", source)
+    Path("big.parquet.tmp").write_text("somebody else's")
     assert run(["export-targets", source, "--force"]) == 0
+    assert Path("big.parquet.tmp").read_text() == "somebody else's"
+    Path("big.parquet.tmp").unlink()
     imports = ("import-targets", "big.parquet", "made")
     assert "the choices for a table are dense, int8, topk" in fails(capsys, *imports, "--encoding", "sampled", status=2)
     assert "--k: encoding 'dense' has no such parameter" in fails(capsys, *imports, "--k", "3", status=2)
@@ -430,6 +434,16 @@ def test_commands_refuse_and_leave_nothing(captured, tmp_path, monkeypatch, caps
     assert run(imports) == 0
     assert [each.name for each in tmp_path.glob(".made*")] == [f".made.{os.getppid()}.tmp"]
     assert "made exists already" in fails(capsys, *imports)
+    table = pq.read_table("big.parquet")
+    masked = [[[-math.inf, *each[1:]] for each in table["logits"].to_pylist()]]
+    pq.write_table(table.set_column(table.schema.names.index("logits"), "logits", masked), "masked.parquet")
+    as_int8 = ("import-targets", "masked.parquet", "masked", "--encoding", "int8")
+    assert "--masked-classes" in fails(capsys, *as_int8)
+    assert run([*as_int8, "--masked-classes"]) == 0
+    assert torch.isneginf(open_store(Path("masked")).read(np.arange(9))["logits"].values[:, 0]).all()
+    assert "--masked-classes: encoding 'dense' has no" in fails(
+        capsys, "import-targets", "masked.parquet", "dense", "--encoding", "dense", "--masked-classes", status=2
+    )
     assert "lies in the target store" in fails(capsys, "import-targets", "big.parquet", "made/again")
     assert "lies in the target store" in fails(capsys, "export-targets", source, "--out", "made/big.parquet")
     monkeypatch.chdir("made")

@@ -53,6 +53,16 @@ def test_a_single_id_is_no_sequence(store, single, found):
             ask(single)
 
 
+def test_ids_are_text_and_a_view_is_a_number(store):
+    assert store.rows_of([b"row-1"]).tolist() == [1]
+    with pytest.raises(ConfigError, match=r"sample ids are text; found bytes, such as b'row \\xc3\\xbc'"):
+        store.targets([b"row-1", "row ü".encode()])
+    for view in ("0", None, 0.0):
+        with pytest.raises(ConfigError, match=rf"view is {view!r}; expected the number of a view"):
+            store.targets(["row-1"], view=view)
+    assert len(store.targets(["row-1"], view=np.int64(0)).values) == 1
+
+
 def test_ids_of_several_axes_are_refused(store):
     with pytest.raises(ConfigError, match=r"found ids of shape \[2, 1\]; expected a sequence"):
         store.targets([["row-1"], ["row-2"]])

@@ -61,7 +61,7 @@ class Int8:
         if not self.masked_classes and bool(masked.any()):
             raise ConfigError(
                 "the teacher masks classes (-inf), which encoding int8 cannot quantise; set masked_classes: true "
-                "(one bit per class) or use encoding: dense"
+                "(--masked-classes of import-targets; one bit per class) or use encoding: dense"
             )
         below = below.masked_fill(masked, 0.0)
         codes, scale = quantised(below)

@@ -59,7 +59,10 @@ class SampleIndex:
 
     def find(self, sample_ids: Sequence[str] | NDArray[np.str_]) -> NDArray[np.int64]:
         """Row numbers `[B]` of sample ids, -1 for unknown ones. Raises `ConfigError` for what is no sequence of ids."""
-        wanted = np.asarray(sample_ids, dtype=np.str_)
+        try:
+            wanted = np.asarray(sample_ids, dtype=np.str_)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"sample ids are text; found bytes, such as {error.object!r}; decode them") from None
         if wanted.ndim != 1:
             found = f"ids of shape {list(wanted.shape)}" if wanted.ndim else f"a single id, {sample_ids!r}"
             raise ConfigError(f"found {found}; expected a sequence of sample ids; put one id into a list")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kdpipe import durable
 from kdpipe.distributed import Shard, shards_of
 from kdpipe.encodings import TargetEncoding, encoding_from_json
-from kdpipe.errors import IncompleteStoreError, StaleStoreError, StoreError
+from kdpipe.errors import ConfigError, IncompleteStoreError, StaleStoreError, StoreError
 from kdpipe.fingerprint import digest
 from kdpipe.store.classifier import CLASSIFIER, TeacherClassifier
 from kdpipe.store.extent import ROWS, Extent, write_extent, zarr_files
@@ -372,7 +372,9 @@ class TargetStore:
         return sum(int(self._computed(view).sum()) for view in range(self.num_views))
 
     def check_rows(self, rows: NDArray[np.int64], view: int) -> None:
-        """Raise `IncompleteStoreError` for a view or row that the store does not have."""
+        """Raise `IncompleteStoreError` for a view or row that the store does not have, `ConfigError` for no number."""
+        if not isinstance(view, int | np.integer):
+            raise ConfigError(f"view is {view!r}; expected the number of a view, 0 is the clean rows")
         if not 0 <= view < self.num_views:
             raise IncompleteStoreError(
                 f"{self.path} has views 0..{self.num_views - 1}; view {view} was asked. "

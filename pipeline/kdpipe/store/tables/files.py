@@ -271,16 +271,8 @@ def write_table(
     writer = {ending: _WRITERS[name] for name, ending in FORMATS.items()}[path.suffix]
     if path.exists() and not replace:
         raise DataError(f"{path} exists already; name another file, or overwrite it by --force")
-    temporary = path.with_name(path.name + durable.TEMPORARY_SUFFIX)
-    try:
-        with temporary.open("wb") as file:
-            writer(file, fields, about, rows)
-            durable.fsync_file(file)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    durable.fsync_folder(path.parent)
+    with durable.writing(path, durable.own_temporary(path)) as file:
+        writer(file, fields, about, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
