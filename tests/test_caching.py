@@ -8,6 +8,7 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,11 +17,14 @@ from hypothesis import strategies as st
 from kdpipe.caching import WHOLE, Captured, Share, are_logits, capture, loading, writing
 from kdpipe.caching.loading import LOAD_AHEAD
 from kdpipe.distributed import Shard
-from kdpipe.encodings import Dense, TopK
+from kdpipe.encodings import Dense, Features, FeaturesInt8, TopK
 from kdpipe.errors import ConfigError, DataError, TeacherError
 from kdpipe.inputs import class_logits
+from kdpipe.losses import RKD, CosineFeature, ForwardKL, HintMSE, SimilarityPreserving
+from kdpipe.losses.base import values_of
 from kdpipe.store import TargetStore
 from kdpipe.store.statistics import teacher_statistics
+from kdpipe.store.tables import TableTargets, export_table, fill, open_table, own_rows
 from kdpipe.targets import OutputSpec
 from kdpipe.teachers.asking import OfCountedTokens
 from kdpipe.teachers.base import Teacher
@@ -481,6 +485,59 @@ def test_a_teacher_may_abstain_from_tokens(tmp_path):
     assert arrays["hidden"][covered.any(axis=1)].any(axis=(1, 2)).all()
 
 
+@pytest.mark.parametrize("encoding", [Features(dtype="float32"), FeaturesInt8()], ids=["float32", "int8"])
+def test_features_as_wide_as_a_row_has_tokens_are_of_the_row(tmp_path, encoding):
+    outputs = (
+        OutputSpec(name="logits", shape=(4, NUM_CLASSES)),
+        OutputSpec(name="pooled", shape=(4,), kind="features"),
+        OutputSpec(name="of_tokens", shape=(4, 2), kind="features"),
+        OutputSpec(name="maps", shape=(4, 2, 1), kind="features"),
+    )
+    numbers = torch.randn(NUM_ROWS, 4, 2, generator=torch.Generator().manual_seed(1)) + 5
+    covered = torch.rand(NUM_ROWS, 4, generator=torch.Generator().manual_seed(2)) > 0.6
+
+    def some(said, rows):
+        logits = said["logits"].unsqueeze(1).repeat(1, 4, 1)
+        return {
+            "logits": logits,
+            "covered": covered[rows],
+            "pooled": numbers[rows, :, 0],
+            "of_tokens": numbers[rows],
+            "maps": numbers[rows].unsqueeze(-1),
+        }
+
+    teacher, rows = ToyTeacher(some, outputs=outputs, abstains=True), MemoryRows(NUM_ROWS)
+    encodings = {"logits": Dense().to_json(), **dict.fromkeys(("pooled", "of_tokens", "maps"), encoding.to_json())}
+    manifest = replace(manifest_for(teacher, SHARD_ROWS), encodings=encodings)
+    store = TargetStore.create(tmp_path / "store", manifest, rows.sample_ids, rows.digests, 1)
+    capture(store, teacher, rows, BATCH_SIZE)
+    store.finish()
+    targets, spoken = store.read(np.arange(NUM_ROWS)), covered.any(dim=1)
+    torch.testing.assert_close(targets["pooled"].values[spoken], numbers[spoken][..., 0], rtol=0, atol=0.02)
+    assert (targets["pooled"].values[~spoken] == 0).all()
+    torch.testing.assert_close(targets["of_tokens"].values[covered], numbers[covered], rtol=0, atol=0.02)
+    assert (targets["of_tokens"].values[~covered] == 0).all()
+    torch.testing.assert_close(targets["maps"].values[spoken][..., 0], numbers[spoken], rtol=0, atol=0.02)
+    assert (targets["maps"].values[~spoken] == 0).all()
+    for loss in (HintMSE(), CosineFeature(), RKD(), SimilarityPreserving()):
+        with pytest.raises(ConfigError, match="expected a vector per token"):
+            loss(numbers.unsqueeze(-1), targets["maps"])
+        assert loss(numbers, targets["of_tokens"]).shape == (NUM_ROWS, 4)
+        with pytest.raises(ConfigError, match="expected a vector per token"):
+            loss(numbers[..., 0], targets["pooled"])
+    export_table(store, tmp_path / "table.parquet")
+    exported = pq.read_table(tmp_path / "table.parquet")
+    nan = np.isnan(np.stack(exported["pooled"].to_numpy()))
+    assert np.array_equal(nan, np.broadcast_to(~spoken.numpy()[:, None], nan.shape))
+    said = TableTargets(open_table(tmp_path / "table.parquet"), features=["pooled", "of_tokens", "maps"])
+    again = TargetStore.create(tmp_path / "again", manifest, rows.sample_ids, rows.digests, 1)
+    fill(again, said, own_rows(said).rows, again.missing())
+    again.finish()
+    for name in ("pooled", "of_tokens", "maps"):
+        found = again.read(np.arange(NUM_ROWS))[name].values
+        torch.testing.assert_close(found, targets[name].values, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("covered", "found"),
     [
@@ -702,6 +759,41 @@ def test_a_teacher_that_knows_some_classes_is_stored_as_it_spoke(tmp_path):
     assert statistics["top1"].tolist() == first.tolist()
     assert statistics["confidence"] == pytest.approx(0.6)
     assert statistics["entropy"] == pytest.approx(-sum(p * np.log(p) for p in (0.6, 0.3, 0.1)))
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("top_p", [None, 0.8])
+@pytest.mark.parametrize("values", ["float16", "int8"])
+def test_whatever_stands_where_such_a_teacher_is_silent_is_not_looked_at(tmp_path, values, top_p, compact):
+    covered = torch.rand(NUM_ROWS, 3, generator=torch.Generator().manual_seed(2)) > 0.6
+
+    def some(_, rows):
+        said = {name: each.unsqueeze(1).repeat(1, 3, *[1] * (each.ndim - 1)) for name, each in kept_by(rows).items()}
+        silent = ~covered[rows]
+        said["class_ids"][silent], said["log_probs"][silent], said["tail_log_mass"][silent] = -1, -torch.inf, torch.nan
+        return {**said, "covered": covered[rows]}
+
+    tokens = OutputSpec(name="logits", shape=(3, NUM_CLASSES))
+    teacher, rows = ToyTeacher(some, outputs=(tokens,), abstains=True), MemoryRows(NUM_ROWS)
+    encoding = TopK(k=2, temperatures=(1.0,), values=values, top_p=top_p, compact=compact)
+    manifest = replace(manifest_for(teacher, SHARD_ROWS), encodings={"logits": encoding.to_json()})
+    store = TargetStore.create(tmp_path / "store", manifest, rows.sample_ids, rows.digests, 1)
+    capture(store, teacher, rows, BATCH_SIZE)
+    store.finish()
+    targets = store.targets(rows.sample_ids)
+    assert torch.equal(targets.covered, covered)
+    expected = kept_by(torch.arange(NUM_ROWS))
+    for name, found in (("class_ids", targets.ids.long()), ("log_probs", targets.head)):
+        said = expected[name].unsqueeze(1).expand(-1, 3, -1)
+        torch.testing.assert_close(found[covered], said[covered], rtol=0, atol=2e-3)
+    assert not torch.isnan(targets.head).any()
+    assert torch.isfinite(targets.tails).all()
+    logits = torch.randn(NUM_ROWS, 3, NUM_CLASSES, requires_grad=True)
+    losses = values_of(ForwardKL(temperature=1.0), logits, targets, None)
+    torch.where(covered, losses, 0.0).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert not logits.grad[~covered].any()
+    assert not np.stack(list(store.statistics(np.arange(NUM_ROWS)).values()), axis=-1)[~covered.numpy()].any()
 
 
 @pytest.mark.parametrize(

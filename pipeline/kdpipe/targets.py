@@ -365,6 +365,16 @@ def only_where(counts: Tensor, targets: _Kind) -> _Kind:
     return kept
 
 
+def are_of_places(shape: Sequence[int], places: Sequence[int]) -> bool:
+    """Whether values of `shape` are of `places`, the rows `[B]` or tokens `[B, T]` that a teacher speaks about.
+
+    Those of tokens are `[B, T, D]`. Of `[B, T]`, and of maps `[B, T, H, W]`, T is how many numbers or channels a row
+    has.
+    """
+    axes = len(places)
+    return tuple(shape[:axes]) == tuple(places) and (axes == 1 or len(shape) == axes + 1)
+
+
 def zero_unless(counts: Tensor, values: Tensor) -> Tensor:
     """`values [B, ...]` with zeros where `counts` is False: bool, of `values`' first axes."""
     return torch.where(counts.reshape(*counts.shape, *[1] * (values.ndim - counts.ndim)), values, 0)

@@ -182,7 +182,7 @@ def encodings_of(section: TargetsSection, outputs: Iterable[OutputSpec]) -> dict
         if output.kind == "logits":
             result[output.name] = logits_encoding(section)
         elif section.features == "int8":
-            result[output.name] = FeaturesInt8(compact=compact)
+            result[output.name] = FeaturesInt8(whole_row=len(output.shape) > 2, compact=compact)
         else:
             result[output.name] = Features(dtype=section.features, compact=compact)
         result[output.name].check(output)

@@ -33,9 +33,11 @@ from kdpipe.distributed import cpu_threads
 from kdpipe.errors import ConfigError, CorruptStoreError, StaleStoreError, TeacherError
 from kdpipe.estimating import kl_to_targets
 from kdpipe.fingerprint import canonical_json, uniform_by_id
+from kdpipe.inputs import LOGITS
 from kdpipe.store import TargetStore
 from kdpipe.store.manifest import COVERED
 from kdpipe.store.rows import SampleIndex
+from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, Targets
 from kdpipe.teachers.asking import Asking
 from kdpipe.teachers.base import CLASS_IDS, Teacher
@@ -50,6 +52,8 @@ ROUNDING = {"float32": 2.0**-16, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Precision -> the share of a logit by which devices may differ, in units in the last place: 256, one, one."""
 BETWEEN_BATCHES = 2.0**-6
 """The share of a logit by which answers may differ between batches: two units in the last place of bfloat16."""
+_SINGLE = 4
+"""How much more than that share a single number may differ."""
 _NAMED, _SHOWN = 5, 20
 
 OnProgress = Callable[[int, int, str], None]
@@ -178,7 +182,7 @@ class _Again:
         live = self._say(batch, places)
         again, other = self._say(batch, places), self._say_among_others(batch, places)
         encoded = self._encoded(batch, live)
-        stored = self.store.read_arrays(batch.rows, batch.view, self.store.array_names())
+        stored = self.store.read_arrays(batch.rows, batch.view)
         says = {
             "stored": self.store.decode(stored),
             "control": self.store.decode(self._encoded(batch, other)),
@@ -237,7 +241,11 @@ class _Again:
 
     def _encoded(self, batch: _Batch, said: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
         keys = row_keys(self.store.sample_ids[batch.rows].tolist(), batch.view)
-        arrays = {COVERED: said[COVERED].cpu().numpy()} if self.store.manifest.coverage else {}
+        arrays: dict[str, NDArray[Any]] = {"statistics": teacher_statistics(said[LOGITS])}
+        if self.store.manifest.coverage:
+            covered: NDArray[np.bool_] = said[COVERED].cpu().numpy()
+            arrays[COVERED] = covered
+            arrays["statistics"][~covered] = 0
         for name, encoding in self.store.encodings.items():
             arrays |= {name + suffix: each for suffix, each in encoding.encode(said[name], keys).items()}
         return arrays
@@ -269,6 +277,12 @@ class _Found:
         self.shards.append(np.full(len(batch.rows), batch.shard))
         for name, targets in says.items():
             self.parts[name].append(_per_row(distance(live, targets, own), targets, own))
+            if isinstance(targets, DenseTargets) and isinstance(own, DenseTargets):
+                apart = (targets.row_max - own.row_max).double().abs()
+                self.parts[f"maximum {name}"].append(_per_row(apart, targets, own))
+        if isinstance(own, DenseTargets):
+            sizes = live.double().abs().masked_fill(torch.isneginf(live), 0.0).amax(dim=-1)
+            self.parts["maximum rounding"].append(_per_row(_SINGLE * rounding * sizes, own, own))
         self.parts["rounding"].append(_per_row(allowance(live, own, rounding), own, own))
         between = distance(live, _unencoded(other, own), own)
         self.parts["in other batches"].append(_per_row(between, says["control"], own))
@@ -287,20 +301,27 @@ class _Found:
 
     def wrong(self, store: TargetStore) -> str:
         """What neither the control nor the encoding nor rounding explains; empty when all is well."""
-        limit = self._mean("control") + self._mean("own") + self._mean("rounding")
-        far = self._all("stored") > self._all("control").max() + self._all("own").max() + self._all("rounding")
+        size, limit = self._all("stored"), self._mean("control") + self._mean("own") + self._mean("rounding")
+        far = size > self._all("control").max() + self._all("own").max() + self._all("rounding")
         single_rows_count = self.kind is not SampledTargets  # rounding may turn any one draw
-        if self._mean("stored") <= limit and not (single_rows_count and far.any()):
-            return ""
-        rows, size = np.concatenate(self.rows), self._all("stored")
-        shards = sorted(set(np.concatenate(self.shards)[far.numpy()].tolist()))
+        if self._mean("stored") > limit or (single_rows_count and bool(far.any())):
+            return (
+                f"{self.name}: {self._mean('stored'):.2g} in the mean, expected up to {limit:.2g}; {int(far.sum()):,} "
+                f"rows are further off than any of the control, {self._where(store, far, size)}"
+            )
+        if self.kind is DenseTargets:  # KL does not see what is added to all classes
+            size = self._all("maximum stored")
+            far = size > self._all("maximum control").max() + self._all("maximum rounding")
+            if bool(far.any()):
+                where = self._where(store, far, size)
+                return f"{self.name}: the largest logit of {int(far.sum()):,} rows is off, {where}"
+        return ""
+
+    def _where(self, store: TargetStore, far: Tensor, size: Tensor) -> str:
+        rows, shards = np.concatenate(self.rows), sorted(set(np.concatenate(self.shards)[far.numpy()].tolist()))
         worst = size.argsort(descending=True)[:_NAMED].tolist()
         named = ", ".join(f"{store.sample_ids[rows[each]]} ({size[each]:.2g})" for each in worst)
-        return (
-            f"{self.name}: {self._mean('stored'):.2g} in the mean, expected up to {limit:.2g}; {int(far.sum()):,} rows "
-            f"are further off than any of the control, in shards {', '.join(map(str, shards[:_SHOWN])) or '-'}; "
-            f"the worst: {named}"
-        )
+        return f"in shards {', '.join(map(str, shards[:_SHOWN])) or '-'}; the worst: {named}"
 
     def beyond_rounding(self, how: str) -> str:
         """How far today's answers to the same rows are apart `how`, beyond any rounding; empty otherwise."""
@@ -380,11 +401,12 @@ def _cross_entropy(log_probs: Tensor, targets: SampledTargets) -> Tensor:
 
 
 def _per_row(values: Tensor, targets: Targets, own: Targets) -> Tensor:
-    """`[B, ...]` -> the mean over a row's covered places `[B]`; infinite where coverage is not what it is now."""
+    """`[B, ...]` -> the mean over a row's covered places `[B]`; infinite for NaN, and where coverage has changed."""
+    values = values.masked_fill(torch.isnan(values), torch.inf)
     if own.covered is None or targets.covered is None:
         return values.flatten(1).mean(dim=1) if values.ndim > 1 else values
     covered, changed = own.covered & targets.covered, own.covered != targets.covered
-    if values.shape[: covered.ndim] != covered.shape:  # of the row, not of its tokens
+    if covered.ndim > 1 and values.shape != covered.shape:  # of the row, not of its tokens
         covered = covered.flatten(1).any(dim=1)
     values = values.reshape(*covered.shape, -1).mean(dim=-1)
     total = torch.where(covered, values, 0.0).reshape(len(values), -1).sum(dim=1)

@@ -35,6 +35,7 @@ EVERY = [
     Features(),
     Features(dtype="float32", compact=True),
     FeaturesInt8(),
+    FeaturesInt8(whole_row=True),
 ]
 each_encoding = pytest.mark.parametrize("encoding", EVERY, ids=str)
 

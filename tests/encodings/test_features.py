@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.encodings import Features, FeaturesInt8
+from kdpipe.encodings import Features, FeaturesInt8, encoding_from_json
 from kdpipe.errors import ConfigError
 from kdpipe.targets import OutputSpec
 
@@ -35,6 +38,21 @@ def test_bytes_are_within_half_a_step(seed, scale, offset):
     step = (wide.amax(dim=-1, keepdim=True) - wide.amin(dim=-1, keepdim=True)) / 255
     rounding = 2.0**-22 * wide.abs().amax(dim=-1, keepdim=True)
     assert ((found - wide).abs() <= step / 2 + rounding).all()
+
+
+@given(seed=SEEDS, scale=SCALES)
+def test_bytes_of_maps_have_one_range_per_row(seed, scale):
+    output = OutputSpec(name="maps", shape=(8, 2, 3), kind="features")
+    values = torch.randn(5, 8, 2, 3, generator=torch.Generator().manual_seed(seed)) * 10.0**scale
+    encoding = FeaturesInt8(whole_row=True)
+    assert encoding_from_json(encoding.to_json()) == encoding
+    assert FeaturesInt8().to_json() == {"name": "features_int8"}
+    encoded, announced = encoding.encode(values), encoding.arrays(output)
+    assert {name: each.shape[1:] for name, each in encoded.items()} == {"": (8, 2, 3), ".scale": (), ".zero": ()}
+    assert sum(np.dtype(each.dtype).itemsize * math.prod(each.shape) for each in announced.values()) == 48 + 8
+    found, wide = encoding.decode(encoded, output).values.double(), values.double()
+    step = (wide.flatten(1).amax(dim=1) - wide.flatten(1).amin(dim=1)) / 255
+    assert ((found - wide).abs() <= (step / 2 + 2.0**-22 * wide.abs().max()).view(-1, 1, 1, 1)).all()
 
 
 def test_refuses_what_float16_cannot_hold():

@@ -284,7 +284,7 @@ def test_maps_of_a_teacher_that_abstains(tmp_path):
 
 
 def test_maps_of_rows_whose_tokens_are_masked(tmp_path):
-    tokens = TOKENS.replace('"pooled": logits}', '"pooled": logits, "maps": logits.reshape(-1, 2, 5)}')
+    tokens = TOKENS.replace('"pooled": logits}', '"pooled": logits, "maps": logits[:, :9].reshape(-1, 3, 3, 1)}')
     project = cached(tmp_path, {**DENSE, "outputs": ["logits", "pooled", "maps"]}, tokens)
     assert f"{NUM_ROWS:,} rows give identical bytes" in deep_verify.run(project, project.store("big"))[0]
 
@@ -298,6 +298,31 @@ def test_another_coverage_is_found(tmp_path):
     store.write(0, store.shards[0], arrays, 48)
     store.finish()
     with pytest.raises(CorruptStoreError, match=r"128 rows are further off .* in shards 0; the worst: \S+ \(inf\)"):
+        deep_verify.run(project, project.store("big"))
+
+
+@pytest.mark.parametrize(
+    ("array", "change", "found"),
+    [
+        ("logits", lambda values: values + np.float16("nan"), r"logits: inf in the mean"),
+        ("logits", lambda values: values - np.float16("inf"), r"logits: inf in the mean"),
+        (
+            "logits.row_max",
+            lambda values: values + np.float32("nan"),
+            "the largest logit of 128 rows is off, in shards 2;",
+        ),
+        ("logits.row_max", lambda values: values + 0.01, "largest logit of 128 rows is off, in shards 2;"),
+    ],
+)
+def test_numbers_that_the_teacher_did_not_say_are_found(published, tmp_path, array, change, found):
+    project = published(tmp_path)
+    store = TargetStore.open(project.store("big"))
+    shard = store.shards[2]
+    arrays = dict(store.read_arrays(np.arange(shard.start, shard.stop)))
+    arrays[array] = change(arrays[array])
+    store.write(0, shard, arrays, 48)
+    store.finish()
+    with pytest.raises(CorruptStoreError, match=found):
         deep_verify.run(project, project.store("big"))
 
 

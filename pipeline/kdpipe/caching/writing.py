@@ -21,7 +21,7 @@ from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.inputs import SURE_ROWS, look_like_a_sigmoids, look_like_probabilities
 from kdpipe.store import TargetStore
 from kdpipe.store.statistics import kept_statistics, teacher_statistics
-from kdpipe.targets import OutputSpec, zero_unless
+from kdpipe.targets import OutputSpec, are_of_places, zero_unless
 from kdpipe.teachers.base import CLASS_IDS, COVERED, LOG_PROBS, LOGITS, TAIL_LOG_MASS
 from kdpipe.views import row_keys
 
@@ -195,14 +195,20 @@ class Writer:
         encoding, covered = self._store.encodings[LOGITS], said.get(COVERED)
         assert isinstance(encoding, TopK)
         ids, head, tail = said[CLASS_IDS], said[LOG_PROBS].double(), said[TAIL_LOG_MASS].double()
-        spoken = torch.ones_like(tail, dtype=torch.bool) if covered is None else covered
+        shape = self._store.outputs[LOGITS].shape
+        if covered is not None:  # what stands where the teacher did not speak may be anything
+            alike = [each.to(ids.device) for each in encoding.alike(shape)]
+            ids, head, tail = (
+                torch.where(covered.reshape(*covered.shape, *[1] * (each.ndim - covered.ndim)), each, other)
+                for each, other in zip((ids, head, tail), (alike[0], alike[1], alike[2].squeeze(-1)), strict=True)
+            )
         mass = torch.logaddexp(head.logsumexp(dim=-1), tail)
         wrong = (mass.abs() > _MASS_TOLERANCE) | torch.isnan(mass)
-        _refuse(wrong & spoken, "log-probs and tail have another mass than 1", sample_ids)
-        num_classes = self._store.outputs[LOGITS].shape[-1]
+        _refuse(wrong, "log-probs and tail have another mass than 1", sample_ids)
+        num_classes = shape[-1]
         disorder = ((ids.diff(dim=-1) <= 0) & ~torch.isneginf(head[..., 1:])).any(dim=-1)
         absent = ((ids < 0) | (ids >= num_classes)).any(dim=-1)
-        _refuse((disorder | absent) & spoken, "class ids are not ascending numbers of classes", sample_ids)
+        _refuse(disorder | absent, "class ids are not ascending numbers of classes", sample_ids)
         arrays = {
             LOGITS + suffix: each
             for suffix, each in encoding.encode_kept(ids, head, tail.unsqueeze(-1), num_classes).items()
@@ -216,11 +222,11 @@ _MASS_TOLERANCE = 1e-3
 def zero_where_abstained(values: Tensor, covered: Tensor | None) -> Tensor:
     """`values [B, …]` with zeros where the teacher abstained: those rows and tokens are not looked at.
 
-    Values that are not per token are zero where the teacher abstained from every token of the row.
+    Values that are not of tokens (see `are_of_places`) are zero where the teacher abstained from every one of the row.
     """
     if covered is None:
         return values
-    if values.shape[: covered.ndim] != covered.shape:
+    if not are_of_places(values.shape, covered.shape):
         covered = covered.flatten(1).any(dim=1)
     return zero_unless(covered, values)
 

@@ -58,38 +58,45 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesInt8:
-    """Numbers in one byte: `x ~ zero + code * scale`, `scale = (max - min) / 255` of the row. D + 8 bytes per row.
+    """Numbers in one byte: `x ~ zero + code * scale`, `scale = (max - min) / 255` of each D numbers. D + 8 bytes.
 
-    |error| <= scale / 2, plus float32 rounding of 2^-22 times the row's largest magnitude.
+    Those are the last axis, or with `whole_row` all numbers of a row: of maps `[D, H, W]` a line of W would be few.
+    |error| <= scale / 2, plus float32 rounding of 2^-22 times their largest magnitude.
     """
 
     name: ClassVar[str] = "features_int8"
+    whole_row: bool = False
     compact: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Name and parameters."""
-        return as_json(self)
+        """Name and parameters; `whole_row` stands only where it is set, as in stores that were written before it."""
+        return {key: value for key, value in as_json(self).items() if key != "whole_row" or value}
 
     def check(self, output: OutputSpec) -> None:
         """Refuse logits."""
         check_kind(self.name, output, "features")
 
     def arrays(self, output: OutputSpec) -> dict[str, ArraySpec]:
-        """The codes `[..., D]`, `.scale` and `.zero [...]`."""
-        return {
-            "": ArraySpec(dtype="uint8", shape=output.shape, compressed=self.compact),
-            ".scale": ArraySpec(dtype="float32", shape=output.shape[:-1], compressed=self.compact),
-            ".zero": ArraySpec(dtype="float32", shape=output.shape[:-1], compressed=self.compact),
-        }
+        """The codes `[..., D]`, `.scale` and `.zero [...]`, or one number with `whole_row`."""
+        shape = () if self.whole_row else output.shape[:-1]
+        ranges = ArraySpec(dtype="float32", shape=shape, compressed=self.compact)
+        codes = ArraySpec(dtype="uint8", shape=output.shape, compressed=self.compact)
+        return {"": codes, ".scale": ranges, ".zero": ranges}
 
     def encode(self, values: Tensor, keys: NDArray[np.uint64] | None = None) -> dict[str, NDArray[Any]]:
         """Codes, scales and minima of values `[B, ..., D]`."""
         wide = widened(values)
+        wide = wide.flatten(1) if self.whole_row else wide
         zero = wide.amin(dim=-1)
         codes, scale = quantised(wide - zero.unsqueeze(-1))
-        return {"": codes.cpu().numpy(), ".scale": scale.cpu().numpy(), ".zero": zero.float().cpu().numpy()}
+        arrays = {"": codes.reshape(values.shape), ".scale": scale, ".zero": zero.float()}
+        return {suffix: each.cpu().numpy() for suffix, each in arrays.items()}
 
     def decode(self, arrays: Mapping[str, NDArray[Any]], output: OutputSpec) -> FeatureTargets:
         """Targets of stored rows, values in float32."""
-        scale, zero = (torch.from_numpy(arrays[suffix]).unsqueeze(-1) for suffix in (".scale", ".zero"))
-        return FeatureTargets(values=zero + torch.from_numpy(arrays[""]) * scale)
+        codes = torch.from_numpy(arrays[""])
+        scale, zero = (
+            ranges.reshape(*ranges.shape, *[1] * (codes.ndim - ranges.ndim))
+            for ranges in (torch.from_numpy(arrays[suffix]) for suffix in (".scale", ".zero"))
+        )
+        return FeatureTargets(values=zero + codes * scale)

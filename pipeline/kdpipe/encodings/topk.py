@@ -116,9 +116,14 @@ class TopK:
         return arrays
 
     def encode_alike(self, shape: Sequence[int]) -> dict[str, NDArray[Any]]:
-        """Arrays `[1, ..., *]` of a row of `shape` `(..., C)` whose classes are all alike; C may be any number.
+        """Arrays `[1, ..., *]` of `alike`."""
+        return self.encode_kept(*self.alike(shape), shape[-1])
 
-        What stands where a teacher said nothing: the lowest ids, as `encode` keeps them of equal logits.
+    def alike(self, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, log-probs and `log R_T` `[1, ..., *]` of a row of `shape` `(..., C)` whose classes are all alike.
+
+        What stands where a teacher said nothing: the lowest ids, as `encode` keeps them of equal logits. C may be any
+        number.
         """
         *tokens, num_classes = shape
         num_kept = self.k
@@ -128,7 +133,7 @@ class TopK:
         head = torch.where(place < num_kept, -math.log(num_classes), -math.inf)
         log_others = math.log(others) if others else -math.inf
         tails = torch.tensor([log_others - math.log(num_classes) / each for each in self.temperatures])
-        return self.encode_kept(place.clamp(max=num_kept - 1), head, tails.expand(1, *tokens, -1), num_classes)
+        return place.clamp(max=num_kept - 1), head, tails.expand(1, *tokens, -1)
 
     def decode(self, arrays: Mapping[str, NDArray[Any]], output: OutputSpec) -> SparseTargets:
         """Targets of stored rows, head and tails in float32."""

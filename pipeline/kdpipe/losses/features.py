@@ -15,7 +15,7 @@ from torch import Tensor
 from kdpipe.errors import ConfigError
 from kdpipe.losses.checking import check_arguments
 from kdpipe.losses.distributions import root, widened
-from kdpipe.targets import FeatureTargets, Targets
+from kdpipe.targets import FeatureTargets, Targets, are_of_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def of_features(targets: Targets, what: str) -> tuple[Tensor, torch.Size]:
             "of the student in `student_output:`"
         )
     shape = targets.values.shape[:1] if targets.covered is None else targets.covered.shape
-    if targets.values.shape[: len(shape)] != shape:
+    if not are_of_places(targets.values.shape, shape):
         raise ConfigError(
             f"{what} got features of shape {list(targets.values.shape)}, of which {list(shape)} are covered; expected "
             "a vector per token, as the teacher says for each token whether it counts"

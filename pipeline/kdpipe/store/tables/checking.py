@@ -100,7 +100,7 @@ class CheckedRows:
     def features(self, output: OutputSpec) -> Tensor:
         """Numbers `[B, ..., D]`, zeros where the teacher did not speak."""
         values, lengths = self._read(output.name, output.shape)
-        where = spoken(self.covered, values)
+        where = spoken(self.covered, values, of_features=True)
         wrong = ((lengths != output.shape[-1])[..., np.newaxis] | ~_in_float32(values)) & where
         expected = f"have {output.name} that are NaN, beyond float32 or of another shape than {list(output.shape)}"
         self._refuse_rows(wrong.reshape(len(values), -1).any(axis=1), expected)

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from kdpipe.targets import are_of_places
+
 
 def padded(
     column: Any, shape: Sequence[int | None], *, as_integers: bool = False
@@ -61,12 +63,12 @@ def token_lengths(column: Any, num_tokens: int) -> NDArray[np.int64]:
     return _spread(values, np.arange(num_tokens) < tokens[:, np.newaxis])
 
 
-def spoken(covered: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Coverage `[B, ...]` so that it broadcasts with values `[B, ...]`.
+def spoken(covered: NDArray[np.bool_], values: NDArray[Any], *, of_features: bool) -> NDArray[np.bool_]:
+    """Coverage `[B, ...]` so that it broadcasts with values `[B, ...]`, of features or of logits and what is by them.
 
-    Values that are not per token are covered where any token of the row is.
+    Features that are not of tokens (see `are_of_places`) are covered where any token of the row is.
     """
-    if values.shape[: covered.ndim] != covered.shape:
+    if of_features and not are_of_places(values.shape, covered.shape):
         covered = np.logical_or.reduce(covered.reshape(len(covered), -1), axis=1)
     return covered.reshape(*covered.shape, *[1] * (values.ndim - covered.ndim))
 

@@ -166,7 +166,11 @@ def _read(store: TargetStore, source: str, fields: Sequence[Field], view: int, r
         values = _values(source, store.read(rows, view, [source])[source], fields[0].dtype)
     if covered is None:
         return values
-    return {name: np.where(spoken(covered, each), each, _SILENT[each.dtype.kind]) for name, each in values.items()}
+    of_features = source in store.outputs and store.outputs[source].kind == "features"
+    return {
+        name: np.where(spoken(covered, each, of_features=of_features), each, _SILENT[each.dtype.kind])
+        for name, each in values.items()
+    }
 
 
 _SILENT = {"b": np.False_, "f": np.float32("nan"), "i": np.int32(-1)}

@@ -181,7 +181,7 @@ class TableTargets:
         most = self._shapes[self._columns[0]][0]
         if most > num_tokens:
             raise DataError(f"{self.table.path} has rows of up to {most} tokens; expected at most {num_tokens}")
-        per_token = [name for name, shape in self._shapes.items() if len(shape) > 1 and shape[0] == most]
+        per_token = [name for name, shape in self._shapes.items() if len(shape) == 2 and shape[0] == most]
         self._shapes |= {name: (num_tokens, *self._shapes[name][1:]) for name in per_token}
         return most < num_tokens
 
