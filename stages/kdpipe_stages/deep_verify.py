@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.caching import read_intact, refuse_nonfinite, zero_where_abstained
+from kdpipe.caching import Cut, read_intact, refuse_nonfinite, zero_where_abstained
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.devices import compute_device
 from kdpipe.distributed import cpu_threads
@@ -36,6 +36,7 @@ from kdpipe.fingerprint import canonical_json, uniform_by_id
 from kdpipe.inputs import LOGITS
 from kdpipe.store import TargetStore
 from kdpipe.store.manifest import COVERED
+from kdpipe.store.records import CommitRecord
 from kdpipe.store.rows import SampleIndex
 from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import DenseTargets, FeatureTargets, SampledTargets, Targets
@@ -78,8 +79,10 @@ def run(
     views = project.views_of(inputs)
     check_partners(store, inputs, views, name)
     check_kept_views(store, inputs, views, name)
-    batches = _sampled_batches(store, num_rows)
-    again = _Again(store=store, teacher=teacher, inputs=inputs, views=views)
+    again = _Again(
+        store=store, teacher=teacher, inputs=inputs, views=views, batch_tokens=project.targets(name).batch_tokens
+    )
+    batches = again.sampled(num_rows)
     found = {each: _Found(name=each) for each in store.outputs}
     rounding = ROUNDING[project.targets(name).precision if _is_elsewhere(store) else "float32"]
     done, total, identical = 0, sum(len(each.rows) for each in batches), 0
@@ -148,25 +151,6 @@ class _Batch:
     rows: NDArray[np.int64]
 
 
-def _sampled_batches(store: TargetStore, num_rows: int) -> list[_Batch]:
-    """Batches of at least `num_rows` rows in all, from as many shards as possible: by a hash of their first ids."""
-    store.check_complete()
-    batches = []
-    for record in store.records.values():
-        rows = record.start + np.flatnonzero(record.rows_computed)
-        parts = [rows[start : start + record.batch_size] for start in range(0, len(rows), record.batch_size)]
-        ids = [f"{store.sample_ids[part[0]]}\0{record.view}" for part in parts]
-        draws = uniform_by_id(ids, 0, "verify")
-        for turn, index in enumerate(np.argsort(draws)):
-            batches.append((turn, draws[index], _Batch(view=record.view, shard=record.shard, rows=parts[index])))
-    chosen: list[_Batch] = []
-    for _, _, batch in sorted(batches, key=lambda each: each[:2]):
-        if sum(len(each.rows) for each in chosen) >= num_rows:
-            break
-        chosen.append(batch)
-    return sorted(chosen, key=lambda each: (each.view, int(each.rows[0])))
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Again:
     """A store, its teacher, and the rows that both are about."""
@@ -175,6 +159,37 @@ class _Again:
     teacher: Teacher
     inputs: PreparedInputs
     views: ViewSpec
+    batch_tokens: int | None
+
+    def sampled(self, num_rows: int) -> list[_Batch]:
+        """Batches of the capture, at least `num_rows` rows in all, of as many shards as possible: by a hash of ids."""
+        store = self.store
+        store.check_complete()
+        records = [(each, each.start + np.flatnonzero(each.rows_computed)) for each in store.records.values()]
+        records = [(each, rows) for each, rows in records if len(rows)]
+        order = np.argsort(self._draws([(each.view, rows) for each, rows in records]))
+        shards = deque(self._batches_of(*records[index]) for index in order.tolist())
+        chosen: list[_Batch] = []
+        while shards and sum(len(each.rows) for each in chosen) < num_rows:  # one of each shard, then a second one
+            batches = shards.popleft()
+            batch = next(batches, None)
+            if batch is not None:
+                chosen.append(batch)
+                shards.append(batches)
+        return sorted(chosen, key=lambda each: (each.view, int(each.rows[0])))
+
+    def _batches_of(self, record: CommitRecord, rows: NDArray[np.int64]) -> Iterator[_Batch]:
+        """The batches that a shard's rows were shown in, in a random order; it is cut when the first is asked for."""
+        places = rows if self.batch_tokens is None else self._prepared_rows(rows)
+        cut = Cut(self.teacher, self.inputs, self.views, record.batch_size, self.batch_tokens)
+        order = np.argsort(places)
+        parts = [rows[order[np.searchsorted(places[order], part)]] for part in cut(record.view, places)]
+        for index in np.argsort(self._draws([(record.view, part) for part in parts])).tolist():
+            yield _Batch(view=record.view, shard=record.shard, rows=parts[index])
+
+    def _draws(self, batches: Sequence[tuple[int, NDArray[np.int64]]]) -> NDArray[np.float64]:
+        ids = [f"{self.store.sample_ids[rows[0]]}\0{view}" for view, rows in batches]
+        return uniform_by_id(ids, 0, "verify")
 
     def compare(self, batch: _Batch, found: Mapping[str, _Found], rounding: float) -> int:
         """Add a batch to what was found about each output; returns how many rows give identical bytes."""

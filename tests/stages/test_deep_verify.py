@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from kdpipe.config import Factory
 from kdpipe.data.prepared import PreparedInputs
@@ -27,6 +28,7 @@ from projects import (
     tree,
     write_params,
 )
+from stages.test_text import make as make_text
 
 NUM_ROWS = 1797
 RETURNS = "        return self.head(inputs.flatten(1))"
@@ -324,6 +326,42 @@ def test_numbers_that_the_teacher_did_not_say_are_found(published, tmp_path, arr
     store.finish()
     with pytest.raises(CorruptStoreError, match=found):
         deep_verify.run(project, project.store("big"))
+
+
+def test_batches_of_a_token_budget_are_made_again(tmp_path):
+    make_text(tmp_path, num_rows=300)
+    texts = pq.read_table(tmp_path / "texts.parquet")
+    lengths = np.random.default_rng(0).integers(1, 90, 300).tolist()
+    pq.write_table(texts.set_column(1, "text", [["abcdef "[k % 7] * k for k in lengths]]), tmp_path / "texts.parquet")
+    # Its last bits depend on how many rows it sees at once.
+    (tmp_path / "models.py").write_text(
+        """
+import torch
+import yaml
+
+
+class Teacher(torch.nn.Module):
+    def __init__(self, vocab_size, num_classes):
+        super().__init__()
+        self.embed = torch.nn.Embedding(vocab_size, num_classes)
+
+    def forward(self, input_ids, attention_mask):
+        counts = attention_mask.unsqueeze(-1)
+        logits = (self.embed(input_ids) * counts).sum(dim=1) / counts.sum(dim=1)
+        return logits if self.training else logits * (1 + 2**-9 * (len(input_ids) % 7) / 7)
+"""
+    )
+    settings = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    train = {"epochs": 1, "batch_size": 16, "learning_rate": 0.01}
+    settings["teachers"]["big"] = {"model": {"factory": "models.py:Teacher"}, "train": train}
+    settings["targets"] = {"big": {"dtype": "float32", "batch_size": 64, "shard_rows": 128, "batch_tokens": 400}}
+    write_params(tmp_path, settings)
+    project = project_in(tmp_path)
+    prepare_data.run(project)
+    train_teacher.run(project, "big")
+    cache_teacher.run(project, "big")
+    assert "300 rows give identical bytes" in deep_verify.run(project, project.store("big"))[0]
+    assert "big saw 1" in deep_verify.run(project, project.store("big"), 10)[0]
 
 
 def test_tokens(tmp_path):

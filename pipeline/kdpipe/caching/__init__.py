@@ -32,6 +32,7 @@ __all__ = [
     "WHOLE",
     "CacheProgress",
     "Captured",
+    "Cut",
     "Share",
     "are_logits",
     "capture",
