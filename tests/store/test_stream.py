@@ -360,6 +360,23 @@ def test_a_damaged_chunk_is_found_when_it_is_streamed(tmp_path, compact):
                 pass
 
 
+def test_a_stream_that_broke_off_serves_nothing_that_it_has_not_read(tmp_path, held):
+    store = store_of(tmp_path, num_views=1)
+    stream = TargetStream(store, batch_size=50, **held)
+    path = tmp_path / "logits.row_max" / "c.0.5"
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 4]) + content[1:])
+    for _ in range(2):
+        with pytest.raises(CorruptStoreError, match="differs from its checksum"):
+            list(stream)
+    path.write_bytes(content)
+    seen = []
+    for rows, targets in stream:
+        check(rows, targets)
+        seen.extend(rows.tolist())
+    assert set(range(5 * 512, NUM_ROWS)) <= set(seen)
+
+
 def test_a_shard_that_is_cut_off_between_epochs(tmp_path):
     store = store_of(tmp_path / "store")
     stream = TargetStream(store, batch_size=50, views=ViewSpec(count=1))

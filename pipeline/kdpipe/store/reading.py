@@ -25,6 +25,7 @@ WIDE_ROW_BYTES = 512
 """A row from which on copying it costs more than counting where it goes."""
 PLACED_AT_ONCE = 2**19
 """Rows whose places are known at a time: some 100 bytes for each."""
+CACHE_LINE_BYTES = 64
 _UNSHARED = 2
 """References of an array that only a local variable and `getrefcount` know."""
 
@@ -163,5 +164,11 @@ class RowPool:
 
     def _scratch_for(self, layout: ArrayLayout) -> NDArray[np.uint8]:
         if len(self._scratch) < layout.chunk_bytes + CRC_BYTES:
-            self._scratch = np.empty(layout.chunk_bytes + CRC_BYTES, np.uint8)
+            self._scratch = _aligned(layout.chunk_bytes + CRC_BYTES)
         return self._scratch
+
+
+def _aligned(num_bytes: int) -> NDArray[np.uint8]:
+    """Memory that begins with a cache line: a kernel may take twice the time to copy a chunk to any other address."""
+    memory = np.empty(num_bytes + CACHE_LINE_BYTES, np.uint8)
+    return memory[-memory.ctypes.data % CACHE_LINE_BYTES :][:num_bytes]

@@ -87,8 +87,9 @@ class TargetPools:
     def _from_memory(self, groups: Iterable[tuple[int, Group]], kept: RowNumbers) -> Iterator[StreamedBatch]:
         for view, group in groups:
             if self._memory is None:
-                self._memory = self._pool()
-                self._memory.load(view, kept)
+                memory = self._pool()
+                memory.load(view, kept)
+                self._memory = memory  # whole: a load that was interrupted is begun again
             every = len(kept) == self._store.num_rows
             for rows in group.batches:
                 arrays = self._memory.take(rows if every else np.searchsorted(kept, rows))
