@@ -145,6 +145,27 @@ def test_some_rows_in_any_order(store, held, share):
     assert sorted(met) == sorted(wanted.tolist())
 
 
+@pytest.mark.parametrize("when", ["before an epoch", "after one"])
+def test_rows_that_their_owner_changes_afterwards(store, held, when):
+    rows = np.arange(900)
+    stream = TargetStream(store, batch_size=64, rows=rows, **held)
+    if when == "after one":
+        list(stream)
+    rows += 300
+    seen = []
+    for met, targets in stream:
+        check(met, targets)
+        seen.extend(met.tolist())
+    assert sorted(seen) == list(range(900))
+
+
+def test_ids_and_digests_of_the_store_are_not_for_writing(store):
+    for values in (store.sample_ids, store.digests):
+        with pytest.raises(ValueError, match="read-only"):
+            np.random.default_rng(0).shuffle(values)
+    assert store.rows_of(["row-5", "row-2602"]).tolist() == [5, 2602]
+
+
 def test_rows_named_twice_are_met_twice(store, held):
     wanted = np.arange(NUM_ROWS) // 2
     met = []

@@ -45,6 +45,12 @@ Columns: TypeAlias = Mapping[str, Column]
 """Column name -> values of the same rows: an array `[N, …]` or a `Ragged` of N rows."""
 
 
+def frozen(values: Array) -> Array:
+    """An array that is kept and shown to others, which none of them may write into (`ValueError`)."""
+    values.flags.writeable = False
+    return values
+
+
 def take(column: Column, rows: NDArray[np.int64]) -> Column:
     """The given rows of a column, in the given order."""
     return column.take(rows) if isinstance(column, Ragged) else column[rows]

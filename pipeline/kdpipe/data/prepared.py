@@ -27,7 +27,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdpipe.data.columns import Array, Column, Columns, Ragged, bytes_of, concatenate, take, text_array, text_pieces
+from kdpipe.data.columns import (
+    Array,
+    Column,
+    Columns,
+    Ragged,
+    bytes_of,
+    concatenate,
+    frozen,
+    take,
+    text_array,
+    text_pieces,
+)
 from kdpipe.data.growing import Growing
 from kdpipe.errors import DataError
 
@@ -91,7 +102,7 @@ class PreparedInputs:
     @cached_property
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
-        return text_array(lambda: (block["sample_id"] for block in self.identities("sample_id")))
+        return frozen(text_array(lambda: (block["sample_id"] for block in self.identities("sample_id"))))
 
     def id_column(self) -> pa.ChunkedArray:
         """Sample ids `[N]` as Arrow holds them, in a quarter of the memory of `sample_ids` or less; read anew."""
@@ -104,7 +115,7 @@ class PreparedInputs:
         for block in self.identities("digest"):
             digests[start : start + block.num_rows] = bytes_of(pa.chunked_array([block["digest"]]))
             start += block.num_rows
-        return digests
+        return frozen(digests)
 
     def identities(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """Sample ids and digests (`sample_id`, `digest`; or one) in row order, block by block; nothing is kept."""

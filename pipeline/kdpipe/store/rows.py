@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdpipe.data.columns import bytes_of, fixed_bytes, text_array, text_column
+from kdpipe.data.columns import bytes_of, fixed_bytes, frozen, text_array, text_column
 from kdpipe.errors import ConfigError
 from kdpipe.views import partner_blocks
 
@@ -85,7 +85,7 @@ class StoredRows:
     @cached_property
     def sample_ids(self) -> NDArray[np.str_]:
         """Sample ids `[N]`, in row order."""
-        return text_array(lambda: self._table["sample_id"].chunks)
+        return frozen(text_array(lambda: self._table["sample_id"].chunks))
 
     def ids_of(self, rows: NDArray[np.int64]) -> NDArray[np.str_]:
         """Sample ids `[B]` of row numbers that are near each other, without an array of all rows' ids."""
@@ -96,12 +96,12 @@ class StoredRows:
     @cached_property
     def digests(self) -> NDArray[np.uint8]:
         """Content digests `[N, 16]`."""
-        return bytes_of(self._table["digest"])
+        return frozen(bytes_of(self._table["digest"]))
 
     @cached_property
     def splits(self) -> NDArray[np.str_] | None:
         """Of rows that views mix, the split `[N]` within which each is; empty: views are not about it."""
-        return text_array(lambda: self._table[SPLIT].chunks) if SPLIT in self._table.column_names else None
+        return frozen(text_array(lambda: self._table[SPLIT].chunks)) if SPLIT in self._table.column_names else None
 
     def inputs_digest(self, view: int, start: int, stop: int) -> str:
         """SHA-256 (hex) of what rows `[start, stop)` are in a view: what a commit record was computed from.

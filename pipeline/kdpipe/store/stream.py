@@ -132,7 +132,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
         """
         if ram_budget_bytes < 0:
             raise ConfigError(f"ram_budget_bytes is {ram_budget_bytes}; expected 0 or more")
-        wanted = np.arange(store.num_rows) if rows is None else row_numbers(rows)
+        wanted = np.arange(store.num_rows) if rows is None else row_numbers(rows).copy()
         for view in range(1, views.num_views) if views.count else (0,):
             store.check_rows(wanted, view)
         width = store.row_bytes(outputs)
