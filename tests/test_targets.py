@@ -136,6 +136,16 @@ def test_interpolation_is_within_its_bound(seed, scale, k, nodes, share, num_mas
     assert (error <= (upper - lower) / 4 + 1e-9).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_half_precision_of_a_teacher_in_memory_is_not_rounded_once_more(dtype, temperature):
+    logits = LOGITS_BTC.to(dtype)
+    targets = DenseTargets.of(logits)
+    assert torch.equal(targets.logits(), logits.float())
+    expected = torch.log_softmax(logits.double() / temperature, dim=-1)
+    torch.testing.assert_close(targets.log_probs(temperature).double(), expected, rtol=0, atol=1e-5)
+
+
 def test_logits_of_rows_that_are_not_covered_may_be_anything():
     logits = LOGITS_BTC.clone()
     logits[0, 0], logits[0, 1], logits[1, 0] = math.nan, -math.inf, math.inf

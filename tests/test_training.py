@@ -431,6 +431,27 @@ def test_resumed_is_bitwise_uninterrupted(data, plan, stop_at, tmp_path, monkeyp
     assert list(fitted.history) == history
 
 
+def test_a_model_whose_training_was_stopped_within_a_step_takes_no_gradient_of_it_along(data, tmp_path):
+    rows = lesson(data, dtype=np.float32)
+    plan = replace(PLAN, micro_batch_size=5)
+    expected, _, _ = trained(rows, plan, dtype=torch.float32)
+    plan = replace(plan, checkpoint_every_s=0.0)
+    model = small_model(torch.float32)
+    calls = itertools.count()
+
+    def stop(*_):
+        if next(calls) == 22:  # three micro-batches a step
+            raise KeyboardInterrupt
+
+    stopping = model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, stream_of(rows, 12), both_terms(), plan, tmp_path / "checkpoint")
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    stopping.remove()
+    fit(model, stream_of(rows, 12), both_terms(), plan, tmp_path / "checkpoint")
+    assert torch.equal(weights_of(model), expected)
+
+
 def test_resumed_by_schedule_is_bitwise_uninterrupted(data, tmp_path):
     rows, plan = lesson(data, dtype=np.float32), replace(PLAN, checkpoint_every_s=0.0)
     expected, history, _ = trained(rows, PLAN, scheduled_terms(), dtype=torch.float32)

@@ -72,7 +72,8 @@ class DenseTargets:
     def of(cls, logits: Tensor, covered: Tensor | None = None) -> DenseTargets:
         """Of a teacher's logits `[B, ..., C]` in memory; those of rows that are not `covered [B, ...]` may be anything.
 
-        Raises `ConfigError` for another `covered`.
+        Half precision is widened to float32 first, or differences from the maximum would be rounded once more. Raises
+        `ConfigError` for another `covered`.
         """
         if covered is not None:
             if covered.dtype != torch.bool or covered.shape != logits.shape[:-1]:
@@ -81,6 +82,7 @@ class DenseTargets:
                     f"{list(logits.shape[:-1])}"
                 )
             logits = torch.where(covered.unsqueeze(-1), logits, 0.0)
+        logits = _wide(logits)
         row_max = logits.amax(dim=-1)
         return cls(values=logits - row_max.unsqueeze(-1), row_max=row_max, covered=covered)
 
@@ -101,7 +103,7 @@ class DenseTargets:
 
     def logits(self) -> Tensor:
         """The teacher's logits `[B, ..., C]`, float32 (float64 when stored so)."""
-        return self._wide() + self.row_max.unsqueeze(-1)
+        return _wide(self.values) + self.row_max.unsqueeze(-1)
 
     def softened(self, temperature: float, allow_interpolation: bool = False) -> Tensor:
         """Softened logits `z / T [B, ..., C]`, up to a constant per row; exact, nothing is ever interpolated.
@@ -109,7 +111,7 @@ class DenseTargets:
         Raises `ConfigError` for a temperature that is no number above 0.
         """
         check_temperature(temperature)
-        return self._wide() / temperature
+        return _wide(self.values) / temperature
 
     def log_probs(self, temperature: float = 1.0, allow_interpolation: bool = False) -> Tensor:
         """Log-softmax of `z / T`, `[B, ..., C]`, computed in float32 or wider."""
@@ -125,9 +127,6 @@ class DenseTargets:
 
     def __getitem__(self, rows: slice | Tensor) -> DenseTargets:
         return _changed(self, lambda tensor: tensor[rows])
-
-    def _wide(self) -> Tensor:
-        return self.values if self.values.dtype == torch.float64 else self.values.float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,6 +377,10 @@ def are_of_places(shape: Sequence[int], places: Sequence[int]) -> bool:
 def zero_unless(counts: Tensor, values: Tensor) -> Tensor:
     """`values [B, ...]` with zeros where `counts` is False: bool, of `values`' first axes."""
     return torch.where(counts.reshape(*counts.shape, *[1] * (values.ndim - counts.ndim)), values, 0)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _moved(targets: _Kind, device: torch.device) -> _Kind:

@@ -151,6 +151,7 @@ class _Loop:
         # Not prepared: Accelerate's wrapper looks for an uninstalled package at every step, and its scaler and
         # accumulation are done here.
         self._optimizer = _optimizer(self._heard, plan)
+        self._optimizer.zero_grad()  # of a step in which a training of this model was stopped
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=plan.precision == "float16")
         self._model.train()
         self._interval = max(1, plan.steps // LOGS_PER_FIT)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -143,6 +146,24 @@ def test_some_rows_in_any_order(store, held, share):
         check(rows, targets)
         met += rows.tolist()
     assert sorted(met) == sorted(wanted.tolist())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])  # noqa: S301
+def test_a_copy_of_a_stream_outlives_it(tmp_path, held, again):
+    """The number of a closed folder is the next one's: a copy must not go by it."""
+    stream = TargetStream(store_of(tmp_path / "store", num_views=1), batch_size=64, **held)
+    other = store_of(tmp_path / "other")
+    list(stream)
+    copied = again(stream)
+    del stream
+    gc.collect()
+    opened = [TargetStore.open(other.path) for _ in range(3)]
+    seen = []
+    for rows, targets in copied:
+        check(rows, targets)
+        seen.extend(rows.tolist())
+    assert sorted(seen) == list(range(NUM_ROWS))
+    assert opened
 
 
 @pytest.mark.parametrize("when", ["before an epoch", "after one"])

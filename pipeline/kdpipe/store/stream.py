@@ -53,6 +53,10 @@ class TargetPools:
         self._memory: RowPool | None = None
         self._free: list[RowPool] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, here or in another process, reads with a store of its own: this one's files are closed with it."""
+        return {**self.__dict__, "_memory": None, "_free": []}
+
     def batches(self, groups: Iterable[tuple[int, Group]]) -> Iterator[StreamedBatch]:
         """(row numbers, targets by output) of every batch of `groups` of (view, store rows), in their order."""
         if self._kept is not None:
