@@ -140,6 +140,8 @@ class BatchOrder:
             raise ConfigError(f"seed is {self.seed!r}; expected a whole number from 0 to 2^64 - 1")
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank {self.rank} of {self.world_size} processes does not exist (RANK, WORLD_SIZE)")
+        for name in ("batch_size", "seed"):  # a narrow number of NumPy would overflow
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -53,7 +53,8 @@ def check_temperatures(temperatures: Sequence[object]) -> None:
 
 
 def _is_temperature(value: object) -> bool:
-    return is_number(value) and _COLDEST <= value <= _HOTTEST
+    number = value.item() if isinstance(value, np.number) else value  # a narrow one compares with narrow bounds
+    return is_number(number) and _COLDEST <= number <= _HOTTEST
 
 
 @dataclass(frozen=True, kw_only=True)

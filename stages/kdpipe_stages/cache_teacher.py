@@ -24,7 +24,7 @@ from kdpipe.store.manifest import COVERED, Manifest
 from kdpipe.teachers.base import Teacher, abstains
 from kdpipe_stages.building import encodings_of
 from kdpipe_stages.made_of import files_of
-from kdpipe_stages.params import store_sections, views_identity
+from kdpipe_stages.params import store_sections
 from kdpipe_stages.project import Project
 from kdpipe_stages.tables import TableTeacher
 from kdpipe_stages.teachers import build_teacher
@@ -78,7 +78,7 @@ def run(
             held.enter_context(by_name.part(share.index, share.count))
         targets = project.targets(name)
         check_url(project, name)
-        inputs = PreparedInputs(project.prepared / "inputs")
+        inputs = project.prepared_inputs()
         teacher, description = _teacher(project, name, inputs)
         manifest = manifest_of(project, name, teacher, description, len(inputs))
         workplace: Workplace | RemoteWorkplace = (
@@ -177,14 +177,15 @@ def manifest_of(
     specs = [spec for output in teacher.outputs for spec in encodings[output.name].arrays(output).values()]
     encodings_json = {output: encoding.to_json() for output, encoding in encodings.items()}
     files = files_of(project, name, teacher.fingerprint)
-    views = views_identity(project.params.views)
-    if views and project.params.views.transform:
-        views["sources"] = project.sources(project.params.views.transform, "views.transform")
+    coverage = isinstance(teacher, TableTeacher) or abstains(teacher)
     return Manifest(
         ingredients={
             "teacher": dict(teacher.fingerprint),
+            "outputs": [asdict(output) for output in teacher.outputs],
+            "num_classes": task.num_classes,
+            "coverage": coverage,
             "encodings": encodings_json,
-            "views": views,
+            "views": project.views_ingredient(),
             "shard_rows": targets.shard_rows,
         },
         outputs=teacher.outputs,
@@ -193,7 +194,7 @@ def manifest_of(
         num_classes=task.num_classes,
         class_names=task.class_names,
         shard_rows=targets.shard_rows or choose_shard_rows(specs, num_rows),
-        coverage=isinstance(teacher, TableTeacher) or abstains(teacher),
+        coverage=coverage,
         sections=store_sections(project.params, name),
         teacher={
             **{

@@ -73,7 +73,7 @@ def run(
         raise ConfigError(f"--rows is {num_rows}; expected 1 or more")
     store = TargetStore.open(path)
     name = teacher_of(project, store)
-    inputs = PreparedInputs(project.prepared / "inputs")
+    inputs = project.prepared_inputs()
     teacher, description = build_teacher(project, name, inputs)
     _check_same(store, manifest_of(project, name, teacher, description, len(inputs)).ingredients, name)
     views = project.views_of(inputs)

@@ -341,6 +341,10 @@ def store_sections(params: Params, teacher: str) -> dict[str, Any]:
     The student compares them with today's params.yaml: it can tell a store of other settings without any teacher.
     """
     teachers = {each: _section(params, each) for each in teacher_and_members(params, teacher)}
+    for member in teachers.keys() - {teacher}:
+        precision = params.targets.get(member, TargetsSection()).precision
+        if precision != TargetsSection().precision:
+            teachers[member]["precision"] = precision
     chosen = params.targets.get(teacher, TargetsSection())
     parameters = {key for keys in PARAMETERS.values() for key in keys}
     left_out = {"url", "batch_size", "batch_tokens", "threads", "temperatures", "profile", *parameters}

@@ -16,7 +16,7 @@ from kdpipe.data.sources import Source
 from kdpipe.errors import ConfigError, DataError, naming, some
 from kdpipe.fingerprint import canonical_json
 from kdpipe.tasks.base import rows_of
-from kdpipe_stages.params import absent_splits, prepared_sections, source_columns, split_plan, splits_asked_for
+from kdpipe_stages.params import absent_splits, source_columns, split_plan, splits_asked_for
 from kdpipe_stages.project import Project
 
 
@@ -33,7 +33,7 @@ def run(project: Project) -> Prepared:
             split_plan(section.splits),
             project.prepared,
         )
-        durable.write_text(project.prepared_settings, canonical_json(prepared_sections(project.params)) + "\n")
+        durable.write_text(project.prepared_settings, canonical_json(project.prepared_with()) + "\n")
     return prepared
 
 

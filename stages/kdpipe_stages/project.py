@@ -29,6 +29,7 @@ from kdpipe_stages.params import (
     TeacherSection,
     first_difference,
     prepared_sections,
+    views_identity,
     with_loss_arguments,
 )
 from kdpipe_stages.params_checks import check_finite, check_params
@@ -160,6 +161,12 @@ class Project:
         transform = None if section.transform is None else self.transform(section.transform, "views.transform")
         return ViewSpec(count=section.count, seed=section.seed, transform=transform)
 
+    def views_ingredient(self) -> dict[str, Any] | None:
+        """What changes the augmented views, with digests of the code of their transform."""
+        transform = self.params.views.transform
+        views = views_identity(self.params.views)
+        return views and {**views, "sources": self.sources(transform, "views.transform")} if transform else views
+
     def views_of_training(self, name: str) -> ViewSpec:
         """What a teacher that is trained here is shown: one view for each epoch, of a seed that no store has."""
         plan, where = self.teacher(name).train, f"teachers.{name}.train.transform"
@@ -198,11 +205,31 @@ class Project:
     def prepared_data(self) -> PreparedData:
         """The prepared rows. Raises `DataError` when they are absent or of other settings, naming the command."""
         data = PreparedData(self.prepared)
-        then = json.loads(self.prepared_settings.read_text()) if self.prepared_settings.is_file() else None
-        difference = first_difference(then, prepared_sections(self.params))
+        self._check_prepared()
+        return data
+
+    def prepared_inputs(self) -> PreparedInputs:
+        """The prepared rows without labels and splits. Raises as `prepared_data` does."""
+        inputs = PreparedInputs(self.prepared / "inputs")
+        self._check_prepared()
+        return inputs
+
+    def _check_prepared(self) -> None:
+        then = json.loads(self.prepared_settings.read_text()) if self.prepared_settings.is_file() else {}
+        today = self.prepared_with()
+        code, code_then = today.pop("sources"), then.pop("sources", None)
+        difference = first_difference(then, today)
+        if not difference and code_then not in (None, code):
+            names = sorted(name for name in {**code_then, **code} if code_then.get(name) != code.get(name))
+            difference = f"{', '.join(names)} changed"
         if difference:
             raise DataError(f"{self.prepared} was made with other settings: {difference}. Run `kdpipe prepare-data`.")
-        return data
+
+    def prepared_with(self) -> dict[str, Any]:
+        """What data/prepared is made with: settings, and digests of the code and files that task and source reach."""
+        code = self.sources(self.params.task, "task") | self.sources(self.params.data.source, "data.source")
+        own = {name: each for name, each in code.items() if name != "kdpipe"}  # a newer one keeps its word
+        return {**prepared_sections(self.params), "sources": own}
 
 
 def write_project(params: Mapping[str, Any], folder: Path, files: Iterable[Path] = ()) -> Project:

@@ -69,6 +69,9 @@ def keep_views(
     free = np.flatnonzero(wanted)
     if len(rows) == before and (len(rows) == KEPT_ROWS or not len(free)):
         return
+    if not len(free):  # some left, and there are no others
+        store.keep_views(kept)
+        return
     draws = uniform_by_id(inputs.sample_ids[free].tolist(), 0, "kept")
     chosen = free[np.argsort(draws, kind="stable")[: KEPT_ROWS - len(rows)]]
     shown = _shown(inputs, read, views, chosen)

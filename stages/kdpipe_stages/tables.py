@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
 from kdpipe.distributed import Shard
 from kdpipe.encodings import Features, FeaturesInt8, TargetEncoding, TopK, encoding_from_json
 from kdpipe.errors import ConfigError, DataError, UsageError
-from kdpipe.fingerprint import digest_file
+from kdpipe.fingerprint import canonical_json, digest_file
 from kdpipe.store import TargetStore
 from kdpipe.store.layout import choose_shard_rows
 from kdpipe.store.manifest import COVERED, Manifest
@@ -238,6 +239,17 @@ def _check_lists(said: TableTargets, task: Task) -> None:
         raise ConfigError(f"{said.table.path} is about {kinds[found]}; the task needs targets of {kinds[expected]}")
 
 
+def _check_classes(said: TableTargets, task: Task) -> None:
+    """Raise `ConfigError` where a class of the task has another number in the table; one may have been renamed."""
+    then, today = said.table.about.get("class_names") or (), list(task.class_names or ())
+    for number, name in enumerate(then):
+        if name in today and today.index(name) != number:
+            raise ConfigError(
+                f"{said.table.path} was exported with the class {name!r} as number {number}, and task.class_names has "
+                f"it as number {today.index(name)}; put them into the table's order, {list(then)}, or export it again"
+            )
+
+
 class TableTeacher:
     """teachers.<name>.table as `cache-teacher` meets it: not a model, but what one said about rows of the project.
 
@@ -261,10 +273,11 @@ class TableTeacher:
                 num_tokens=_num_tokens(task, inputs),
             )
             _check_lists(self._said, task)
+            _check_classes(self._said, task)
             self._said.check(encodings_of(targets, self._said.outputs))
         except ConfigError as error:
             raise ConfigError(f"targets.{name}: {error}") from None
-        self._path, self._task = path, task
+        self._path, self._task, self._views = path, task, project.views_ingredient()
         self.rows_not_covered = self.rows_read = 0
         self.description = _description(name, path, self._said)
 
@@ -335,4 +348,10 @@ class TableTeacher:
             raise ConfigError(
                 f"{self._path} has no line about view {lacking[0]}, but views.count is {num_views - 1}; give it a "
                 "column view with all of them, or set views.count: 0"
+            )
+        then = self._said.table.about.get("views")
+        if num_views > 1 and then is not None and then != json.loads(canonical_json(self._views)):
+            raise ConfigError(
+                f"{self._path} is about other views: it was exported from a store of views {canonical_json(then)}, "
+                f"and params.yaml has {canonical_json(self._views)}; export it again, or restore views"
             )

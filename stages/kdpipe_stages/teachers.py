@@ -31,7 +31,7 @@ from kdpipe.teachers.asking import OfCountedTokens
 from kdpipe.teachers.base import Learner, Teacher, abstains
 from kdpipe.teachers.torch import Form, TorchTeacher
 from kdpipe_stages.building import WEIGHTS, ModelSpec, describe_model, fit_preprocess, teacher_fingerprint
-from kdpipe_stages.params import TeacherSection
+from kdpipe_stages.params import TeacherSection, to_json
 from kdpipe_stages.project import Project
 from kdpipe_stages.terminal import say
 
@@ -82,7 +82,7 @@ class Fitted:
 def fit_teacher(project: Project, name: str, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> Fitted:
     """Let a teacher by factory learn from prepared rows and their labels (both `[N]`)."""
     section, task, where = project.teacher(name), project.task(), f"teachers.{name}"
-    inputs = PreparedInputs(project.prepared / "inputs")
+    inputs = project.prepared_inputs()
     preprocess = project.preprocess(section.preprocess, task, f"{where}.preprocess")
     fit_preprocess(preprocess, inputs, rows)
     made = bind_teacher(project, name, task, preprocess, _first_row(inputs), _parts(project, inputs, [name])).make()
@@ -177,16 +177,35 @@ def _by_factory(
         preprocess.load_state(note["preprocess_state"])
         learnt = note["fingerprint"]
     parts = _parts(project, inputs, [*above, name])
-    made = bind_teacher(project, name, task, preprocess, _first_row(inputs), parts).make()
-    teacher = checked_teacher(project, name, made)
+    bound = bind_teacher(project, name, task, preprocess, _first_row(inputs), parts)
+    teacher = checked_teacher(project, name, bound.make())
     with _its_own_errors(where):
         if section.fit_on is not None:
             cast("Learner", teacher).load(project.teacher_model(name))
         own = dict(teacher.fingerprint)
     spec = ModelSpec(where=where, model=section.teacher, preprocess=section.preprocess)
-    identity = {**spec.to_json(), "sources": spec.sources(project), "learnt": learnt}
+    told, sources = _told(project, name, bound)
+    identity = {**spec.to_json(), "sources": spec.sources(project) | sources, "learnt": learnt, "told": told}
     about = {"name": name, **getattr(teacher, "description", {})}
     return Asked(where, teacher, project.targets(name).outputs, {**identity, "own": own}), about
+
+
+def _told(project: Project, name: str, bound: Bound) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings of other sections that a factory takes, and digests of the code of the task where it takes that.
+
+    With another order of class names, or of a task's columns, it is another teacher, whatever it says of itself.
+    """
+    section, task = project.teacher(name), project.params.task
+    assert section.teacher is not None
+    offered = {
+        "num_classes": project.task().num_classes,
+        "class_names": project.task().class_names,
+        "task": to_json(task),
+        "precision": project.targets(name).precision,
+    }
+    own = {*section.teacher.arguments, *(section.runtime or {})}
+    told = {key: value for key, value in offered.items() if key in bound.arguments and key not in own}
+    return told, project.sources(task, "task") if "task" in told else {}
 
 
 def _parts(project: Project, inputs: PreparedInputs, above: Sequence[str]) -> Callable[[str], Teacher]:

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -499,3 +500,11 @@ def test_logits_that_learnt_adjusted_predict_as_if_classes_were_equally_frequent
     expected = (posterior * loss(logits, torch.arange(3), 0.0)).sum()
     (gradient,) = torch.autograd.grad(expected, logits)
     assert gradient.sum(dim=0).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("temperature", [np.int8(16), np.uint8(20), np.int16(200), np.float16(300)])
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "dkd"])
+def test_the_square_of_a_narrow_temperature_does_not_overflow(temperature, loss):
+    said = DenseTargets.of(TEACHER)
+    found = kd_loss(STUDENT, said, loss=loss, temperature=temperature, labels=LABELS)
+    close(found, kd_loss(STUDENT, said, loss=loss, temperature=float(temperature), labels=LABELS), 1e-12)

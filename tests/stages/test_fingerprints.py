@@ -87,6 +87,53 @@ class Jitter:
     def __call__(self, columns, keys, seed):
         return {**columns, "image": columns["image"] // (1 + self.amount)}
 """,
+    "told.py": """
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdpipe.targets import OutputSpec
+
+
+class Told:
+    fingerprint = {}
+    abstains = False
+
+    def __init__(self, num_classes, factor=1.0):
+        self.outputs, self.factor = (OutputSpec(name="logits", shape=(num_classes,)),), factor
+
+    def predict(self, columns):
+        with (Path(__file__).parent / "calls.log").open("a") as log:
+            log.write(f"{len(columns['image'])}\\n")
+        pixels = torch.from_numpy(columns["image"].reshape(len(columns["image"]), -1)).float()
+        logits = self.factor * pixels[:, 20 : 20 + self.outputs[0].shape[0]]
+        return {"logits": logits, **({"covered": pixels.sum(dim=1) > 300} if self.abstains else {})}
+
+
+def of_names(class_names):
+    return Told(10, 1.0 + class_names.index("a"))
+
+
+def of_precision(precision):
+    return Told(10, len(precision))
+
+
+def of_task(task):
+    return Told(10, 1.0 + task.class_names.index("a"))
+
+
+def of_classes(num_classes):
+    return Told(num_classes)
+
+
+def of_nothing():
+    return Told(10)
+
+
+def of_its_own(precision):
+    return Told(10)
+""",
     "dtype.txt": "float32",
     "state.json": json.dumps({"mean": [0.5], "std": [1.0]}),
     "notes.md": "nothing that anybody reads",
@@ -123,7 +170,15 @@ def _modules_of_their_own(monkeypatch):
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name.partition("@")[0] in {"teacher", "shade", "pixels", "jitter", "reached_lazily", "installed_package"}:
+        if name.partition("@")[0] in {
+            "teacher",
+            "told",
+            "shade",
+            "pixels",
+            "jitter",
+            "reached_lazily",
+            "installed_package",
+        }:
             del sys.modules[name]
 
 
@@ -261,7 +316,7 @@ INGREDIENTS = {
     "profile": (change(*TARGETS, "profile", value="compact"), {"encodings.logits.compact"}),
     "outputs": (
         change(*TARGETS, "outputs", value=["logits", "hidden"]),
-        {"encodings.hidden.name", "encodings.hidden.dtype"},
+        {"outputs", "encodings.hidden.name", "encodings.hidden.dtype"},
     ),
     "shard_rows": (change(*TARGETS, "shard_rows", value=8), {"shard_rows"}),
     "views": (
@@ -331,6 +386,41 @@ def test_each_parameter_of_an_encoding_makes_other_targets(folder, monkeypatch, 
     assert {path.split(".")[:3][2] for path in differing(before, after)} == {key}
     assert after.fingerprint != before.fingerprint
     assert done.rows_computed == rows_shown(folder) == NUM_ROWS
+
+
+NAMES = list("abcdefghij")
+
+
+@pytest.mark.parametrize(
+    ("factory", "mutate", "expected"),
+    [
+        ("of_names", change("task", "class_names", value=NAMES[::-1]), {"teacher.told.class_names"}),
+        ("of_task", change("task", "class_names", value=NAMES[::-1]), {"teacher.told.task.arguments.class_names"}),
+        ("of_precision", change(*TARGETS, "precision", value="bfloat16"), {"teacher.told.precision"}),
+        (
+            "of_classes",
+            change("task", value={**params()["task"], "num_classes": 11}),
+            {"teacher.told.num_classes", "num_classes", "outputs"},
+        ),
+        ("Told", edit("told.py", "abstains = False", "abstains = True"), {"teacher.sources.told@", "coverage"}),
+        ("of_nothing", change("task", "class_names", value=NAMES[::-1]), set()),
+        ("of_its_own", change(*TARGETS, "precision", value="bfloat16"), set()),
+    ],
+)
+def test_what_a_factory_is_told_of_other_sections_makes_other_targets(folder, monkeypatch, factory, mutate, expected):
+    own = {"precision": "float32"} if factory == "of_its_own" else {}
+    teacher = {"teacher": {"factory": f"told.py:{factory}", **own}}
+    change("teachers", "big", value=teacher)(folder, monkeypatch)
+    change("task", "class_names", value=NAMES)(folder, monkeypatch)
+    prepare_data.run(visit(folder))
+    _, before = cache(folder)
+    mutate(folder, monkeypatch)
+    prepare_data.run(visit(folder))
+    done, after = cache(folder)
+    assert differing(before, after) == expected
+    assert (after.fingerprint != before.fingerprint) == bool(expected)
+    assert done.rows_computed == (NUM_ROWS if expected else 0)
+    assert student_accepts(folder)
 
 
 VIEWS = {"count": 1, "seed": 5, "transform": {"factory": "jitter.py:Jitter"}}
@@ -481,5 +571,7 @@ def test_every_ingredient_of_a_store_has_its_test(folder, monkeypatch):
         "views.transform.path",
         "views.sources.jitter@",
         "teacher.preprocess_state.std",
+        "num_classes",
+        "coverage",
     }
     assert set(leaves(dict(manifest.ingredients))) <= tested

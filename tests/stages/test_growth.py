@@ -18,6 +18,7 @@ from kdpipe_stages import cache_teacher, evaluate, prepare_data, train_student, 
 from kdpipe_stages.cache_teacher import build_teacher
 from kdpipe_stages.stores import inspect
 from projects import (
+    DIGITS,
     cache,
     digits,
     forget_rows_shown,
@@ -232,6 +233,23 @@ def test_views_of_some_splits_only(folder):
     # Views of all rows after those of some: the others are computed.
     assert change(folder, count=2).rows_computed > 0
     check_targets(folder)
+
+
+def test_where_few_rows_have_views_one_that_leaves_has_no_successor(folder):
+    """Fewer than a store keeps as they were shown."""
+    splits = np.array(digits(folder)["split"].to_pylist(), "<U10")
+    splits[10:][splits[10:] == "train"] = "other"
+    splits[:10] = [*["train"] * 9, "validation"]
+    write_params(folder, params(**sections(count=2, splits=["train"])))
+    shutil.rmtree(folder / "data")
+    (folder / "data" / "raw").mkdir(parents=True)
+    shutil.copy(DIGITS, folder / "data" / "raw" / "digits.parquet")
+    for number in (9, 8):
+        splits[number:9] = "other"
+        replace_digits(folder, with_column(digits(folder), "split", splits.tolist()))
+        cache(folder)
+        kept = open_store(project_in(folder).store("big")).kept_views()
+        assert sorted(int(each.rpartition("-")[0]) for each in kept.sample_ids) == list(range(number))
 
 
 def test_a_student_learns_from_the_views(folder):

@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kdpipe.data.prepared import PreparedInputs
+from kdpipe.errors import DataError
 from kdpipe.store import TargetStore
 from kdpipe.tasks.language import LanguageModelling
 from kdpipe_stages import cache_teacher, check, evaluate, prepare_data, train_student, train_teacher
@@ -188,6 +190,25 @@ def test_the_student_meets_its_own_tokens(sure, tmp_path):
     cache_teacher.run(project, "big")
     train_student.run(project)
     assert evaluate.run(project)["student"]["agreement"] == 1
+
+
+def test_another_tokenizer_at_the_same_path_is_told(tmp_path):
+    """Its tokens are other ones, though params.yaml says the same."""
+    task = {"factory": "kdpipe.tasks.language:LanguageModelling", "block_tokens": LENGTH, "tokenizer": "tokens.json"}
+    teacher = {"model": {"factory": "models.py:Next"}, "weights": "next.safetensors"}
+    save_file({"scale": torch.ones(())}, tmp_path / "next.safetensors")
+    project = make(tmp_path, documents(), teacher, task=task | {"vocab_size": 270})
+    prepare_data.run(project)
+    project = make(tmp_path, documents(), teacher, task=task)
+    prepare_data.run(project)
+    cache_teacher.run(project, "big")
+    file = tmp_path / "tokens.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"added_tokens": []}))
+    for stage in (lambda: cache_teacher.run(project, "big"), lambda: train_student.run(project)):
+        with pytest.raises(DataError, match=r"made with other settings: tokenizer changed\. Run `kdpipe prepare-data`"):
+            stage()
+    prepare_data.run(project)
+    assert cache_teacher.run(project, "big").rows_computed == 0
 
 
 def test_a_student_of_another_vocabulary_is_told_so(tmp_path):

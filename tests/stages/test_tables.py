@@ -224,6 +224,52 @@ def test_views_that_a_table_lacks(folder, capsys):
     assert not (folder / "data" / "targets").exists()
 
 
+SHADE = """
+class Shade:
+    def __call__(self, columns, keys, seed):
+        return {**columns, "image": columns["image"] // 2}
+"""
+
+
+def test_views_that_a_table_is_not_about(folder, captured, capsys, monkeypatch):
+    shutil.copytree(captured, folder / "first", ignore=shutil.ignore_patterns("targets", ".work"))
+    (folder / "shade.py").write_text(SHADE)
+    (folder / "first" / "shade.py").write_text(SHADE)
+    views = {"count": 1, "seed": 3, "transform": {"factory": "shade.py:Shade"}}
+    write_params(folder / "first", params(views=views))
+    monkeypatch.chdir(folder / "first")
+    cache(folder / "first")
+    assert run(["export-targets", "data/targets/big", "--out", "../views.parquet"]) == 0
+    monkeypatch.chdir(folder)
+    sections = {"teachers": {"big": {"table": "views.parquet"}}}
+    write_params(folder, params(views=views, **sections))
+    assert run(["cache-teacher"]) == 0
+    before = tree(folder / "data" / "targets")
+    write_params(folder, params(views={**views, "seed": 4}, **sections))
+    assert "views.parquet is about other views: it was exported from" in fails(capsys, "cache-teacher")
+    assert tree(folder / "data" / "targets") == before
+
+
+def test_classes_of_another_order_than_the_tables(folder, capsys):
+    table = pq.read_table("big.parquet")
+    about = json.loads(table.schema.metadata[b"kdpipe"]) | {"class_names": [f"digit {each}" for each in range(10)]}
+    pq.write_table(table.replace_schema_metadata({b"kdpipe": json.dumps(about)}), "big.parquet")
+    value = params(teachers={"big": {"table": "big.parquet"}})
+    for names, expected in (
+        ([f"digit {each}" for each in (1, 0, *range(2, 10))], "as number 0, and task.class_names has it as number 1"),
+        (["none", *(f"digit {each}" for each in range(1, 10))], None),
+        ([f"digit {each}" for each in range(10)], None),
+    ):
+        value["task"]["class_names"] = names
+        write_params(folder, value)
+        assert run(["prepare-data"]) == 0
+        if expected is None:
+            assert run(["cache-teacher"]) == 0
+        else:
+            assert expected in fails(capsys, "cache-teacher")
+            assert not (folder / "data" / "targets").exists()
+
+
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [

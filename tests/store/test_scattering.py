@@ -71,6 +71,10 @@ def test_a_chunk_of_more_rows_than_one_call_reads(tmp_path, chunk):
     file = ShardFile(tmp_path / "shard", layout, len(rows), len(content))
     assert MOST_ROWS < file.rows_of(chunk) < 2 * MOST_ROWS + 1
     out, places = np.zeros((5000, 150), np.float32), np.random.default_rng(1).permutation(5000)[: file.rows_of(chunk)]
-    file.scatter_chunk(chunk, Scattered(out, np.concatenate([[0, 1, 2], places])), 3)
+    scattered = Scattered(out, np.concatenate([[0, 1, 2], places]))
+    assert not file.scatter_chunk(chunk, scattered, 3)
+    assert not out.any()
+    file.read(np.array([chunk * layout.chunk_rows]))
+    assert file.scatter_chunk(chunk, scattered, 3)
     assert np.array_equal(out[places], rows[chunk * layout.chunk_rows :][: len(places)])
     assert np.count_nonzero(out.any(axis=1)) == len(places)

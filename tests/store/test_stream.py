@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdpipe.encodings import Dense
 from kdpipe.errors import ConfigError, CorruptStoreError, IncompleteStoreError
-from kdpipe.store import TargetStore, TargetStream, WithTargets
+from kdpipe.store import TargetStore, TargetStream, WithTargets, reading
 from kdpipe.store.manifest import Manifest
 from kdpipe.targets import OutputSpec
 from kdpipe.views import ViewSpec
@@ -329,6 +329,80 @@ def test_two_iterations_at_once_are_refused(store):
         list(zip(stream, stream, strict=True))
     stream.set_epoch(0)
     assert sum(len(rows) for rows, _ in stream) == store.num_rows
+
+
+@pytest.mark.parametrize("set_place", [lambda stream, _: stream.set_epoch(5), TargetStream.load_state_dict])
+def test_a_place_that_is_set_within_an_iteration_is_kept(store, set_place):
+    stream = TargetStream(store, batch_size=50)
+    state = stream.state_dict()
+    iterator = iter(stream)
+    next(iterator)
+    set_place(stream, state)
+    step = stream.state_dict()["step"]
+    with pytest.raises(ConfigError, match="its place was set meanwhile"):
+        next(iterator)
+    assert stream.state_dict()["step"] == step
+
+
+def test_numbers_of_numpy_are_numbers(store):
+    stream = TargetStream(store, batch_size=np.uint8(200), seed=np.int64(3))
+    stream.set_epoch(np.int64(1))
+    state = json.loads(json.dumps(stream.state_dict()))
+    same = TargetStream(store, batch_size=200, seed=3)
+    same.load_state_dict(state)
+    for (rows, _), (others, _) in zip(stream, same, strict=True):
+        assert np.array_equal(rows, others)
+    for wrong in (1.5, True, -1):
+        with pytest.raises(ConfigError, match="expected a whole number, 0 or more"):
+            stream.set_epoch(wrong)
+
+
+def test_the_store_is_read_while_a_stream_of_it_reads_ahead(tmp_path, monkeypatch):
+    """The stream's thread goes through the files that are mapped, while others are mapped for its owner."""
+    from kdpipe import order
+
+    monkeypatch.setattr(order, "BLOCK_BYTES", 8 * (2 * C + 4))
+    store_of(tmp_path, num_rows=8000, num_views=1, shard_rows=16)
+    for epoch in range(3):
+        store = TargetStore.open(tmp_path)
+        for step, (rows, targets) in enumerate(TargetStream(store, batch_size=32, seed=epoch, ram_budget_bytes=0)):
+            check(rows, targets)
+            others = (rows * 7 + 31 * step) % 8000
+            check(others, store.read(others))
+
+
+def test_files_that_are_mapped_for_long_make_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_MAPPED", 5)
+    store = store_of(tmp_path, num_views=1, shard_rows=64)
+    before = len(os.listdir("/proc/self/fd"))
+    for start in range(5):
+        rows = np.arange(start, NUM_ROWS, 29)
+        check(rows, store.read(rows))
+        assert len(os.listdir("/proc/self/fd")) <= before + 5
+
+
+def replaced(path, content):
+    """As rsync does: written beside, then renamed."""
+    (path.parent / ".other").write_bytes(content)
+    (path.parent / ".other").rename(path)
+
+
+def test_a_shard_that_was_fetched_again_is_read_again(tmp_path):
+    store = store_of(tmp_path, num_views=1)
+    path = tmp_path / "logits" / "c.0.2.0"
+    good = path.read_bytes()
+    bad = bytes([good[0] ^ 4]) + good[1:]
+    replaced(path, bad)
+    rows = np.arange(1024, 1034)
+    with pytest.raises(CorruptStoreError, match="differs from its checksum"):
+        store.read(rows)
+    replaced(path, good)
+    check(rows, store.read(rows))
+    assert sum(len(met) for met, _ in TargetStream(store, batch_size=64, ram_budget_bytes=0)) == NUM_ROWS
+    check(rows, store.read(rows))
+    replaced(path, bad)
+    with pytest.raises(CorruptStoreError, match="differs from its checksum"):
+        list(TargetStream(store, batch_size=64, ram_budget_bytes=0))
 
 
 @pytest.mark.parametrize("step", [1, 40])

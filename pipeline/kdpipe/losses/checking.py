@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,10 @@ _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_arguments(loss: Any) -> None:
-    """Raise `ConfigError` unless each argument of a loss fits its type: a finite number from 0, a bool, a choice."""
+    """Raise `ConfigError` unless each argument of a loss fits its type: a finite number from 0, a bool, a choice.
+
+    Numbers of NumPy become Python's: the square of a narrow one would overflow.
+    """
     hints = _hints_of(loss.__class__)
     for each in fields(loss):
         value, hint = getattr(loss, each.name, None), hints[each.name]
@@ -31,6 +35,8 @@ def check_arguments(loss: Any) -> None:
             raise ConfigError(f"{each.name} is {value!r}; expected true or false")
         elif get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(f"{each.name} is {value!r}; the choices are {', '.join(get_args(hint))}")
+        if isinstance(value, np.number):
+            object.__setattr__(loss, each.name, value.item())
 
 
 @functools.cache

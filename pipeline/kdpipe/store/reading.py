@@ -6,6 +6,7 @@ Shapes: B batch, N rows of a pool.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from kdpipe.store.scattering import Scattered
 from kdpipe.store.shard_file import ShardFile
 
 MAX_OPEN_SHARDS = 1024
+"""Files whose index and verified chunks are remembered."""
+MAX_MAPPED = 256
+"""Files that are mapped at a time, each of which counts among the process's open files."""
 DENSE = 1 / 8
 """A chunk of which at least this share is wanted is read whole; of others the wanted rows are read."""
 WIDE_ROW_BYTES = 512
@@ -38,27 +42,47 @@ class ShardReader:
     def __init__(self, open_shard: Callable[[ArrayLayout, int, int], ShardFile]) -> None:
         self._open_shard = open_shard
         self._open: OrderedDict[tuple[str, int, int], ShardFile] = OrderedDict()
+        self._mapped: OrderedDict[ShardFile, None] = OrderedDict()
+        self._lock = threading.Lock()  # a store is read by the threads of its streams, and by its owner's
 
     def shard(self, layout: ArrayLayout, view: int, shard: int) -> ShardFile:
         """An open shard. Raises `IncompleteStoreError`, `CorruptStoreError`."""
         key = (layout.name, view, shard)
-        if key in self._open:
-            self._open.move_to_end(key)
-            return self._open[key]
-        self._open[key] = self._open_shard(layout, view, shard)
-        if len(self._open) > MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return self._open[key]
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        file = self._open_shard(layout, view, shard)
+        with self._lock:
+            self._open[key] = file
+            if len(self._open) > MAX_OPEN_SHARDS:
+                _, oldest = self._open.popitem(last=False)
+                self._mapped.pop(oldest, None)
+        return file
+
+    def read_rows(self, file: ShardFile, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows by their position in an open shard, `[N, …]`; files that were mapped for long make room."""
+        taken = file.read(rows)
+        with self._lock:
+            self._mapped[file] = None
+            self._mapped.move_to_end(file)
+            if len(self._mapped) > MAX_MAPPED:
+                oldest, _ = self._mapped.popitem(last=False)
+                oldest.unmap()
+        return taken
 
     def release(self) -> None:
         """Let go of mapped pages, which count as this process's memory."""
-        for file in self._open.values():
+        with self._lock:
+            mapped = list(self._mapped)
+        for file in mapped:
             file.release()
 
     def forget(self, view: int, shard: int) -> None:
         """Close a shard whose files are replaced."""
-        for key in [key for key in self._open if key[1:] == (view, shard)]:
-            del self._open[key]
+        with self._lock:
+            for key in [key for key in self._open if key[1:] == (view, shard)]:
+                self._mapped.pop(self._open.pop(key), None)
 
     def read(self, layouts: Iterable[ArrayLayout], view: int, rows: NDArray[np.int64]) -> Arrays:
         """Rows `[B, …]` of arrays of one store, in the given order."""
@@ -67,7 +91,7 @@ class ShardReader:
         shard_of, position = np.divmod(rows, layouts[0].shard_rows)
         for shard, here in grouped(shard_of):
             for layout in layouts:
-                result[layout.name][here] = self.shard(layout, view, shard).read(position[here])
+                result[layout.name][here] = self.read_rows(self.shard(layout, view, shard), position[here])
         return result
 
 
@@ -118,7 +142,7 @@ class RowPool:
             shard, inner = divmod(chunk, layout.num_chunks)
             file = self._reader.shard(layout, view, shard)
             if len(here) < DENSE * file.rows_of(inner) and not self._verify:
-                buffer[here + first] = file.read(inner * layout.chunk_rows + position[here])
+                buffer[here + first] = self._reader.read_rows(file, inner * layout.chunk_rows + position[here])
             elif layout.row_bytes < WIDE_ROW_BYTES:
                 content = file.read_chunk(inner, self._scratch_for(layout), self._verify)
                 buffer[here + first] = content[position[here]]
@@ -143,11 +167,10 @@ class RowPool:
             place[number, position[here]] = here + first
         scattered = Scattered(buffer, place.reshape(-1))
         for number, (file, inner, _) in enumerate(chunks):
-            if layout.compressed or self._verify or not file.is_verified(inner):
+            copied = layout.compressed or self._verify
+            if copied or not file.scatter_chunk(inner, scattered, number * layout.chunk_rows):
                 content = file.read_chunk(inner, self._scratch_for(layout), self._verify)
                 buffer[place[number, : len(content)]] = content
-            else:
-                file.scatter_chunk(inner, scattered, number * layout.chunk_rows)
         if np.count_nonzero(place != unwanted) == sum(len(here) for _, _, here in chunks):
             return
         for number, (_, _, here) in enumerate(chunks):  # some rows are asked for more than once

@@ -90,6 +90,7 @@ class ShardFile:
         self._path, self._layout, self._num_rows, self._within = path, layout, num_rows, within
         self._num_used = -(-num_rows // layout.chunk_rows)
         self._verified = np.zeros(self._num_used, np.bool_)
+        self._file: tuple[int, ...] = ()  # which one the chunks were verified of
         try:
             with self._open() as file:
                 self._bytes = os.fstat(file.fileno()).st_size
@@ -103,6 +104,17 @@ class ShardFile:
         self._offsets, self._sizes = self._read_index(np.frombuffer(index, np.uint8))
 
     def _open(self) -> FileIO:
+        """The file of today: where another one took its place (it was fetched again, say), nothing is verified yet."""
+        file = self._open_by_name()
+        found = os.fstat(file.fileno())
+        this = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if this != self._file:
+            self._file = this
+            self._verified[:] = False
+            self.unmap()
+        return file
+
+    def _open_by_name(self) -> FileIO:
         if self._within is None:
             return self._path.open("rb", buffering=0)
         return open(self._name, "rb", buffering=0, opener=self._within.opener)
@@ -130,34 +142,43 @@ class ShardFile:
         rows = content[:-CRC_BYTES].view(self._layout.numpy_dtype).reshape(-1, *self._layout.shape)
         return rows[: self.rows_of(chunk)]
 
-    def is_verified(self, chunk: int) -> bool:
-        """Whether a chunk's checksum has been compared."""
-        return bool(self._verified[chunk])
+    def scatter_chunk(self, chunk: int, out: Scattered, first: int) -> bool:
+        """An uncompressed chunk's rows, each straight to its place in memory: those of `out` from `first` on.
 
-    def scatter_chunk(self, chunk: int, out: Scattered, first: int) -> None:
-        """An uncompressed chunk's rows, each straight to its place in memory: those of `out` from `first` on."""
+        False, and nothing is read, where the chunk has not been verified.
+        """
         width, offset, num_rows = self._layout.row_bytes, int(self._offsets[chunk]), self.rows_of(chunk)
         with self._open() as file:
+            if not self._verified[chunk]:
+                return False
             for start in range(0, num_rows, MOST_ROWS):
                 stop = min(start + MOST_ROWS, num_rows)
                 if not out.read(file.fileno(), offset + start * width, first + start, first + stop):
                     raise CorruptStoreError(f"{self._path} ends within chunk {chunk}. {REPAIR}")
+        return True
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Rows by their position in the shard, `[N, …]`, in the given order."""
         chunks, positions = np.divmod(rows, self._layout.chunk_rows)
         if self._layout.compressed:
             return self._read_compressed(chunks, positions)
+        mapped = self._mapped_chunks  # before a look at what is verified: the file may be another one by now
         if not self._verified.all():
             for chunk in np.unique(chunks[~self._verified[chunks]]):
                 self._verify_mapped(int(chunk))
-        taken: NDArray[Any] = self._mapped_chunks[chunks, positions]
+        taken: NDArray[Any] = mapped[chunks, positions]
         return taken
 
     def release(self) -> None:
         """Let go of pages that single rows were read from; they are still in the system's cache."""
-        if "_mapped" in self.__dict__:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+        mapped = self.__dict__.get("_mapped")
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def unmap(self) -> None:
+        """Let go of the file that single rows were read from; it is mapped again when the next ones are."""
+        for name in ("_mapped", "_mapped_chunks"):
+            self.__dict__.pop(name, None)
 
     def _read_compressed(self, chunks: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[Any]:
         out = np.empty((len(chunks), *self._layout.shape), self._layout.numpy_dtype)
@@ -182,13 +203,17 @@ class ShardFile:
 
     def _compare(self, chunk: int, found: NDArray[np.uint8], stored: NDArray[np.uint8]) -> None:
         if not np.array_equal(found, stored):
+            self.unmap()  # the next reading is of the file that is there by then
             raise CorruptStoreError(f"{self._path}: chunk {chunk} differs from its checksum. {REPAIR}")
         self._verified[chunk] = True
 
     @cached_property
     def _mapped(self) -> mmap.mmap:
         with self._open() as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(mapped) != self._bytes:
+            raise CorruptStoreError(f"{self._path} has {len(mapped)} bytes; {self._bytes} were committed. {REPAIR}")
+        return mapped
 
     @cached_property
     def _mapped_chunks(self) -> NDArray[Any]:

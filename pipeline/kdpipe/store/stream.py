@@ -185,17 +185,24 @@ class TargetStream(IterableDataset[StreamedBatch]):
         views = ((self._views.view_of_epoch(group.epoch), group) for group in groups)
         for number, batch in enumerate(self._pools.batches(views)):
             if self._num_iterations != this:
-                raise ConfigError("another iteration of this stream has begun; two at once need a stream each")
+                raise ConfigError(
+                    "another iteration of this stream has begun, or its place was set meanwhile; two at once need a "
+                    "stream each, and a place that is set is that of the next iteration"
+                )
             self._step = first + number + 1
             if worker is None or number % worker.num_workers == worker.id:
                 yield batch
 
     def set_epoch(self, epoch: int) -> None:
         """Start at the beginning of an epoch, counted from 0."""
-        if epoch < 0:
-            raise ConfigError(f"epoch is {epoch}; expected 0 or more")
-        self._step = epoch * self._order.steps_per_epoch
+        if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or epoch < 0:
+            raise ConfigError(f"epoch is {epoch!r}; expected a whole number, 0 or more")
+        self._go_to(int(epoch) * self._order.steps_per_epoch)
         self._epoch_is_set = True
+
+    def _go_to(self, step: int) -> None:
+        self._step = int(step)
+        self._num_iterations += 1  # one that goes on would move the place again
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON: batches since the start of epoch 0, and what the batches depend on."""
@@ -219,7 +226,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
                 f"the state is of a stream of other batches ({'; '.join(others)}); make this stream with the arguments "
                 "that it had, on a store of the same rows"
             )
-        self._step = state["step"]
+        self._go_to(state["step"])
 
     @cached_property
     def _settings(self) -> dict[str, Any]:

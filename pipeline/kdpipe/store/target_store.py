@@ -44,13 +44,15 @@ class TargetStore:
 
     def __init__(self, path: Path, remote: RemoteFolder | Uploading | None = None) -> None:
         """Open what is there, the mirror of what is remote, or what goes there; see `open` and `create`."""
-        self.path, self._remote = path, remote
-        self._folder = HeldFolder(path)
-        self.manifest = Manifest.load(path)
-        self.extent = Extent.load(path)
+        self.path, self._remote = path.absolute(), remote  # the working directory may be another one tomorrow
+        self._folder = HeldFolder(self.path)
+        try:
+            self.manifest = Manifest.load(path)
+            self.extent = Extent.load(path)
+            self.records = CommitLog(path)
+        finally:  # files of two stores, read while one took the other's place, are nobody's fault
+            self._folder.check()
         self.layouts: dict[str, ArrayLayout] = self.manifest.layouts()
-        self.records = CommitLog(path)
-        self._folder.check()
         this = weakref.proxy(self)  # no cycle: the folder is let go of as soon as the store is
         self.rows = StoredRows(lambda: this._read_rows())
         self.reader = ShardReader(lambda *which: this._open_shard(*which))

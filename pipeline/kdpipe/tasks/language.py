@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from kdpipe.data.columns import Columns
 from kdpipe.data.preparing import NameOf, SourceColumns, column_of
 from kdpipe.data.sources import Source
 from kdpipe.errors import ConfigError, DataError
+from kdpipe.fingerprint import digest_file
 from kdpipe.losses import cross_entropy
 from kdpipe.preprocess import Preprocess
 from kdpipe.preprocess.tokens import TokenIds
-from kdpipe.tasks.vocabulary import Vocabulary, open_vocabulary
+from kdpipe.tasks.vocabulary import BYTES, Vocabulary, open_vocabulary, tokenizer_file
 
 _BLOCKS_AT_ONCE = 1024
 
@@ -44,6 +45,12 @@ class LanguageModelling:
     """
 
     class_names = None
+
+    @staticmethod
+    def reads(arguments: Mapping[str, Any], root: Path) -> dict[str, str]:
+        """Digest of the tokenizer's file, where there is one."""
+        file = tokenizer_file(root, str(arguments.get("tokenizer", BYTES)))
+        return {"tokenizer": digest_file(file)} if file.is_file() else {}
 
     def __init__(
         self,

@@ -38,11 +38,16 @@ class Vocabulary(Protocol):
         """Ids by token."""
 
 
+def tokenizer_file(root: Path, name: str) -> Path:
+    """The file of a tokenizer below `root`, or of the folder that holds it."""
+    path = root / name
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 def open_vocabulary(root: Path, name: str, end_token: str | None, vocab_size: int | None) -> Vocabulary:
     """`bytes`, or a tokenizer's file or folder below `root`. Raises `ConfigError` when it is absent or unreadable."""
     if name != BYTES:
-        path = root / name
-        return _Tokenizer(path / "tokenizer.json" if path.is_dir() else path, end_token, vocab_size)
+        return _Tokenizer(tokenizer_file(root, name), end_token, vocab_size)
     if end_token is not None or vocab_size is not None:
         raise ConfigError(
             "task.tokenizer: bytes have 257 tokens, the last after each document; leave end_token and vocab_size out"

@@ -14,8 +14,8 @@ weights        list beside `class_ids` [T]: encoding `sampled`; exports only
 top1, confidence, entropy    the teacher's statistics at T = 1, in nats; exports only
 
 Columns of further logits are named `<output>` and `<output>.class_ids`, …. Arrow's schema metadata has a key `kdpipe`
-with JSON: `fingerprint`, `encodings`, `num_classes`, `temperatures`, `class_names`. An npz file has one member per
-column, `temperatures`, and that JSON as the text `kdpipe`; its lists are padded: log_probs by -inf, weights by 0.
+with JSON: `fingerprint`, `encodings`, `num_classes`, `temperatures`, `class_names`, `views`. An npz file has one member
+per column, `temperatures`, and that JSON as the text `kdpipe`; its lists are padded: log_probs by -inf, weights by 0.
 """
 
 from kdpipe.store.tables.exporting import export_table

@@ -75,6 +75,7 @@ def _about(store: TargetStore, outputs: Sequence[str]) -> dict[str, Any]:
         "num_classes": manifest.num_classes,
         "temperatures": list(sparse[0] if sparse else manifest.temperatures),
         "class_names": None if manifest.class_names is None else list(manifest.class_names),
+        "views": manifest.ingredients.get("views"),
     }
 
 
