@@ -357,6 +357,7 @@ def _told_of_views(store: TargetStore, project: Project, num_rows: int) -> Targe
     if section.count:
         wanted = np.full(num_rows, section.splits is None)
         if section.splits is not None:
-            wanted[project.prepared_data().rows_of(section.splits)] = True
+            rows = project.prepared_data().rows_of(section.splits)
+            wanted[rows[rows < num_rows]] = True  # some may have been prepared since
         store.want_in_views(wanted)
     return store

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from kdpipe.caching import Share
 from kdpipe.data.prepared import PreparedData
 from kdpipe.errors import ConfigError, IncompleteStoreError
 from kdpipe.store import open_store
@@ -233,6 +234,32 @@ def test_views_of_some_splits_only(folder):
     # Views of all rows after those of some: the others are computed.
     assert change(folder, count=2).rows_computed > 0
     check_targets(folder)
+
+
+def test_rows_that_are_prepared_while_workers_capture(folder, monkeypatch):
+    """They are the next run's."""
+    whole = digits(folder)
+    replace_digits(folder, whole.slice(0, 600))
+    shutil.rmtree(folder / "data" / "prepared")
+    write_params(folder, params(**sections(count=1, splits=["train"], size=3)))
+    prepare_data.run(project_in(folder))
+    capture = cache_teacher.capture
+
+    def beside(*arguments):
+        captured = capture(*arguments)
+        replace_digits(folder, whole)
+        prepare_data.run(project_in(folder))
+        return captured
+
+    monkeypatch.setattr(cache_teacher, "capture", beside)
+    first = cache_teacher.run(project_in(folder), "big", share=Share(index=0, count=2))
+    assert first.shards_owed > 0
+    assert first.num_rows == 600
+    monkeypatch.undo()
+    for index in (0, 1):
+        cache_teacher.run(project_in(folder), "big", share=Share(index=index, count=2))
+    assert open_store(project_in(folder).store("big")).num_rows == NUM_ROWS
+    check_targets(folder, rows=PreparedData(project_in(folder).prepared).rows_of(["train"]))
 
 
 def test_where_few_rows_have_views_one_that_leaves_has_no_successor(folder):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from kdpipe.encodings import Dense
 from kdpipe.errors import ConfigError, CorruptStoreError, IncompleteStoreError
@@ -545,6 +545,16 @@ def test_a_dataset_of_ones_own_gets_the_targets_of_its_samples(store, num_worker
     example, targets = data[7]
     assert example["key"] == keys[7]
     check(np.array([keys[7]]), {"logits": targets}, data.view)
+
+
+def test_batches_that_are_none_of_its_own_are_refused(store):
+    data = WithTargets(Squares([1, 2]), store, ["row-1", "row-2"])
+    for loader in (
+        DataLoader(ConcatDataset([data, data]), batch_size=3, collate_fn=data.collate),
+        DataLoader(data, batch_size=None, collate_fn=data.collate),
+    ):
+        with pytest.raises(ConfigError, match="expected a batch that WithTargets gave as a whole"):
+            next(iter(loader))
 
 
 def test_torchs_own_collate_is_not_for_targets(store):

@@ -72,7 +72,15 @@ class WithTargets(Dataset[tuple[Any, Targets]]):
         return Fetched(examples=examples, targets=self._read(indices))
 
     def collate(self, fetched: Fetched) -> tuple[Any, Targets]:
-        """`collate_fn` of a DataLoader over this dataset: the collated examples, and targets `[B, …]`."""
+        """`collate_fn` of a DataLoader over this dataset: the collated examples, and targets `[B, …]`.
+
+        Raises `ConfigError` for what is no batch of it, such as one of a `ConcatDataset`.
+        """
+        if not isinstance(fetched, Fetched):
+            raise ConfigError(
+                f"collate got a {type(fetched).__name__}; expected a batch that WithTargets gave as a whole: put the "
+                "datasets together first and the targets beside them, and leave the DataLoader its batch_size"
+            )
         return self._collate(list(fetched.examples)), fetched.targets
 
     def _read(self, indices: list[int]) -> Targets:
