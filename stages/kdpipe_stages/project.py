@@ -226,8 +226,11 @@ class Project:
             raise DataError(f"{self.prepared} was made with other settings: {difference}. Run `kdpipe prepare-data`.")
 
     def prepared_with(self) -> dict[str, Any]:
-        """What data/prepared is made with: settings, and digests of the code and files that task and source reach."""
-        code = self.sources(self.params.task, "task") | self.sources(self.params.data.source, "data.source")
+        """What data/prepared is made with: settings, and digests of the code and files that the task reaches.
+
+        Not the source's: who learns from prepared rows need not be able to import it.
+        """
+        code = self.sources(self.params.task, "task")
         own = {name: each for name, each in code.items() if name != "kdpipe"}  # a newer one keeps its word
         return {**prepared_sections(self.params), "sources": own}
 
