@@ -83,7 +83,7 @@ class DenseTargets:
                     f"{list(logits.shape[:-1])}"
                 )
             logits = torch.where(covered.unsqueeze(-1), logits, 0.0)
-        logits = _wide(logits)
+        logits = widened(logits)
         row_max = logits.amax(dim=-1)
         return cls(values=logits - row_max.unsqueeze(-1), row_max=row_max, covered=covered)
 
@@ -104,7 +104,7 @@ class DenseTargets:
 
     def logits(self) -> Tensor:
         """The teacher's logits `[B, ..., C]`, float32 (float64 when stored so)."""
-        return _wide(self.values) + self.row_max.unsqueeze(-1)
+        return widened(self.values) + self.row_max.unsqueeze(-1)
 
     def softened(self, temperature: float, allow_interpolation: bool = False) -> Tensor:
         """Softened logits `z / T [B, ..., C]`, up to a constant per row; exact, nothing is ever interpolated.
@@ -112,7 +112,7 @@ class DenseTargets:
         Raises `ConfigError` for a temperature that is no number above 0.
         """
         check_temperature(temperature)
-        return _wide(self.values) / temperature
+        return widened(self.values) / temperature
 
     def log_probs(self, temperature: float = 1.0, allow_interpolation: bool = False) -> Tensor:
         """Log-softmax of `z / T`, `[B, ..., C]`, computed in float32 or wider."""
@@ -377,10 +377,16 @@ def are_of_places(shape: Sequence[int], places: Sequence[int]) -> bool:
 
 def zero_unless(counts: Tensor, values: Tensor) -> Tensor:
     """`values [B, ...]` with zeros where `counts` is False: bool, of `values`' first axes."""
-    return torch.where(counts.reshape(*counts.shape, *[1] * (values.ndim - counts.ndim)), values, 0)
+    return torch.where(spread(counts, values.ndim), values, 0)
 
 
-def _wide(values: Tensor) -> Tensor:
+def spread(values: Tensor, num_axes: int) -> Tensor:
+    """`values [B, ...]` with axes of length 1 behind their own, `num_axes` in all, to broadcast with more of them."""
+    return values.reshape(*values.shape, *[1] * (num_axes - values.ndim))
+
+
+def widened(values: Tensor) -> Tensor:
+    """In float32, or float64 where they are."""
     return values if values.dtype == torch.float64 else values.float()
 
 

@@ -24,6 +24,7 @@ from kdpipe_stages.building import ModelSpec, label_loss, plan_json
 from kdpipe_stages.made_of import first_changed
 from kdpipe_stages.params import (
     StudentSection,
+    differing,
     first_difference,
     store_sections,
     to_json,
@@ -242,7 +243,7 @@ def _check_transform(store: TargetStore, project: Project, command: str) -> None
         return
     then = store.manifest.ingredients["views"]["sources"]
     now = project.sources(views.transform, "views.transform")
-    changed = sorted(each for each in {*then, *now} if then.get(each) != now.get(each))
+    changed = differing(then, now)
     if changed:
         raise StaleStoreError(
             f"{store.path} holds views of another views.transform: {changed[0]} was "

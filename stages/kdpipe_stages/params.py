@@ -396,6 +396,11 @@ def prepared_sections(params: Params) -> dict[str, Any]:
     return {"data": to_json(params.data), "task": to_json(params.task)}
 
 
+def differing(then: Mapping[str, Any], today: Mapping[str, Any]) -> list[str]:
+    """Keys, sorted, whose values are not the same."""
+    return sorted(key for key in {*then, *today} if then.get(key) != today.get(key))
+
+
 def first_difference(then: Any, today: Any, where: str = "") -> str:
     """Where two settings differ, as a sentence; empty when they do not."""
     if then == today:

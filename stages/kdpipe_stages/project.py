@@ -27,6 +27,7 @@ from kdpipe_stages.params import (
     Params,
     TargetsSection,
     TeacherSection,
+    differing,
     first_difference,
     prepared_sections,
     views_identity,
@@ -163,9 +164,10 @@ class Project:
 
     def views_ingredient(self) -> dict[str, Any] | None:
         """What changes the augmented views, with digests of the code of their transform."""
-        transform = self.params.views.transform
-        views = views_identity(self.params.views)
-        return views and {**views, "sources": self.sources(transform, "views.transform")} if transform else views
+        transform, views = self.params.views.transform, views_identity(self.params.views)
+        if transform is None or views is None:
+            return None
+        return {**views, "sources": self.sources(transform, "views.transform")}
 
     def views_of_training(self, name: str) -> ViewSpec:
         """What a teacher that is trained here is shown: one view for each epoch, of a seed that no store has."""
@@ -220,8 +222,7 @@ class Project:
         code, code_then = today.pop("sources"), then.pop("sources", None)
         difference = first_difference(then, today)
         if not difference and code_then not in (None, code):
-            names = sorted(name for name in {**code_then, **code} if code_then.get(name) != code.get(name))
-            difference = f"{', '.join(names)} changed"
+            difference = f"{', '.join(differing(code_then, code))} changed"
         if difference:
             raise DataError(f"{self.prepared} was made with other settings: {difference}. Run `kdpipe prepare-data`.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -350,7 +349,7 @@ class TableTeacher:
                 "column view with all of them, or set views.count: 0"
             )
         then = self._said.table.about.get("views")
-        if num_views > 1 and then is not None and then != json.loads(canonical_json(self._views)):
+        if num_views > 1 and then is not None and canonical_json(then) != canonical_json(self._views):
             raise ConfigError(
                 f"{self._path} is about other views: it was exported from a store of views {canonical_json(then)}, "
                 f"and params.yaml has {canonical_json(self._views)}; export it again, or restore views"

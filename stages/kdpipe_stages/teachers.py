@@ -38,6 +38,7 @@ from kdpipe_stages.terminal import say
 _FIT_ROWS = 4096
 _OF_A_TEACHER = ("outputs", "fingerprint", "predict")
 _OF_A_LEARNER = ("fit", "save", "load")
+_TOLD = ("num_classes", "class_names", "task", "precision")
 
 
 def build_teacher(
@@ -197,15 +198,11 @@ def _told(project: Project, name: str, bound: Bound) -> tuple[dict[str, Any], di
     """
     section, task = project.teacher(name), project.params.task
     assert section.teacher is not None
-    offered = {
-        "num_classes": project.task().num_classes,
-        "class_names": project.task().class_names,
-        "task": to_json(task),
-        "precision": project.targets(name).precision,
-    }
     own = {*section.teacher.arguments, *(section.runtime or {})}
-    told = {key: value for key, value in offered.items() if key in bound.arguments and key not in own}
-    return told, project.sources(task, "task") if "task" in told else {}
+    told = {key: bound.arguments[key] for key in _TOLD if key in bound.arguments and key not in own}
+    if "task" not in told:
+        return told, {}
+    return {**told, "task": to_json(task)}, project.sources(task, "task")
 
 
 def _parts(project: Project, inputs: PreparedInputs, above: Sequence[str]) -> Callable[[str], Teacher]:

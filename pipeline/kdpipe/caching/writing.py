@@ -21,7 +21,7 @@ from kdpipe.errors import ConfigError, TeacherError
 from kdpipe.inputs import SURE_ROWS, look_like_a_sigmoids, look_like_probabilities
 from kdpipe.store import TargetStore
 from kdpipe.store.statistics import kept_statistics, teacher_statistics
-from kdpipe.targets import OutputSpec, are_of_places, zero_unless
+from kdpipe.targets import OutputSpec, are_of_places, spread, zero_unless
 from kdpipe.teachers.base import CLASS_IDS, COVERED, LOG_PROBS, LOGITS, TAIL_LOG_MASS
 from kdpipe.views import row_keys
 
@@ -199,7 +199,7 @@ class Writer:
         if covered is not None:  # what stands where the teacher did not speak may be anything
             alike = [each.to(ids.device) for each in encoding.alike(shape)]
             ids, head, tail = (
-                torch.where(covered.reshape(*covered.shape, *[1] * (each.ndim - covered.ndim)), each, other)
+                torch.where(spread(covered, each.ndim), each, other)
                 for each, other in zip((ids, head, tail), (alike[0], alike[1], alike[2].squeeze(-1)), strict=True)
             )
         mass = torch.logaddexp(head.logsumexp(dim=-1), tail)

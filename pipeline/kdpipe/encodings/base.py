@@ -82,11 +82,6 @@ def check_kind(name: str, output: OutputSpec, kind: Literal["logits", "features"
         )
 
 
-def widened(values: Tensor) -> Tensor:
-    """float32, or float64 where it is so already."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
 def narrowed(dtype: str, values: Tensor, source: Tensor) -> Tensor:
     """Values `[..., C]` in a float dtype: what is below its range is its lowest number; -inf is -inf in `source` only.
 

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_choice, check_kind, narrowed, widened
-from kdpipe.targets import DenseTargets, OutputSpec
+from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_choice, check_kind, narrowed
+from kdpipe.targets import DenseTargets, OutputSpec, widened
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_choice, check_kind, widened
+from kdpipe.encodings.base import FLOATS, ArraySpec, as_json, check_choice, check_kind
 from kdpipe.encodings.int8 import quantised
 from kdpipe.errors import ConfigError
-from kdpipe.targets import FeatureTargets, OutputSpec
+from kdpipe.targets import FeatureTargets, OutputSpec, spread, widened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,5 @@ class FeaturesInt8:
     def decode(self, arrays: Mapping[str, NDArray[Any]], output: OutputSpec) -> FeatureTargets:
         """Targets of stored rows, values in float32."""
         codes = torch.from_numpy(arrays[""])
-        scale, zero = (
-            ranges.reshape(*ranges.shape, *[1] * (codes.ndim - ranges.ndim))
-            for ranges in (torch.from_numpy(arrays[suffix]) for suffix in (".scale", ".zero"))
-        )
+        scale, zero = (spread(torch.from_numpy(arrays[suffix]), codes.ndim) for suffix in (".scale", ".zero"))
         return FeatureTargets(values=zero + codes * scale)

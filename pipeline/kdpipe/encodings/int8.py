@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.encodings.base import ArraySpec, as_json, check_kind, widened
+from kdpipe.encodings.base import ArraySpec, as_json, check_kind
 from kdpipe.errors import ConfigError
-from kdpipe.targets import DenseTargets, OutputSpec
+from kdpipe.targets import DenseTargets, OutputSpec, widened
 
 NUM_STEPS = 255
 _MEANT_AS_MASK = 1e8

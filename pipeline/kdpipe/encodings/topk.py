@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.encodings.base import ArraySpec, as_json, check_choice, check_kind, narrowed, widened
+from kdpipe.encodings.base import ArraySpec, as_json, check_choice, check_kind, narrowed
 from kdpipe.encodings.class_ids import (
     check_num_classes,
     ids_array,
@@ -26,7 +26,7 @@ from kdpipe.encodings.class_ids import (
 )
 from kdpipe.encodings.int8 import quantised
 from kdpipe.errors import ConfigError
-from kdpipe.targets import OutputSpec, SparseTargets, check_temperatures
+from kdpipe.targets import OutputSpec, SparseTargets, check_temperatures, widened
 
 UNUSED = 255
 """The int8 code of a place without a class; 0 to 254 are log-probs."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kdpipe.losses.checking import check_arguments, check_labels
-from kdpipe.losses.distributions import check_shape, softened, widened, with_every_class
+from kdpipe.losses.distributions import check_shape, softened, with_every_class
 from kdpipe.losses.divergences import kl_of
-from kdpipe.targets import DenseTargets, MixedTargets, Targets
+from kdpipe.targets import DenseTargets, MixedTargets, Targets, widened
 
 
 @dataclass(frozen=True, kw_only=True)

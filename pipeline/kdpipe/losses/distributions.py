@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import bucket_log_probs
-from kdpipe.targets import DenseTargets, FeatureTargets, MixedTargets, SampledTargets, SparseTargets, Targets
+from kdpipe.targets import DenseTargets, FeatureTargets, MixedTargets, SampledTargets, SparseTargets, Targets, widened
 
 _STANDARD_EPS = 1e-7
 _NO_FEATURES = (
@@ -115,8 +115,3 @@ def check_shape(logits: Tensor, expected: tuple[int, ...]) -> None:
             f"student logits have shape {list(logits.shape)}, the targets {list(expected)}; "
             "expected the same rows and classes"
         )
-
-
-def widened(logits: Tensor) -> Tensor:
-    """In float32, or float64 where they are."""
-    return logits if logits.dtype == torch.float64 else logits.float()

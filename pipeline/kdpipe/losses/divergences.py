@@ -12,15 +12,8 @@ from torch import Tensor
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import log_probs_at
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import (
-    check_shape,
-    log_probs_of_both,
-    softened,
-    student_softened,
-    teacher_log_probs,
-    widened,
-)
-from kdpipe.targets import SampledTargets, SparseTargets, Targets
+from kdpipe.losses.distributions import check_shape, log_probs_of_both, softened, student_softened, teacher_log_probs
+from kdpipe.targets import SampledTargets, SparseTargets, Targets, widened
 
 _LOWEST = -1e30
 """Stands for the log of 0 where a difference of two of them must be a number."""

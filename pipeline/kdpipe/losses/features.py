@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import root, widened
-from kdpipe.targets import FeatureTargets, Targets, are_of_places
+from kdpipe.losses.distributions import root
+from kdpipe.targets import FeatureTargets, Targets, are_of_places, widened
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.checking import check_labels
-from kdpipe.losses.distributions import widened
+from kdpipe.targets import widened
 
 _NONE = -1
 

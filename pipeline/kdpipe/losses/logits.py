@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import check_shape, log_probs_of_both, only_dense, root, widened
-from kdpipe.targets import Targets
+from kdpipe.losses.distributions import check_shape, log_probs_of_both, only_dense, root
+from kdpipe.targets import Targets, widened
 
 
 @dataclass(frozen=True, kw_only=True)

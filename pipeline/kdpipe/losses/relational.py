@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import check_shape, root, softened, widened, with_every_class
-from kdpipe.targets import Targets
+from kdpipe.losses.distributions import check_shape, root, softened, with_every_class
+from kdpipe.targets import Targets, widened
 
 
 @dataclass(frozen=True, kw_only=True)

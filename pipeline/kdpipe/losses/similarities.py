@@ -15,9 +15,8 @@ from torch.nn.functional import smooth_l1_loss
 
 from kdpipe.errors import ConfigError
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import widened
 from kdpipe.losses.features import found, of_features, unit
-from kdpipe.targets import Targets
+from kdpipe.targets import Targets, widened
 
 _SMALLEST_DISTANCE = 1e-6
 

@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from kdpipe.errors import ConfigError
 from kdpipe.losses.buckets import bucket_log_probs
 from kdpipe.losses.checking import check_arguments
-from kdpipe.losses.distributions import softened, teacher_log_probs, widened
-from kdpipe.targets import SparseTargets, Targets
+from kdpipe.losses.distributions import softened, teacher_log_probs
+from kdpipe.targets import SparseTargets, Targets, widened
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from kdpipe.data.columns import Array, Column, Columns, Ragged, take
 from kdpipe.errors import KdpipeError
 from kdpipe.fingerprint import canonical_json
 from kdpipe.inputs import LOGITS
-from kdpipe.targets import are_of_places
+from kdpipe.targets import are_of_places, zero_unless
 from kdpipe.teachers.base import CLASS_IDS, COVERED, LOG_PROBS, TAIL_LOG_MASS, Learner, Teacher, abstains
 
 _MASS_TOLERANCE = 1e-3
@@ -241,7 +241,7 @@ def _heard(said: dict[str, Tensor]) -> dict[str, Tensor]:
         if name != COVERED:
             of_tokens = name == TAIL_LOG_MASS or are_of_places(values.shape, covered.shape)
             spoken = covered if of_tokens else of_rows
-            heard[name] = torch.where(spoken.reshape(*spoken.shape, *[1] * (values.ndim - spoken.ndim)), values, 0)
+            heard[name] = zero_unless(spoken, values)
     return heard
 
 
