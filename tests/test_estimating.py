@@ -178,7 +178,7 @@ def test_bytes_are_those_of_a_store(tmp_path, encoding, profile, num_rows):
         store.write(view, shard, {**arrays, "statistics": np.zeros((shard.num_rows, 3), np.float32)}, 16)
         if shard.num_rows == shard_rows:
             files = store.records[view, shard.index].files
-            written += sum(size for name, (size, _) in files.items() if name != "statistics")
+            written += sum(file.num_bytes for name, file in files.items() if name != "statistics")
     assert stored_bytes(encoding, sample, shard_rows) == written / (num_rows // shard_rows * shard_rows)
 
 

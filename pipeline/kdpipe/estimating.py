@@ -158,7 +158,7 @@ def stored_bytes(encoding: TargetEncoding, sample: Sample, shard_rows: int) -> f
     for suffix, spec in encoding.arrays(sample.output).items():
         layout = ArrayLayout(name=suffix, **vars(spec), shard_rows=rows, chunk_rows=rows)
         shards = (arrays[suffix][start : start + rows] for start in range(0, counted, rows))
-        total += sum(len(piece) for shard in shards for piece in encode_shard(shard, layout))
+        total += sum(len(piece) for shard in shards for part in encode_shard(shard, layout) for piece in part)
     return total / counted
 
 

@@ -335,8 +335,8 @@ def check_url(project: Project, name: str) -> None:
 
 def _has_files(folder: Path, store: TargetStore, record: CommitRecord) -> bool:
     """Whether a folder has the very bytes that were committed."""
-    paths = {folder / store.layouts[name].shard_path(*record.key): each for name, (_, each) in record.files.items()}
-    return all(path.is_file() and digest_file(path) == sha256 for path, sha256 in paths.items())
+    paths = {folder / store.layouts[name].shard_path(*record.key): file for name, file in record.files.items()}
+    return all(path.is_file() and digest_file(path) == file.sha256 for path, file in paths.items())
 
 
 def _contents(folder: Path) -> dict[str, str]:

@@ -237,7 +237,7 @@ def test_a_record_never_precedes_its_files(clones, monkeypatch):
         assert there.keys().isdisjoint({"manifest.json", "extent.json"})
         digests = {hashlib.sha256(each).hexdigest() for each in there.values()}
         records = [json.loads(each) for name, each in there.items() if "/commits/" in name]
-        assert all(sha256 in digests for each in records for _, sha256 in each["files"].values())
+        assert all(sha256 in digests for each in records for _, sha256, _ in each["files"].values())
         stops += 1
         shutil.rmtree(folder / "data" / ".work")
         if len(records) == 2:

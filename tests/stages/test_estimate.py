@@ -106,7 +106,7 @@ def test_bytes_are_those_of_the_store_that_caching_makes(folder, targets):
     cache_teacher.run(project, "big")
     store = open_store(project.store("big"))
     files = [record.files for record in store.records.values() if record.stop - record.start == 64]
-    logits = [sum(size for name, (size, _) in each.items() if name.split(".")[0] == "logits") for each in files]
+    logits = [sum(file.num_bytes for name, file in each.items() if name.split(".")[0] == "logits") for each in files]
     compact = targets.get("profile") == "compact"
     estimated = own["bytes_per_row_compact" if compact else "bytes_per_row"]
     assert estimated == pytest.approx(sum(logits) / len(logits) / 64, rel=0.1 if compact else 1e-9)
@@ -347,7 +347,7 @@ def test_tokens_masked_classes_and_abstention(tmp_path):
     cache_teacher.run(project, "big")
     store = open_store(project.store("big"))
     files = [record.files for record in store.records.values() if record.stop - record.start == 64]
-    written = sum(files[0][each][0] for each in ("logits", "logits.row_max"))
+    written = sum(files[0][each].num_bytes for each in ("logits", "logits.row_max"))
     assert by_name(found)["dense float16"]["bytes_per_row"] == written / 64
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -38,10 +39,10 @@ def ids():
     return np.array([f"row-{index}" for index in range(NUM_ROWS)])
 
 
-def said(name, view):
+def said(name, view, version=0):
     """What the teacher says about every row."""
     output = next(each for each in OUTPUTS if each.name == name)
-    seed = 100 * view + OUTPUTS.index(output)
+    seed = 1000 * version + 100 * view + OUTPUTS.index(output)
     return 3 * torch.randn(NUM_ROWS, *output.shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -50,11 +51,11 @@ def covered(view):
     return np.arange(NUM_ROWS) % 5 != 0
 
 
-def make_store(path):
+def make_store(path, version=0, weights="0"):
     """A finished store with several encodings, two views and a teacher that abstains."""
     encodings = {name: encoding.to_json() for name, encoding in ENCODINGS.items()}
     manifest = Manifest(
-        ingredients={"teacher": {"name": "Lehrkörper", "weights": "0" * 64}, "encodings": encodings},
+        ingredients={"teacher": {"name": "Lehrkörper", "weights": weights * 64}, "encodings": encodings},
         outputs=OUTPUTS,
         encodings=encodings,
         temperatures=[1.0, 4.0],
@@ -67,7 +68,9 @@ def make_store(path):
         recorded={"torch": "2"},
     )
     digests = np.random.default_rng(0).integers(0, 256, (NUM_ROWS, 16), dtype=np.uint8)
-    fill(TargetStore.create(path, manifest, ids(), digests, num_views=NUM_VIEWS), said, covered)
+    fill(
+        TargetStore.create(path, manifest, ids(), digests, num_views=NUM_VIEWS), partial(said, version=version), covered
+    )
 
 
 def by_random_access(path):
@@ -274,14 +277,37 @@ def test_lost_row_ids_cost_no_targets(store, original):
     ],
     ids=["of two shards", "of two views", "of two arrays"],
 )
-def test_swapped_shard_files_are_named_by_verify(store, first, second):
+def test_swapped_shard_files_are_refused_and_named_by_verify(store, original, first, second):
+    """Each is whole, and of the size that was committed."""
     os.rename(store / first, store / "aside")
     os.rename(store / second, store / first)
     os.rename(store / "aside", store / second)
+    for name, read in READERS.items():
+        assert outcome(read, store, original[1]) == "refused", name
     problems = [each.what for each in TargetStore.open(store).verify()]
     for name in (first, second):
         array, _, file = name.partition("/")
         assert f"{file} of {array} differs from its checksum" in problems
+
+
+@pytest.mark.parametrize("weights", ["0", "1"], ids=["the same settings", "other weights"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_copy_over_an_older_version_that_breaks_off_is_no_mixture(store, original, tmp_path, weights, backwards):
+    """After each file that came: what is read is all of the older version, or all of the newer one, or refused."""
+    newer = tmp_path / "newer"
+    make_store(newer, version=1, weights=weights)
+    expected = by_random_access(newer)
+    assert not same(expected, original[1])
+    names = sorted(str(file.relative_to(newer)) for file in newer.rglob("*") if file.is_file())
+    refused = dict.fromkeys(READERS, 0)
+    for name in reversed(names) if backwards else names:
+        shutil.copyfile(newer / name, store / name)
+        for reader, read in READERS.items():
+            found = {outcome(read, store, original[1]), outcome(read, store, expected)}
+            assert found != {"WRONG"}, f"{reader}, after {name}"
+            refused[reader] += found == {"refused"}
+    assert same(by_random_access(store), expected)
+    assert all(count > 0.7 * len(names) for count in refused.values()), refused
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,18 @@ def expected():
 
 @pytest.fixture(scope="module")
 def documented():
-    """The names that the document's snippets define, run one after the other on the golden store."""
+    """What the document's snippets find in the golden store."""
+    return read_as_documented(GOLDEN / "store")
+
+
+def read_as_documented(store):
+    """The names that the document's snippets define, run one after the other on a store."""
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
     code = "\n".join(blocks)
     assert "kdpipe" not in code
     assert code.count('Path("data/targets/big")') == 1
     names = {"__name__": "store_format"}
-    exec(compile(code.replace('Path("data/targets/big")', f"Path({str(GOLDEN / 'store')!r})"), DOCUMENT, "exec"), names)
+    exec(compile(code.replace('Path("data/targets/big")', f"Path({str(store)!r})"), DOCUMENT, "exec"), names)
     return SimpleNamespace(**names)
 
 
@@ -139,6 +144,13 @@ def test_the_documents_digests_are_kdpipes(documented):
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(record["computed"]), np.uint8))[:num_rows]
             computed += bits.tolist() if record["computed"] else [1] * num_rows
     assert computed == in_views().astype(int).tolist()
+
+
+def test_the_document_describes_what_is_written_today(tmp_path):
+    """The golden store's records are older than their checksums."""
+    store = make(tmp_path / "store")
+    assert all(file.checksums for record in store.records.values() for file in record.files.values())
+    assert read_as_documented(store.path).identity == store.manifest.identity()
 
 
 def test_the_documents_shard_reader_reads_what_zarr_reads(documented):

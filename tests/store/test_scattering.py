@@ -8,7 +8,7 @@ import pytest
 from kdpipe.encodings import ArraySpec
 from kdpipe.store.layout import ArrayLayout
 from kdpipe.store.scattering import MOST_ROWS, Scattered
-from kdpipe.store.shard_file import ShardFile, encode_shard
+from kdpipe.store.shard_file import ShardFile, write_shard
 
 
 @pytest.fixture
@@ -66,9 +66,9 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
 def test_a_chunk_of_more_rows_than_one_call_reads(tmp_path, chunk):
     layout = ArrayLayout.of("x", ArraySpec(dtype="float32", shape=(150,)), shard_rows=4096)
     rows = np.random.default_rng(0).normal(size=(3900, 150)).astype(np.float32)
-    content = np.concatenate(list(encode_shard(rows, layout)))
-    (tmp_path / "shard").write_bytes(content.tobytes())
-    file = ShardFile(tmp_path / "shard", layout, len(rows), len(content))
+    with (tmp_path / "shard").open("wb") as written:
+        stored = write_shard(written, rows, layout)
+    file = ShardFile(tmp_path / "shard", layout, len(rows), stored)
     assert MOST_ROWS < file.rows_of(chunk) < 2 * MOST_ROWS + 1
     out, places = np.zeros((5000, 150), np.float32), np.random.default_rng(1).permutation(5000)[: file.rows_of(chunk)]
     scattered = Scattered(out, np.concatenate([[0, 1, 2], places]))

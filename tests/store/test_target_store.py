@@ -27,7 +27,7 @@ from kdpipe.errors import (
 from kdpipe.store import TargetStore, TargetStream, open_store
 from kdpipe.store.layout import ArrayLayout, choose_shard_rows
 from kdpipe.store.manifest import Manifest
-from kdpipe.store.shard_file import ShardFile, encode_shard
+from kdpipe.store.shard_file import ShardFile, write_shard
 from kdpipe.store.statistics import teacher_statistics
 from kdpipe.targets import OutputSpec
 
@@ -166,12 +166,12 @@ def test_our_shards_and_zarrs_hold_the_same_chunks(tmp_path):
         compressors=[zarr.codecs.Crc32cCodec()], fill_value=0,
     )  # fmt: skip
     array[0] = values
-    ours = b"".join(piece.tobytes() for piece in encode_shard(values, layout))
-    (theirs,) = [value.to_bytes() for key, value in store._store_dict.items() if key.startswith("c/")]
-    assert len(ours) == len(theirs)
     path = tmp_path / "shard"
-    path.write_bytes(ours)
-    np.testing.assert_array_equal(ShardFile(path, layout, 8, len(ours)).read(np.arange(8)), values)
+    with path.open("wb") as file:
+        ours = write_shard(file, values, layout)
+    (theirs,) = [value.to_bytes() for key, value in store._store_dict.items() if key.startswith("c/")]
+    assert ours.num_bytes == len(theirs) == path.stat().st_size
+    np.testing.assert_array_equal(ShardFile(path, layout, 8, ours).read(np.arange(8)), values)
 
 
 def test_what_is_not_committed_does_not_exist(tmp_path):

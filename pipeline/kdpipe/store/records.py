@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kdpipe import durable
 from kdpipe.errors import CorruptStoreError
 from kdpipe.fingerprint import canonical_json, digest
-from kdpipe.store.shard_file import REPAIR
+from kdpipe.store.shard_file import REPAIR, StoredFile
 
 Key = tuple[int, int]
 """(view, shard index)."""
@@ -29,9 +29,8 @@ class CommitRecord:
     """That a shard of one view is complete: its rows, what it was computed from, and its files.
 
     `inputs`, `manifest` and `layouts` are digests: of the rows' ids and content, of the manifest, of the arrays'
-    metadata. `files` maps array name -> [bytes, SHA-256 hex] (a CRC32C would be the same for every file: chunks and
-    index end in their own). `computed` says which of the rows the teacher saw: a bit per row, the first one highest, as
-    hex; empty: all of them.
+    metadata. `files` are by array name. `computed` says which of the rows the teacher saw: a bit per row, the first one
+    highest, as hex; empty: all of them.
     """
 
     view: int
@@ -42,7 +41,7 @@ class CommitRecord:
     inputs: str
     manifest: str
     layouts: str
-    files: Mapping[str, tuple[int, str]]
+    files: Mapping[str, StoredFile]
     computed: str = ""
 
     @property
@@ -196,5 +195,4 @@ def bits_of(rows: NDArray[np.bool_]) -> str:
 
 
 def _from_json(value: dict[str, Any]) -> CommitRecord:
-    files = {name: (int(size), str(checksum)) for name, (size, checksum) in value["files"].items()}
-    return CommitRecord(**{**value, "files": files})
+    return CommitRecord(**{**value, "files": {name: StoredFile(*file) for name, file in value["files"].items()}})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -26,19 +27,42 @@ _ABSENT = np.uint64(2**64 - 1)
 blosc.use_threads = False
 
 
-def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of a shard that holds `rows [N, …]`, N at most `shard_rows`, in pieces that follow each other.
+class StoredFile(NamedTuple):
+    """What was committed of a shard's file, as it stands in its record.
 
-    A last partial chunk is padded with 0. Pieces may be views of `rows`.
+    `checksums` are the CRC32C of its chunks and of its index, as they stand in the file, as hex: a chunk of another
+    version of the file has another one. Empty in records that were made before there were any.
+    """
+
+    num_bytes: int
+    sha256: str
+    checksums: str = ""
+
+
+def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> Iterator[list[NDArray[np.uint8]]]:
+    """The bytes of a shard that holds `rows [N, …]`, N at most `shard_rows`: its chunks, then its index.
+
+    Each is a list of pieces that follow each other, the last of which is its CRC32C. A last partial chunk is padded
+    with 0. Pieces may be views of `rows`.
     """
     sizes: list[int] = []
     for start in range(0, len(rows), layout.chunk_rows):
         part = rows[start : start + layout.chunk_rows]
         pieces = _compressed(part, layout) if layout.compressed else _plain(part, layout)
-        yield from pieces
-        yield crc32c(*pieces)
+        yield [*pieces, crc32c(*pieces)]
         sizes.append(sum(map(len, pieces)) + CRC_BYTES)
     yield _encode_index(np.array(sizes, np.uint64), layout)
+
+
+def write_shard(file: IO[bytes], rows: NDArray[Any], layout: ArrayLayout) -> StoredFile:
+    """Write a shard's file, see `encode_shard`, and say what was written."""
+    num_bytes, hashed, checksums = 0, hashlib.sha256(), bytearray()
+    for pieces in encode_shard(rows, layout):
+        for piece in pieces:
+            num_bytes += file.write(piece.data)
+            hashed.update(piece.data)
+        checksums += pieces[-1].tobytes()
+    return StoredFile(num_bytes, hashed.hexdigest(), checksums.hex())
 
 
 def _plain(rows: NDArray[Any], layout: ArrayLayout) -> list[NDArray[np.uint8]]:
@@ -56,13 +80,13 @@ def _compressed(rows: NDArray[Any], layout: ArrayLayout) -> list[NDArray[np.uint
     return [np.frombuffer(frame, np.uint8)]
 
 
-def _encode_index(sizes: NDArray[np.uint64], layout: ArrayLayout) -> NDArray[np.uint8]:
+def _encode_index(sizes: NDArray[np.uint64], layout: ArrayLayout) -> list[NDArray[np.uint8]]:
     """(offset, bytes) of chunks that lie one after the other, unused ones marked, then the CRC32C of it all."""
     index = np.full((layout.num_chunks, 2), _ABSENT, "<u8")
     index[: len(sizes), 0] = np.cumsum(sizes) - sizes
     index[: len(sizes), 1] = sizes
     encoded = index.reshape(-1).view(np.uint8)
-    return np.concatenate([encoded, crc32c(encoded)])
+    return [encoded, crc32c(encoded)]
 
 
 def _index_bytes(layout: ArrayLayout) -> int:
@@ -78,25 +102,27 @@ def crc32c(*parts: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 class ShardFile:
-    """A committed shard, open for reading. Each inner chunk's checksum is verified on first touch, however it is read.
+    """A committed shard, open for reading. Each inner chunk's checksum is verified on first touch, however it is read:
+    against its content, and against what was committed.
 
     `within`: the folder below which `path` lies, where it may be replaced. Raises `IncompleteStoreError` for an absent
-    file, `CorruptStoreError` for another size, a damaged index or chunk.
+    file, `CorruptStoreError` for another size, a damaged index or chunk, or one of another version of the store.
     """
 
     def __init__(
-        self, path: Path, layout: ArrayLayout, num_rows: int, expected_bytes: int, within: HeldFolder | None = None
+        self, path: Path, layout: ArrayLayout, num_rows: int, stored: StoredFile, within: HeldFolder | None = None
     ) -> None:
         self._path, self._layout, self._num_rows, self._within = path, layout, num_rows, within
         self._num_used = -(-num_rows // layout.chunk_rows)
+        self._committed = np.frombuffer(bytes.fromhex(stored.checksums), np.uint8).reshape(-1, CRC_BYTES)
         self._verified = np.zeros(self._num_used, np.bool_)
         self._file: tuple[int, ...] = ()  # which one the chunks were verified of
         try:
             with self._open() as file:
                 self._bytes = os.fstat(file.fileno()).st_size
-                if self._bytes != expected_bytes:
+                if self._bytes != stored.num_bytes:
                     raise CorruptStoreError(
-                        f"{path} has {self._bytes} bytes; {expected_bytes} were committed. {REPAIR}"
+                        f"{path} has {self._bytes} bytes; {stored.num_bytes} were committed. {REPAIR}"
                     )
                 index = os.pread(file.fileno(), _index_bytes(layout), self._bytes - _index_bytes(layout))
         except (FileNotFoundError, NotADirectoryError):
@@ -205,7 +231,17 @@ class ShardFile:
         if not np.array_equal(found, stored):
             self.unmap()  # the next reading is of the file that is there by then
             raise CorruptStoreError(f"{self._path}: chunk {chunk} differs from its checksum. {REPAIR}")
+        self._check_committed(chunk, f"chunk {chunk}", found)
         self._verified[chunk] = True
+
+    def _check_committed(self, part: int, name: str, checksum: NDArray[np.uint8]) -> None:
+        """Raise `CorruptStoreError` for a chunk, or the index (`part` -1), that is whole but not the committed one."""
+        if len(self._committed) and not np.array_equal(self._committed[part], checksum):
+            self.unmap()
+            raise CorruptStoreError(
+                f"{self._path}: {name} is whole, but not the one that was committed. The file is of another version of "
+                f"this store, such as a copy over an older one leaves that broke off. {REPAIR}"
+            )
 
     @cached_property
     def _mapped(self) -> mmap.mmap:
@@ -231,10 +267,11 @@ class ShardFile:
         sizes = content[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: self._num_used, 1]
         intact = (
             len(content) == _index_bytes(self._layout)
-            and np.array_equal(_encode_index(sizes, self._layout), content)
+            and np.array_equal(np.concatenate(_encode_index(sizes, self._layout)), content)
             and int(sizes.sum()) + len(content) == self._bytes
             and (self._layout.compressed or bool((sizes == self._layout.chunk_bytes + CRC_BYTES).all()))
         )
         if not intact:
             raise CorruptStoreError(f"{self._path}: the shard index is damaged. {REPAIR}")
+        self._check_committed(-1, "the shard index", content[-CRC_BYTES:])
         return (np.cumsum(sizes) - sizes).astype(np.int64), sizes.astype(np.int64)

@@ -31,7 +31,7 @@ from kdpipe.store.reading import ShardReader
 from kdpipe.store.records import CommitLog, CommitRecord, Key, bits_of
 from kdpipe.store.remote import LOG, LOG_DIGEST, RemoteFolder, url_of
 from kdpipe.store.rows import StoredRows, row_numbers, rows_table
-from kdpipe.store.shard_file import ShardFile, encode_shard
+from kdpipe.store.shard_file import ShardFile, write_shard
 from kdpipe.store.uploading import Uploading
 from kdpipe.store.verification import Problem, problems_of
 from kdpipe.targets import OutputSpec, Targets
@@ -134,7 +134,7 @@ class TargetStore:
     @property
     def num_bytes(self) -> int:
         """Bytes of all committed shards."""
-        return sum(size for record in self.records.values() for size, _ in record.files.values())
+        return sum(file.num_bytes for record in self.records.values() for file in record.files.values())
 
     @cached_property
     def outputs(self) -> dict[str, OutputSpec]:
@@ -158,7 +158,10 @@ class TargetStore:
 
     def state_digest(self) -> str:
         """Digest of what made the targets, of the rows they are about, and of their bytes."""
-        files = [[*key, record.inputs, dict(record.files)] for key, record in self.records.items()]
+        files = [
+            [*key, record.inputs, {name: [file.num_bytes, file.sha256] for name, file in record.files.items()}]
+            for key, record in self.records.items()
+        ]
         return digest([self.fingerprint, files])
 
     def want_in_views(self, rows: NDArray[np.bool_]) -> None:
@@ -231,12 +234,8 @@ class TargetStore:
             if arrays[name].shape != (shard.num_rows, *layout.shape):
                 expected = (shard.num_rows, *layout.shape)
                 raise StoreError(f"array {name!r} has shape {arrays[name].shape}, expected {expected}")
-            num_bytes, hashed = 0, hashlib.sha256()
             with durable.writing(self.path / layout.shard_path(view, shard.index)) as file:
-                for piece in encode_shard(arrays[name], layout):
-                    num_bytes += file.write(piece.data)
-                    hashed.update(piece.data)
-            files[name] = (num_bytes, hashed.hexdigest())
+                files[name] = write_shard(file, arrays[name], layout)
         self.reader.forget(view, shard.index)
         self._found_valid.discard((view, shard.index))
         self._computed_rows.pop(view, None)
@@ -431,8 +430,8 @@ class TargetStore:
             record is not None
             and self._is_for(record, shard)
             and all(
-                self.file_size(self.layouts[name].shard_path(*record.key)) == size
-                for name, (size, _) in record.files.items()
+                self.file_size(self.layouts[name].shard_path(*record.key)) == file.num_bytes
+                for name, file in record.files.items()
             )
         )
 
@@ -460,9 +459,9 @@ class TargetStore:
             )
         self._found_valid.add((view, shard))  # not looked at again for each of its arrays
         record = self.records[view, shard]
-        name, num_rows = layout.shard_path(view, shard), record.stop - record.start
-        self._fetch(name, record.files[layout.name][1])
-        return ShardFile(self.path / name, layout, num_rows, record.files[layout.name][0], self._folder)
+        name, stored = layout.shard_path(view, shard), record.files[layout.name]
+        self._fetch(name, stored.sha256)
+        return ShardFile(self.path / name, layout, record.stop - record.start, stored, self._folder)
 
     def _fetch(self, name: str, sha256: str | None = None) -> None:
         """Have a file of this store below `path`. Raises `StaleStoreError` where it has given way to another one."""

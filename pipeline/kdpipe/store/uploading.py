@@ -164,7 +164,10 @@ class Uploading:
 
     def _files_of(self, record: CommitRecord) -> list[tuple[str, int, str]]:
         """Name, bytes and SHA-256 of each file of a shard."""
-        return [(self._layouts[name].shard_path(*record.key), *each) for name, each in record.files.items()]
+        return [
+            (self._layouts[name].shard_path(*record.key), file.num_bytes, file.sha256)
+            for name, file in record.files.items()
+        ]
 
     def _at_work(self, sha256: str) -> str:
         return f"{self._work}/shards/{sha256}"

@@ -64,11 +64,11 @@ def _is_of_those_rows(store: TargetStore, record: CommitRecord) -> bool:
 
 
 def _file_problems(store: TargetStore, record: CommitRecord) -> Iterator[str]:
-    for name, (size, checksum) in record.files.items():
+    for name, committed in record.files.items():
         path = store.path / store.layouts[name].shard_path(*record.key)
         if not path.is_file():
             yield f"{path.name} of {name} is absent"
-        elif path.stat().st_size != size:
-            yield f"{path.name} of {name} has {path.stat().st_size} bytes, {size} were committed"
-        elif digest_file(path) != checksum:
+        elif path.stat().st_size != committed.num_bytes:
+            yield f"{path.name} of {name} has {path.stat().st_size} bytes, {committed.num_bytes} were committed"
+        elif digest_file(path) != committed.sha256:
             yield f"{path.name} of {name} differs from its checksum"

@@ -52,7 +52,8 @@ def shard_bytes(encoding: TargetEncoding, arrays: Arrays, num_classes: int) -> d
         suffix: sum(
             len(piece)
             for start in range(0, num_rows, layout.shard_rows)
-            for piece in encode_shard(arrays[suffix][start : start + layout.shard_rows], layout)
+            for part in encode_shard(arrays[suffix][start : start + layout.shard_rows], layout)
+            for piece in part
         )
         / num_rows
         for suffix, layout in layouts(encoding, num_classes, num_rows).items()

@@ -15,7 +15,7 @@ from benchmarks.encodings.teachers import image_classes, next_words
 from benchmarks.measuring import cpu_s, shown
 from kdpipe.encodings import Dense, Int8, Sampled, TargetEncoding, TopK
 from kdpipe.store.layout import CRC_BYTES
-from kdpipe.store.shard_file import ShardFile, encode_shard
+from kdpipe.store.shard_file import ShardFile, StoredFile, encode_shard
 from kdpipe.targets import OutputSpec
 
 
@@ -55,7 +55,9 @@ def written_and_read(encoding: TargetEncoding, logits: Tensor, keys: np.ndarray,
     began = cpu_s()
     arrays = encoding.encode(logits, keys)
     shards = {
-        suffix: b"".join(piece.data for piece in encode_shard(array[: plan[suffix].shard_rows], plan[suffix]))
+        suffix: b"".join(
+            piece.data for part in encode_shard(array[: plan[suffix].shard_rows], plan[suffix]) for piece in part
+        )
         for suffix, array in arrays.items()
     }
     wrote = cpu_s() - began
@@ -64,7 +66,7 @@ def written_and_read(encoding: TargetEncoding, logits: Tensor, keys: np.ndarray,
     began = cpu_s()
     read: Arrays = {}
     for suffix, layout in plan.items():
-        file = ShardFile(folder / f"shard{suffix}", layout, num_rows, len(shards[suffix]))
+        file = ShardFile(folder / f"shard{suffix}", layout, num_rows, StoredFile(len(shards[suffix]), sha256=""))
         read[suffix] = np.empty((num_rows, *layout.shape), layout.numpy_dtype)
         scratch = np.empty(layout.chunk_bytes + CRC_BYTES, np.uint8)
         for chunk in range(layout.num_chunks):
