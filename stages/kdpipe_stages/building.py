@@ -246,7 +246,7 @@ def teacher_fingerprint(project: Project, name: str) -> str:
     sources = spec.sources(project) | project.sources(project.params.task, "task")
     if section.train is not None and section.train.transform is not None:
         sources |= project.sources(section.train.transform, f"{where}.train.transform")
-    split_file = project.prepared / "splits" / f"{split}.json"
+    split_file = project.split_file(split)
     if not split_file.is_file():
         names = ", ".join(sorted(path.stem for path in split_file.parent.glob("*.json"))) or "none"
         key = "fit_on" if section.train is None else "train.split"

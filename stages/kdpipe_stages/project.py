@@ -57,6 +57,10 @@ class Project:
         """data/prepared."""
         return self.root / "data" / "prepared"
 
+    def split_file(self, split: str) -> Path:
+        """data/prepared/splits/<split>.json: a digest of the split's rows and labels."""
+        return self.prepared / "splits" / f"{split}.json"
+
     @property
     def prepared_settings(self) -> Path:
         """The settings that data/prepared was made with; beside the labels, as both change together."""

@@ -125,6 +125,23 @@ def test_reordering_relabelling_and_resplitting_elsewhere_show_no_row(folder):
     assert tree(folder / "data" / "targets") == store
 
 
+@pytest.mark.parametrize("column", ["label", "split"])
+def test_no_student_learns_from_a_teacher_that_learnt_from_other_rows_or_labels(folder, column):
+    """Once prepare-data has run: it may have learnt from rows that are the student's test rows now."""
+    earlier = digits(folder)
+    values = np.array(earlier[column].to_pylist(), dtype=object)
+    learnt = np.flatnonzero(np.array(earlier["split"].to_pylist()) == "train")[:50]
+    values[learnt] = "test" if column == "split" else (values[learnt] + 1) % 10
+    replace_digits(folder, with_column(earlier, column, values.tolist()))
+    prepare_data.run(project_in(folder))
+    told = r"made from another \S+splits/train\.json than today's, of which teachers\.big.* run `kdpipe train-teacher`"
+    with pytest.raises(StaleStoreError, match=told):
+        train_student.run(project_in(folder))
+    replace_digits(folder, earlier)
+    prepare_data.run(project_in(folder))
+    train_student.run(project_in(folder))
+
+
 def test_another_seed_gives_other_targets_and_back_costs_no_pass(folder):
     first = tree(folder / "data" / "targets")
     changed = params()
