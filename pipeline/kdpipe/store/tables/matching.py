@@ -76,7 +76,8 @@ def prepared_rows(said: TableTargets, sample_ids: NDArray[np.str_]) -> NDArray[n
             raise DataError(
                 f"{said.table.path}: {len(lines)} of {len(ids)} sample ids {what} the {len(sample_ids)} prepared rows, "
                 f"such as {', '.join(map(repr, ids[lines[:3]].tolist()))}; expected ids such as "
-                f"{str(sample_ids[0])!r}, or their keys where only one row has it"
+                f"{str(sample_ids[0])!r}, or their keys where only one row has it (a row that was edited is two: "
+                "what it was before stays prepared)"
             )
     _check_once(said, rows, views)
     return rows
