@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from kdpipe.errors import ConfigError
 
@@ -202,7 +203,7 @@ class Outputs:
 
     def _hear(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         # A copy, as the next module may work in place (ReLU(inplace=True), say).
-        self._heard[name] = output.clone() if isinstance(output, Tensor) else output
+        self._heard[name] = tree_map_only(Tensor, Tensor.clone, output)
 
     def _choices(self, name: str, said: Mapping[str, Any]) -> str:
         existing = [*dict.fromkeys([*said, *self._submodules])]

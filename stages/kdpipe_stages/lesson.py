@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -20,13 +21,14 @@ from kdpipe.losses import (
 from kdpipe.store import TargetStore
 from kdpipe.tasks.base import Task
 from kdpipe.views import PartnerPlan, ViewSpec
-from kdpipe_stages.building import ModelSpec, label_loss, plan_json
+from kdpipe_stages.building import DESCRIPTION, ModelSpec, label_loss, plan_json
 from kdpipe_stages.made_of import first_changed
 from kdpipe_stages.params import (
     StudentSection,
     differing,
     first_difference,
     store_sections,
+    teacher_and_members,
     to_json,
 )
 from kdpipe_stages.project import Project
@@ -232,8 +234,24 @@ def open_checked_store(project: Project, name: str) -> TargetStore:
             f"{store.path} was made from another {project.root / changed} than today's, of which teachers.{name} is "
             f"made. Put the earlier one back, or run `kdpipe train-teacher` and `{command}`."
         )
+    for each in teacher_and_members(project.params, name):
+        _check_learnt_from(store, project, each)
     _check_transform(store, project, command)
     return store
+
+
+def _check_learnt_from(store: TargetStore, project: Project, teacher: str) -> None:
+    """That a model which was trained here learnt from today's rows and labels; where it is absent nothing is missed."""
+    path = project.teacher_model(teacher) / DESCRIPTION
+    note = json.loads(path.read_text()) if path.is_file() else {}
+    learnt_from = note.get("learnt_from")
+    split_file = project.split_file(str(note.get("split")))
+    if learnt_from and split_file.is_file() and digest_file(split_file) != learnt_from:
+        raise StaleStoreError(
+            f"{store.path}: teachers.{teacher} learnt from other rows, or other labels, of the split {note['split']!r} "
+            f"than today's; rows that the student is tested on may be among them. Run `kdpipe train-teacher {teacher}` "
+            "and `kdpipe cache-teacher`, or restore rows and labels and run `kdpipe prepare-data`."
+        )
 
 
 def _check_transform(store: TargetStore, project: Project, command: str) -> None:

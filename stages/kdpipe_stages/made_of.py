@@ -68,7 +68,7 @@ def _files(root: Path, name: str) -> list[str]:
 
 
 def _of_section(project: Project, name: str) -> Iterator[str]:
-    """What params.yaml says that a teacher is made of; what it learnt here, and from which rows and labels."""
+    """What params.yaml says that a teacher is made of, and what it learnt here."""
     section = project.teacher(name)
     yield from (each for each in (section.weights, section.table) if each is not None)
     learnt = project.teacher_model(name).relative_to(project.root)
@@ -76,9 +76,6 @@ def _of_section(project: Project, name: str) -> Iterator[str]:
         yield (learnt / WEIGHTS).as_posix()
     if section.fit_on is not None:
         yield learnt.as_posix()
-    split = section.train.split if section.train is not None else section.fit_on
-    if split is not None:
-        yield project.split_file(split).relative_to(project.root).as_posix()
 
 
 def _of_values(value: Any, root: Path) -> Iterator[str]:

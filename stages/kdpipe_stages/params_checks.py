@@ -9,6 +9,7 @@ from typing import Any
 
 from kdpipe.config import did_you_mean
 from kdpipe.errors import ConfigError
+from kdpipe.store.manifest import check_output_names
 from kdpipe.store.objects import access, is_url
 from kdpipe.targets import check_temperatures
 from kdpipe_stages.params import (
@@ -116,6 +117,10 @@ def _check_targets(name: str, section: TargetsSection) -> None:
         raise ConfigError(f"targets.{name}.outputs: {list(section.outputs)} has no 'logits', which is always stored")
     if len(set(section.outputs)) < len(section.outputs):
         raise ConfigError(f"targets.{name}.outputs: {list(section.outputs)}; expected each name once")
+    try:
+        check_output_names(section.outputs)
+    except ConfigError as error:
+        raise ConfigError(f"targets.{name}.outputs: {error}") from None
     try:
         check_temperatures(section.temperatures)
         logits_encoding(section)

@@ -113,11 +113,16 @@ def _train(
     steps = plan.epochs * stream.steps_per_epoch
     optimise = train_plan(plan, steps, plan.seed)
     fitted = fit(model, stream, terms, optimise, checkpoint, on_progress, spec.head(task))
-    save_model(work, model, preprocess, {"fingerprint": fingerprint, "split": plan.split})
+    save_model(work, model, preprocess, _about(project, fingerprint, plan.split))
     checkpoint.unlink(missing_ok=True)
     timings = {"seconds": fitted.seconds, "steps": fitted.steps_done}
     project.write_timings("train_teacher", name, timings)
     return TrainedTeacher(skipped="", seconds=fitted.seconds)
+
+
+def _about(project: Project, fingerprint: str, split: str) -> dict[str, str]:
+    """What model.json says of a teacher that learnt here; `learnt_from` digests the split's rows and labels."""
+    return {"fingerprint": fingerprint, "split": split, "learnt_from": digest_file(project.split_file(split))}
 
 
 def _views(project: Project, name: str, inputs: PreparedInputs, rows: NDArray[np.int64]) -> ViewSpec:
@@ -141,8 +146,7 @@ def _fit(project: Project, name: str, split: str, work: Path, fingerprint: str) 
     fitted.save(work)
     digests = {path.name: digest_file(path) for path in sorted(work.iterdir())}
     note = {
-        "fingerprint": fingerprint,
-        "split": split,
+        **_about(project, fingerprint, split),
         "files": digests,
         "size_bytes": sum(path.stat().st_size for path in work.iterdir()),
         "preprocess_state": dict(fitted.preprocess.state()),

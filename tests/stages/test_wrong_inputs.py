@@ -331,11 +331,16 @@ def test_corrupt_image(folder, capsys):
 
 
 def test_store_of_other_inputs(cached, capsys):
+    """The teacher learnt from the row as it was; a machine that has no teacher is told that the new one is unknown."""
     images = pq.read_table(cached / "data" / "raw" / "digits.parquet")["image"].combine_chunks()
     pixels = images.flatten().to_numpy().copy()
     pixels[64 * 5] += 1
     replace_rows(cached, image=pa.FixedSizeListArray.from_arrays(pa.array(pixels), 64))
     assert run(["prepare-data"]) == 0
+    assert "teachers.big learnt from other rows, or other labels, of the split 'train'" in fails(
+        capsys, "train-student"
+    )
+    shutil.rmtree(cached / "data" / "models" / "teachers")
     message = fails(capsys, "train-student")
     assert "has no targets for 1 of" in message
     assert "kdpipe cache-teacher" in message

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from kdpipe.encodings import Dense, Features, Int8, TopK
-from kdpipe.errors import CorruptStoreError, IncompleteStoreError, StoreError, StoreNotFoundError
+from kdpipe.encodings import Dense, Features, FeaturesInt8, Int8, TopK
+from kdpipe.errors import ConfigError, CorruptStoreError, IncompleteStoreError, StoreError, StoreNotFoundError
 from kdpipe.store import TargetStore, TargetStream, open_store
 from kdpipe.store.manifest import Manifest
 from kdpipe.targets import OutputSpec
@@ -51,8 +50,8 @@ def covered(view):
     return np.arange(NUM_ROWS) % 5 != 0
 
 
-def make_store(path, version=0, weights="0"):
-    """A finished store with several encodings, two views and a teacher that abstains."""
+def make_store(path, version=0, weights="0", order=slice(None)):
+    """A finished store with several encodings, two views and a teacher that abstains; rows in this order."""
     encodings = {name: encoding.to_json() for name, encoding in ENCODINGS.items()}
     manifest = Manifest(
         ingredients={"teacher": {"name": "Lehrkörper", "weights": weights * 64}, "encodings": encodings},
@@ -67,10 +66,9 @@ def make_store(path, version=0, weights="0"):
         teacher={"name": "big", "parameters": 12, "size_bytes": 48},
         recorded={"torch": "2"},
     )
-    digests = np.random.default_rng(0).integers(0, 256, (NUM_ROWS, 16), dtype=np.uint8)
-    fill(
-        TargetStore.create(path, manifest, ids(), digests, num_views=NUM_VIEWS), partial(said, version=version), covered
-    )
+    digests = np.random.default_rng(0).integers(0, 256, (NUM_ROWS, 16), dtype=np.uint8)[order]
+    store = TargetStore.create(path, manifest, ids()[order], digests, num_views=NUM_VIEWS)
+    fill(store, lambda name, view: said(name, view, version)[order], lambda view: covered(view)[order])
 
 
 def by_random_access(path):
@@ -308,6 +306,74 @@ def test_a_copy_over_an_older_version_that_breaks_off_is_no_mixture(store, origi
             refused[reader] += found == {"refused"}
     assert same(by_random_access(store), expected)
     assert all(count > 0.7 * len(names) for count in refused.values()), refused
+
+
+def test_no_part_of_a_store_of_other_rows_is_read(store, original, tmp_path):
+    """The same answers to the same ids, prepared in another order: all mixtures of rows, extent, log and shards."""
+    order = np.random.default_rng(3).permutation(NUM_ROWS)
+    make_store(tmp_path / "other", order=order)
+    assert same(by_random_access(tmp_path / "other"), original[1])
+    names = {str(file.relative_to(store)) for file in store.rglob("*") if file.is_file()}
+    parts = [["rows.parquet"], ["extent.json"], ["commits.parquet", "commits.parquet.sha256"]]
+    parts.append(sorted(names - {name for part in parts for name in part}))
+    for taken in range(2 ** len(parts)):
+        shutil.copytree(store, tmp_path / f"mixed-{taken}")
+        for name in (name for number, part in enumerate(parts) if taken >> number & 1 for name in part):
+            shutil.copyfile(tmp_path / "other" / name, tmp_path / f"mixed-{taken}" / name)
+        found = outcome(by_random_access, tmp_path / f"mixed-{taken}", original[1])
+        assert found == ("original" if taken in (0, 2 ** len(parts) - 1) else "refused"), taken
+        assert verify_finds(tmp_path / f"mixed-{taken}") == (found == "refused"), taken
+
+
+def test_a_log_of_other_rows_is_none_of_work_in_progress(store, original):
+    """Rows that come in another order go on with the store that they find."""
+    assert TargetStore.open(store).records.rows_sha256 == TargetStore.open(store).extent.rows_sha256
+    for order in (np.random.default_rng(3).permutation(NUM_ROWS), slice(None)):
+        make_store(store, order=order)
+        finished = TargetStore.open(store)
+        assert finished.records.rows_sha256 == finished.extent.rows_sha256
+        assert finished.verify() == []
+        assert same(by_random_access(store), original[1])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["block", "block.scale"], r"arrays of one name, 'block\.scale'"),
+        (["entropy"], "'entropy' cannot be stored under this name"),
+        (["commits"], "'commits' cannot be stored"),
+        (["a/b"], "'a/b' cannot be stored"),
+        ([".."], "cannot be stored"),
+        (["rows.parquet"], "cannot be stored"),
+    ],
+)
+def test_outputs_that_would_take_the_place_of_others_are_refused(tmp_path, names, message):
+    outputs = [OutputSpec(name="logits", shape=(3,))]
+    outputs += [OutputSpec(name=name, shape=(WIDTH,), kind="features") for name in names]
+    with pytest.raises(ConfigError, match=message):
+        TargetStore.create(tmp_path / "store", manifest_of(outputs), ids(), np.zeros((NUM_ROWS, 16), np.uint8))
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+def test_outputs_without_numbers_along_an_axis_are_refused(tmp_path, shape):
+    outputs = [OutputSpec(name="logits", shape=(3,)), OutputSpec(name="value", shape=shape, kind="features")]
+    with pytest.raises(ConfigError, match="output 'value' has shape"):
+        TargetStore.create(tmp_path / "store", manifest_of(outputs), ids(), np.zeros((NUM_ROWS, 16), np.uint8))
+
+
+def manifest_of(outputs):
+    """Of a store of logits and int8 features."""
+    encodings = {each.name: (Dense() if each.kind == "logits" else FeaturesInt8()).to_json() for each in outputs}
+    return Manifest(
+        ingredients={},
+        outputs=outputs,
+        encodings=encodings,
+        temperatures=[1.0],
+        num_classes=3,
+        class_names=None,
+        shard_rows=SHARD_ROWS,
+    )
 
 
 @pytest.mark.parametrize(

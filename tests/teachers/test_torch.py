@@ -189,6 +189,24 @@ def test_a_key_of_forwards_dict_and_a_submodules_output_are_outputs():
     assert torch.equal(said["embedding"], convolved.relu().flatten(1))
 
 
+def test_parts_of_a_tuple_are_what_the_module_gave_before_the_next_one_worked_in_place():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.rnn, self.relu, self.head = nn.GRU(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)
+
+        def forward(self, inputs):
+            return self.head(self.relu(self.rnn(inputs)[0]))
+
+    model = Recurrent()
+    said = teacher_of(model, outputs=["logits", "rnn.0"]).predict(FEATURES)
+    with torch.no_grad():
+        given, _ = model.rnn(fitted()(FEATURES))
+    assert (given < 0).any()
+    torch.testing.assert_close(on_cpu(said["rnn.0"]), given)
+
+
 def test_logits_alone_are_the_same_with_and_without_further_outputs():
     alone, among = teacher_of(Block()), teacher_of(Block(), outputs=["logits", "conv"])
     assert set(alone.predict(FEATURES)) == {"logits"}

@@ -63,23 +63,27 @@ class Extent:
         return table
 
 
-def write_extent(folder: Path, manifest: Manifest, rows: pa.Table, num_views: int) -> None:
-    """Write rows.parquet, extent.json and the Zarr metadata, where they differ from what is there.
+def rows_file(rows: pa.Table) -> memoryview:
+    """Content of rows.parquet."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd")
+    return memoryview(sink.getvalue())
+
+
+def write_extent(folder: Path, manifest: Manifest, rows: memoryview, num_rows: int, num_views: int) -> None:
+    """Write rows.parquet (see `rows_file`), extent.json and the Zarr metadata, where they differ from what is there.
 
     Kept views stay.
     """
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="zstd")
-    content = memoryview(sink.getvalue())
     extent = Extent(
-        num_rows=rows.num_rows,
+        num_rows=num_rows,
         num_views=num_views,
-        rows_sha256=hashlib.sha256(content).hexdigest(),
+        rows_sha256=hashlib.sha256(rows).hexdigest(),
         views_sha256=_kept_in(folder),
     )
     if not extent.rows_intact(folder):
-        durable.write_bytes(folder / ROWS, content)
-    files = {"extent.json": extent.to_text().encode()} | zarr_files(manifest, num_views, rows.num_rows)
+        durable.write_bytes(folder / ROWS, rows)
+    files = {"extent.json": extent.to_text().encode()} | zarr_files(manifest, num_views, num_rows)
     for name, wanted in files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)

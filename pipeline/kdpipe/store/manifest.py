@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdpipe.encodings import ArraySpec, encoding_from_json
-from kdpipe.errors import CorruptStoreError, StoreError
+from kdpipe.errors import ConfigError, CorruptStoreError, StoreError
 from kdpipe.fingerprint import canonical_json, digest
 from kdpipe.store.folder import no_store
 from kdpipe.store.layout import ArrayLayout
@@ -22,6 +23,18 @@ STATISTICS = ("top1", "confidence", "entropy")
 """Last axis of the array `statistics`: the teacher's class, its probability, entropy in nats; all at T = 1."""
 COVERED = "covered"
 """Name of the array that says about which rows (and tokens) the teacher spoke."""
+_TAKEN = {"statistics", COVERED, *STATISTICS, "commits", "sample_id", "view", "temperatures", "kdpipe"}
+_FILES = (".json", ".parquet", ".sha256", ".safetensors")
+
+
+def check_output_names(names: Iterable[str]) -> None:
+    """Refuse names of other things in a store, names of columns of exported tables, and what is no name."""
+    for name in names:
+        if name in _TAKEN or name.endswith(_FILES) or name.startswith(".") or not re.fullmatch(r"[\w.\- ]+", name):
+            raise ConfigError(
+                f"output {name!r} cannot be stored under this name: the store or its tables use it otherwise, or it is "
+                "no name of a file. Give it another key in the dict that the teacher's forward returns"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +82,25 @@ class Manifest:
         (logits,) = [output for output in self.outputs if output.name == "logits"]
         specs["statistics"] = ArraySpec(dtype="float32", shape=(*logits.shape[:-1], len(STATISTICS)))
         return {**specs, COVERED: ArraySpec(dtype="bool", shape=logits.shape[:-1])} if self.coverage else specs
+
+    def check_outputs(self) -> None:
+        """Refuse names of outputs that are those of other things in a store, and arrays of two outputs that collide."""
+        check_output_names([output.name for output in self.outputs])
+        names = ["statistics", COVERED]
+        for output in self.outputs:
+            names += [output.name + each for each in encoding_from_json(self.encodings[output.name]).arrays(output)]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ConfigError(
+                f"outputs {', '.join(output.name for output in self.outputs)} would be stored in arrays of one name, "
+                f"{doubled[0]!r}; give them other names (keys of the dict that the teacher's forward returns)"
+            )
+        for output in self.outputs:
+            if 0 in output.shape or (output.kind == "features" and not output.shape):
+                raise ConfigError(
+                    f"output {output.name!r} has shape {list(output.shape)} per row; expected at least one number "
+                    "along each axis, and one axis ([B, 1] for a single number)"
+                )
 
     def layouts(self) -> dict[str, ArrayLayout]:
         """Where each array lies."""

@@ -86,7 +86,8 @@ class CommitLog(Mapping[Key, CommitRecord]):
     """The records of a store by (view, shard): `commits.parquet` with a digest beside it, overlaid by `commits/`.
 
     Records are made from the log's columns when they are asked for: a store of 10,000 shards opens at once.
-    `log_sha256` is that of commits.parquet, empty where there is none.
+    `log_sha256` is that of commits.parquet, empty where there is none. `rows_sha256` is that of the rows.parquet which
+    the log of a finished store is about; empty where work goes on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,6 +96,7 @@ class CommitLog(Mapping[Key, CommitRecord]):
         self._single = folder / "commits"
         self.log_sha256 = ""
         self._table = self._read_log()
+        self.rows_sha256 = (self._table.schema.metadata or {}).get(_ROWS, b"").decode()
         keys = zip(self._table["view"].to_pylist(), self._table["shard"].to_pylist(), strict=True)
         self._line: dict[Key, int] = {key: line for line, key in enumerate(keys)}
         self._added: dict[Key, CommitRecord] = {}
@@ -125,14 +127,15 @@ class CommitLog(Mapping[Key, CommitRecord]):
         durable.write_text(self._single / record.file_name, record.to_text())
         self._added[record.key] = record
 
-    def keep(self, wanted: set[Key]) -> None:
+    def keep(self, wanted: set[Key], rows_sha256: str = "") -> None:
         """Rewrite the log with those records only, sorted, as one Parquet file; byte-deterministic and durable."""
-        self.hold([self[key] for key in self if key in wanted])
+        self.hold([self[key] for key in self if key in wanted], rows_sha256)
 
-    def hold(self, kept: Sequence[CommitRecord]) -> None:
+    def hold(self, kept: Sequence[CommitRecord], rows_sha256: str = "") -> None:
         """Rewrite the log with exactly these records, which are sorted by their keys."""
         rows = [{**asdict(record), "files": canonical_json(record.files)} for record in kept]
-        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+        schema = _SCHEMA.with_metadata({_ROWS: rows_sha256}) if rows_sha256 else _SCHEMA
+        table = pa.Table.from_pylist(rows, schema=schema)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         content = sink.getvalue().to_pybytes()
@@ -145,7 +148,7 @@ class CommitLog(Mapping[Key, CommitRecord]):
         durable.write_text(self._digest_path, new)
         shutil.rmtree(self._single, ignore_errors=True)
         durable.fsync_folder(self._folder)
-        self._table, self._added = table, {}
+        self._table, self._added, self.rows_sha256 = table, {}, rows_sha256
         self._line = {record.key: line for line, record in enumerate(kept)}
 
     @property
@@ -173,6 +176,7 @@ def remove_damaged_records(folder: Path) -> None:
             path.unlink()
 
 
+_ROWS = b"rows_sha256"
 _SCHEMA = pa.schema(
     [
         ("view", pa.int32()),

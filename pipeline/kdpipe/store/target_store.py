@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from kdpipe import durable
 from kdpipe.distributed import Shard, shards_of
 from kdpipe.encodings import TargetEncoding, encoding_from_json
-from kdpipe.errors import ConfigError, IncompleteStoreError, StaleStoreError, StoreError
+from kdpipe.errors import ConfigError, CorruptStoreError, IncompleteStoreError, StaleStoreError, StoreError
 from kdpipe.fingerprint import digest
 from kdpipe.store.classifier import CLASSIFIER, TeacherClassifier
-from kdpipe.store.extent import ROWS, Extent, write_extent, zarr_files
+from kdpipe.store.extent import ROWS, Extent, rows_file, write_extent, zarr_files
 from kdpipe.store.folder import HeldFolder, published_anew
 from kdpipe.store.kept import VIEWS, KeptViews
 from kdpipe.store.layout import ArrayLayout
@@ -31,7 +31,7 @@ from kdpipe.store.reading import ShardReader
 from kdpipe.store.records import CommitLog, CommitRecord, Key, bits_of
 from kdpipe.store.remote import LOG, LOG_DIGEST, RemoteFolder, url_of
 from kdpipe.store.rows import StoredRows, row_numbers, rows_table
-from kdpipe.store.shard_file import ShardFile, write_shard
+from kdpipe.store.shard_file import REPAIR, ShardFile, write_shard
 from kdpipe.store.uploading import Uploading
 from kdpipe.store.verification import Problem, problems_of
 from kdpipe.targets import OutputSpec, Targets
@@ -52,6 +52,11 @@ class TargetStore:
             self.records = CommitLog(path)
         finally:  # files of two stores, read while one took the other's place, are nobody's fault
             self._folder.check()
+        if self.records.rows_sha256 not in ("", self.extent.rows_sha256):
+            raise CorruptStoreError(
+                f"{path}: {LOG} and {ROWS} are of two versions of this store, such as a copy over an older one leaves "
+                f"that broke off. {REPAIR}"
+            )
         self.layouts: dict[str, ArrayLayout] = self.manifest.layouts()
         this = weakref.proxy(self)  # no cycle: the folder is let go of as soon as the store is
         self.rows = StoredRows(lambda: this._read_rows())
@@ -96,6 +101,7 @@ class TargetStore:
         still the same stays. `sweep` removes what killed writers left: only for one that is alone. Raises
         `StaleStoreError` for another manifest.
         """
+        manifest.check_outputs()
         durable.make_folder(path)
         if sweep:
             durable.sweep_temporaries(path)
@@ -107,8 +113,12 @@ class TargetStore:
         if found is None or found.to_text() != manifest.to_text():
             durable.write_text(path / "manifest.json", manifest.to_text())
         rows = rows_table(sample_ids, digests, splits)
-        _forget_other_rows(CommitLog(path), StoredRows(lambda: rows), len(sample_ids))
-        write_extent(path, manifest, rows, num_views)
+        content = rows_file(rows)
+        records = CommitLog(path)
+        _forget_other_rows(records, StoredRows(lambda: rows), len(sample_ids))
+        if records.rows_sha256 not in ("", hashlib.sha256(content).hexdigest()):
+            records.keep(set(records))  # from here on it is about no finished store
+        write_extent(path, manifest, content, len(sample_ids), num_views)
         return cls(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -259,7 +269,7 @@ class TargetStore:
         """Compact the commit log and remove what no record names. Raises `IncompleteStoreError` while shards miss."""
         self.check_complete()
         valid: set[Key] = {(view, shard.index) for view in range(self.num_views) for shard in self.shards}
-        self.records.keep(valid)
+        self.records.keep(valid, self.extent.rows_sha256)
         expected = {layout.shard_path(*key) for layout in self.layouts.values() for key in valid}
         for name in self.layouts:
             for path in (self.path / name).glob("c.*"):
