@@ -29,6 +29,12 @@ class Extent:
     views_sha256: str | None = None
 
     @classmethod
+    def of(cls, folder: Path, rows: memoryview, num_rows: int, num_views: int) -> Extent:
+        """Of rows whose `rows_file` this is; views that the folder keeps stay."""
+        rows_sha256 = hashlib.sha256(rows).hexdigest()
+        return cls(num_rows=num_rows, num_views=num_views, rows_sha256=rows_sha256, views_sha256=_kept_in(folder))
+
+    @classmethod
     def load(cls, folder: Path) -> Extent:
         """Read extent.json. Raises `CorruptStoreError`."""
         path = folder / "extent.json"
@@ -70,20 +76,12 @@ def rows_file(rows: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def write_extent(folder: Path, manifest: Manifest, rows: memoryview, num_rows: int, num_views: int) -> None:
-    """Write rows.parquet (see `rows_file`), extent.json and the Zarr metadata, where they differ from what is there.
-
-    Kept views stay.
-    """
-    extent = Extent(
-        num_rows=num_rows,
-        num_views=num_views,
-        rows_sha256=hashlib.sha256(rows).hexdigest(),
-        views_sha256=_kept_in(folder),
-    )
+def write_extent(folder: Path, manifest: Manifest, extent: Extent, rows: memoryview) -> None:
+    """Write rows.parquet (see `rows_file`), extent.json and the Zarr metadata, where they differ from what is there."""
     if not extent.rows_intact(folder):
         durable.write_bytes(folder / ROWS, rows)
-    files = {"extent.json": extent.to_text().encode()} | zarr_files(manifest, num_views, num_rows)
+    described = zarr_files(manifest, extent.num_views, extent.num_rows)
+    files = {"extent.json": extent.to_text().encode()} | described
     for name, wanted in files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)

@@ -84,11 +84,13 @@ class Manifest:
         return {**specs, COVERED: ArraySpec(dtype="bool", shape=logits.shape[:-1])} if self.coverage else specs
 
     def check_outputs(self) -> None:
-        """Refuse names of outputs that are those of other things in a store, and arrays of two outputs that collide."""
+        """Refuse outputs without numbers, names of other things in a store, and arrays of two outputs that collide."""
         check_output_names([output.name for output in self.outputs])
-        names = ["statistics", COVERED]
-        for output in self.outputs:
-            names += [output.name + each for each in encoding_from_json(self.encodings[output.name]).arrays(output)]
+        names = [
+            output.name + suffix
+            for output in self.outputs
+            for suffix in encoding_from_json(self.encodings[output.name]).arrays(output)
+        ]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ConfigError(

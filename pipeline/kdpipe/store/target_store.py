@@ -114,11 +114,9 @@ class TargetStore:
             durable.write_text(path / "manifest.json", manifest.to_text())
         rows = rows_table(sample_ids, digests, splits)
         content = rows_file(rows)
-        records = CommitLog(path)
-        _forget_other_rows(records, StoredRows(lambda: rows), len(sample_ids))
-        if records.rows_sha256 not in ("", hashlib.sha256(content).hexdigest()):
-            records.keep(set(records))  # from here on it is about no finished store
-        write_extent(path, manifest, content, len(sample_ids), num_views)
+        extent = Extent.of(path, content, len(sample_ids), num_views)
+        _forget_other_rows(CommitLog(path), StoredRows(lambda: rows), extent)
+        write_extent(path, manifest, extent, content)
         return cls(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -519,15 +517,18 @@ def _opened_again(path: Path | str, version: str) -> TargetStore:
     return store
 
 
-def _forget_other_rows(records: CommitLog, rows: StoredRows, num_rows: int) -> None:
+def _forget_other_rows(records: CommitLog, rows: StoredRows, extent: Extent) -> None:
     """Drop records of shards whose rows are others today, before the store is told of today's rows.
+
+    Of other rows than it was finished with, the log is one of work in progress from here on.
 
     A shard that only grew keeps its record until it is written again; its other row range makes it invalid.
     """
     same = {
         record.key
         for record in records.values()
-        if record.stop <= num_rows and record.inputs == rows.inputs_digest(record.view, record.start, record.stop)
+        if record.stop <= extent.num_rows
+        and record.inputs == rows.inputs_digest(record.view, record.start, record.stop)
     }
-    if len(same) < len(records):
+    if len(same) < len(records) or records.rows_sha256 not in ("", extent.rows_sha256):
         records.keep(same)
