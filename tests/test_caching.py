@@ -129,6 +129,29 @@ def test_progress_counts_rows_that_the_teacher_saw(tmp_path):
     assert all(each.rows_per_s > 0 for each in seen)
 
 
+@pytest.mark.parametrize("at_once", [1, 2**20])
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        pytest.param(lambda held, size: held.setdefault(size, torch.empty(size, NUM_CLASSES)), id="one per length"),
+        pytest.param(lambda held, size: held.setdefault(0, torch.empty(BATCH_SIZE, NUM_CLASSES))[:size], id="one"),
+    ],
+)
+def test_answers_that_the_next_ones_overwrite_are_copied(tmp_path, monkeypatch, at_once, buffer):
+    """As `out=` does. They wait for more to be encoded, or are encoded while the teacher gives the next ones."""
+    monkeypatch.setattr(writing, "ENCODE_BYTES", at_once)
+    encode, held = Dense.encode, {}
+
+    def encode_late(self, values, keys=None):
+        time.sleep(0.002)
+        return encode(self, values, keys)
+
+    monkeypatch.setattr(Dense, "encode", encode_late)
+    captured(tmp_path / "expected")
+    captured(tmp_path / "store", ToyTeacher(answers(logits=lambda each, _: buffer(held, len(each)).copy_(each))))
+    assert tree(tmp_path / "store") == tree(tmp_path / "expected")
+
+
 # Who does what
 
 

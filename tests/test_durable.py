@@ -383,6 +383,16 @@ def test_published_files_are_the_same_files_under_a_second_name(tmp_path):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_a_file_behind_a_link_outlives_the_link(tmp_path):
+    """As in a folder that DVC checked out with cache.type symlink."""
+    cache, pulled = tree(tmp_path / "cache", manifest="m"), tmp_path / "pulled"
+    pulled.mkdir()
+    (pulled / "manifest").symlink_to(cache / "manifest")
+    publish({"": pulled}, tmp_path / "work")
+    (cache / "manifest").unlink()
+    assert contents(tmp_path / "work") == {"manifest": "m"}
+
+
 def test_a_staging_folder_may_be_named_and_is_gone_afterwards(tmp_path):
     staging = tmp_path / "work" / "staging"
     tree(staging, left="by a killed publishing")

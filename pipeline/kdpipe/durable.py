@@ -191,7 +191,10 @@ class Workers:
 
 
 def link_tree(source: Path, destination: Path) -> None:
-    """Give every file below `source` a second name below `destination` (a copy where hard links are impossible)."""
+    """Give every file below `source` a second name below `destination` (a copy where hard links are impossible).
+
+    What a link leads to gets the name, not the link (into DVC's cache, say, where it may be removed).
+    """
     for path in sorted(source.rglob("*")):
         target = destination / path.relative_to(source)
         if path.is_dir():
@@ -199,7 +202,7 @@ def link_tree(source: Path, destination: Path) -> None:
         elif not path.name.endswith(TEMPORARY_SUFFIX):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(path, target)
+                os.link(path.resolve(), target)
             except OSError:
                 shutil.copyfile(path, target)
                 with target.open("rb") as file:
