@@ -127,11 +127,12 @@ class Net:
     def forward(self):
         import fp_lazy
         from fp_lazy_pack.member import value
-        return fp_lazy, value
+        return fp_lazy, value, importlib.import_module("fp_named"), import_module("." + "x"), __import__("fp_dunder")
 """,
     "fp_plain.py": "fp_other = 1\ntry:\n    import fp_not_there\nexcept ImportError:\n    pass\n",
     "fp_pack/__init__.py": "from .from_init import something\n",
-    "fp_pack/from_init.py": "from . import part\nsomething = 1\n",
+    "fp_pack/from_init.py": "from . import part\nsomething = lambda: import_module('.by_name', __package__)\n",
+    "fp_pack/by_name.py": "",
     "fp_pack/part.py": "from . import sibling\nfrom .sibling import name\n",
     "fp_pack/sibling.py": "name = 1\n",
     "fp_pack/deep/__init__.py": "",
@@ -143,6 +144,8 @@ class Net:
     "fp_lazy_pack/__init__.py": "raise RuntimeError('imported while its digest was taken')\n",
     "fp_lazy_pack/member.py": "import fp_behind_lazy\nvalue = 1\n",
     "fp_behind_lazy.py": "",
+    "fp_named.py": "lambda: import_module('.relative_to_nothing')\n",
+    "fp_dunder.py": "",
 }
 BESIDE = {"fp_other.py": "", "fp_pack/other.py": "", "fp_net.txt": ""}
 

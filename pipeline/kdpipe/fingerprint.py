@@ -23,6 +23,7 @@ RECORDED_ELSEWHERE = frozenset({"numpy", "torch"})
 """Packages whose version may change last bits only: a store records it, the fingerprint does not cover it."""
 
 _LONG = 4096
+_IMPORTERS = ("import_module", "__import__")
 
 
 def canonical_json(value: Any) -> str:
@@ -145,7 +146,7 @@ def _distributions() -> Mapping[str, list[str]]:
 
 
 def _imports(path: Path, name: str) -> Iterator[str]:
-    """Names that may be modules, from the import statements of a source file."""
+    """Names that may be modules, from the import statements of a source file, and `import_module("name")`."""
     if path.suffix != ".py":
         return
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
@@ -157,3 +158,7 @@ def _imports(path: Path, name: str) -> Iterator[str]:
             base = importlib.util.resolve_name(relative, package) if node.level else relative
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in _IMPORTERS:
+            match node.args:
+                case [ast.Constant(value=str(named)), *_] if package or not named.startswith("."):
+                    yield importlib.util.resolve_name(named, package)

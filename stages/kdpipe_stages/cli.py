@@ -349,6 +349,8 @@ def _explain_os_error(error: OSError) -> str:
     what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({what}). What was committed is kept; free some space and run the same command again."
+    if error.errno == errno.EFBIG:
+        return f"{what}: the limit is the file system's, or the shell's (ulimit -f). What was committed is kept."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         user = f"user {os.getuid()}"
         return f"no permission to write or read there ({what}) as {user}. Make it writable, or work in another folder."

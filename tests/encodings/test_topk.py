@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,21 @@ def test_float16_log_probs_are_within_their_bound(teacher, compact):
     targets = decoded(TopK(k=k, compact=compact), logits)
     exact = torch.log_softmax(logits, dim=-1).gather(-1, targets.ids)
     assert ((targets.head - exact).abs() <= exact.abs() * 2.0**-11 + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("values", ["float16", "int8"])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("share", [0.017, 0.3, 0.95, 0.999])
+@pytest.mark.parametrize("num_classes", [50_304, 1_000_000])
+def test_small_classes_count_beside_a_large_one(num_classes, share, noise, values):
+    """A sum in float32 of class after class would lose them."""
+    logits = noise * torch.randn(1, num_classes, generator=torch.Generator().manual_seed(0))
+    logits[0, 7] = torch.logsumexp(logits[0, 8:].double(), dim=-1) + math.log(share / (1 - share))
+    targets = decoded(TopK(k=8, values=values), logits)
+    exact = torch.log_softmax(logits.double(), dim=-1).gather(-1, targets.ids)
+    step = (exact.max() - exact.min()) / 254 + (1 + exact.abs()) * 2.0**-20
+    bound = step if values == "int8" else exact.abs() * 2.0**-11 + 2.0**-22
+    assert ((targets.head - exact).abs() <= bound).all()
 
 
 @given(teacher=teachers(), compact=LAYOUTS)

@@ -87,6 +87,7 @@ def make(folder, texts, teacher=None, **sections):
 def test_a_language_model_learns_from_cached_tokens(tmp_path):
     project = make(tmp_path, documents())
     prepare_data.run(project)
+    assert not prepare_data.warnings(project), "of a vocabulary, most splits lack some"
     check.run(project)
     train_teacher.run(project, "big")
     cached = cache_teacher.run(project, "big")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -385,6 +386,16 @@ def test_split_without_rows_and_labels_that_do_not_suffice(cached, capsys):
     assert "set it to 0" in fails(capsys, "train-student")
     change(cached, "teachers", "big", "train", "split", value="trian")
     assert "there is no split 'trian'; prepared are test, train, validation" in fails(capsys, "train-teacher")
+
+
+def test_a_file_that_may_not_be_so_large_is_told(folder, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        said = fails(capsys, "prepare-data")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "labels.parquet: the limit is the file system's, or the shell's (ulimit -f)" in said
 
 
 def test_disk_full_keeps_what_was_committed(cached, capsys, small_disk):

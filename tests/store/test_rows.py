@@ -57,7 +57,7 @@ def test_ids_are_text_and_a_view_is_a_number(store):
     assert store.rows_of([b"row-1"]).tolist() == [1]
     with pytest.raises(ConfigError, match=r"sample ids are text; found bytes, such as b'row \\xc3\\xbc'"):
         store.targets([b"row-1", "row ü".encode()])
-    for view in ("0", None, 0.0):
+    for view in ("0", None, 0.0, True):
         with pytest.raises(ConfigError, match=rf"view is {view!r}; expected the number of a view"):
             store.targets(["row-1"], view=view)
     assert len(store.targets(["row-1"], view=np.int64(0)).values) == 1

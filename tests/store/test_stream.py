@@ -264,7 +264,7 @@ def test_the_state_of_other_outputs_is_refused_where_they_change_the_order(store
         TargetStream(store, batch_size=50).load_state_dict(state)
 
 
-@pytest.mark.parametrize("change", [None, {"step": -1}, {"step": 1.5}, {"step": None}, {"more": 1}])
+@pytest.mark.parametrize("change", [None, {"step": -1}, {"step": 1.5}, {"step": None}, {"step": True}, {"more": 1}])
 def test_what_is_no_state_is_refused(store, change):
     stream = TargetStream(store, batch_size=50)
     with pytest.raises(ConfigError, match="expected what a stream's"):
@@ -379,6 +379,45 @@ def test_files_that_are_mapped_for_long_make_room(tmp_path, monkeypatch):
         rows = np.arange(start, NUM_ROWS, 29)
         check(rows, store.read(rows))
         assert len(os.listdir("/proc/self/fd")) <= before + 5
+
+
+def test_files_of_all_stores_that_are_mapped_make_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_MAPPED", 5)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    stores = [store_of(tmp_path / str(number), num_views=1, shard_rows=64) for number in range(3)]
+    rows = np.arange(0, NUM_ROWS, 29)
+    for store in stores * 2:
+        check(rows, store.read(rows))
+        assert len(os.listdir("/proc/self/fd")) <= before + 5 + len(stores)  # each holds its folder, too
+    del store, stores
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_pages_of_chunks_of_which_little_is_wanted_are_given_back(tmp_path, monkeypatch):
+    """Verifying a chunk touches all of its pages; those of 44 MB must not be this process's at one time."""
+    taken, resident = reading._rows_of, []
+
+    def watched(file, rows):
+        values = taken(file, rows)
+        with open("/proc/self/smaps") as maps:
+            names = [line.split() for line in maps]
+        sizes, inside = 0, False
+        for words in names:
+            if "-" in words[0] and ":" not in words[0]:
+                inside = words[-1].startswith(str(tmp_path))
+            elif inside and words[0] == "Rss:":
+                sizes += int(words[1]) * 1024
+        resident.append(sizes)
+        return values
+
+    store = store_of(tmp_path, num_views=1, num_rows=2**15, shard_rows=2**12)
+    monkeypatch.setattr(reading, "_rows_of", watched)
+    for rows, targets in TargetStream(store, batch_size=50, rows=np.arange(0, 2**15, 20)):
+        check(rows, targets)
+    assert len(resident) > 2 * 16
+    assert 0 < max(resident) <= 8 * 2**20
 
 
 def replaced(path, content):

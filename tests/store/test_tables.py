@@ -624,6 +624,14 @@ def test_wrong_tables_are_refused(tmp_path, case):
         imported_as(tmp_path, columns, TopK(k=2) if told else Dense(), **told)
 
 
+def test_numbers_of_the_other_byte_order_are_read(tmp_path):
+    logits = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    np.savez(tmp_path / "table.npz", sample_id=np.array(["a", "b", "c"], ">U1"), logits=logits.astype(">f4"))
+    read = TableTargets(open_table(tmp_path / "table.npz"))
+    store = imported(tmp_path / "made", read, manifest(Dense(dtype="float32"), (5,), coverage=read.has_coverage))
+    assert np.array_equal(store.targets(["a", "b", "c"]).log_probs(), torch.from_numpy(logits).log_softmax(-1))
+
+
 def test_tails_that_no_probabilities_have_are_refused(tmp_path):
     at_1 = float(np.log1p(-np.exp([-0.7, -1.0]).sum()))
     at_4, at_2 = (at_1 / each + (1 - 1 / each) * np.log(3) for each in (4, 2))  # of three classes that are alike
@@ -637,6 +645,28 @@ def test_tails_that_no_probabilities_have_are_refused(tmp_path):
             imported_as(tmp_path / name, {**HEAD, "tail_log_mass": [[at_1, *tails]] * 3}, encoding, **told)
     with pytest.raises(ConfigError, match="expected each once"):
         imported_as(tmp_path, right, encoding, num_classes=5, temperatures=[1.0, 4.0, 4.0])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+@pytest.mark.parametrize("log_probs", [[-0.7, -1.0], [np.log(0.6), np.log(0.4)]])
+def test_tails_are_compared_with_what_is_left_at_temperature_1(tmp_path, temperature, log_probs):
+    rest = max(1 - float(np.exp(log_probs).sum()), 0.0)
+    one, alike = ((rest / n) ** (1 / temperature) * n for n in (1, 3))
+    told = {"num_classes": 5, "temperatures": [temperature]}
+    encoding = TopK(k=2, temperatures=(temperature,))
+
+    def imported(name, tail):
+        (tmp_path / name).mkdir()
+        head = {**HEAD, "log_probs": [log_probs] * 3}
+        return imported_as(tmp_path / name, {**head, "tail_log_mass": [[tail]] * 3}, encoding, **told)
+
+    with np.errstate(divide="ignore"):
+        for name, mass in {"one": one, "alike": alike}.items():
+            assert imported(name, float(np.log(mass))).num_rows == 3
+    wrong = [max(np.log(max(one, alike, 1e-2)), 0) + 2] + ([] if rest == 0 else [-30.0])
+    for number, tail in enumerate(wrong):
+        with pytest.raises(DataError, match=r"does not go with the one at 1; .*, such as a, b, c$"):
+            imported(f"wrong-{number}", float(tail))
 
 
 @pytest.mark.parametrize(
@@ -732,7 +762,11 @@ def test_no_table_at_all(tmp_path):
     [
         (["k2-00000000000000aa", "k0"], [2, 0]),
         (["plain", "k0-00000000000000aa"], [3, 0]),
-        (["k1"], "1 of 1 sample ids are keys of several of the 5 prepared rows, such as 'k1'"),
+        (
+            ["k1"],
+            "1 of 1 sample ids are keys of several of the 5 prepared rows, such as 'k1'; .* 'k1' is the key of "
+            "k1-00000000000000aa, k1-00000000000000ab: a row that was edited is two, .* remove data/prepared",
+        ),
         (["k0", "k9", "k2-00000000000000ab"], "2 of 3 sample ids are none of the 5 prepared rows, such as 'k9', 'k2-0"),
         (["k0", "k0-00000000000000aa"], "1 lines are about a sample and view that an earlier line is about"),
     ],

@@ -39,9 +39,9 @@ class TopK:
     """k classes: sorted ids, log-probs at T = 1, and the unnormalised tail log-mass `log R_T` at each temperature.
 
     With ids of i bytes (1, 2 or 4, as the classes need) and N temperatures, T = 1 always among them, in bytes per row:
-    `float16` values (i + 2) k + 4N with |error| <= |log-prob| * 2^-11 + 2^-25, one below -65504 counting as -65504;
-    `int8` values (i + 1) k + 4N + 4 with |error| <= scale, scale = the kept log-probs' range / 254, after the head is
-    rescaled to its exact mass `1 - R_1`.
+    `float16` values (i + 2) k + 4N with |error| <= |log-prob| * 2^-11 + 2^-22, one below -65504 counting as -65504;
+    `int8` values (i + 1) k + 4N + 4 with |error| <= scale + (1 + |log-prob|) 2^-20, scale = the kept log-probs' range /
+    254, after the head is rescaled to its exact mass `1 - R_1`. The last terms are float32's rounding.
 
     `top_p` keeps the fewest classes whose mass reaches it, at least `min_k` and at most k; `.num_kept` says how many.
     `compact` stores the ids' steps, compressed. Measured with int8 values, three temperatures and uniformly random ids
@@ -95,7 +95,7 @@ class TopK:
 
     def encode(self, values: Tensor, keys: NDArray[np.uint64] | None = None) -> dict[str, NDArray[Any]]:
         """Arrays of logits `[B, ..., C]`; of equal classes at the last place the lower id is kept."""
-        log_probs = torch.log_softmax(widened(values), dim=-1)
+        log_probs = _log_probs(widened(values))
         ids, used = largest_classes(log_probs, self._num_kept(log_probs), self.k)
         head = log_probs.gather(-1, ids).masked_fill(~used, -torch.inf)
         tails = tail_log_masses(log_probs, ids, self.temperatures)
@@ -158,6 +158,14 @@ class TopK:
         return ((mass < self.top_p).sum(dim=-1) + 1).clamp(self.min_k, self.k)
 
 
+def _log_probs(logits: Tensor) -> Tensor:
+    """`[..., C]`. The largest class is added last: `torch.log_softmax` on a CPU loses small ones that come after it."""
+    largest, place = logits.max(dim=-1, keepdim=True)
+    below = logits - largest
+    others = below.exp().scatter_(-1, place, 0.0).sum(dim=-1, keepdim=True)
+    return below.sub_(others.log1p_())
+
+
 def tail_log_masses(log_probs: Tensor, ids: Tensor, temperatures: Sequence[float]) -> Tensor:
     """`log R_T [..., N]`: logsumexp of log-prob / T over the classes other than `ids [..., K]`; -inf where none is."""
     tail = log_probs.scatter(-1, ids, -torch.inf)
@@ -183,7 +191,7 @@ def _head_of(codes: NDArray[np.uint8], scale: NDArray[np.float32], tail: Tensor)
     return (shape - torch.logsumexp(shape, dim=-1, keepdim=True) + mass.unsqueeze(-1)).float()
 
 
-_SMALL_MASS = 2**-6
+_SMALL_MASS = 0.5
 """A head of less than this is not told from `1 - R_1`, a difference of numbers near 1, but the other way round."""
 _LARGEST_TAIL = -1e-12
 """log R_1 of a head that holds next to nothing, and of a row that the teacher did not answer."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from kdpipe.store.shard_file import ShardFile
 MAX_OPEN_SHARDS = 1024
 """Files whose index and verified chunks are remembered."""
 MAX_MAPPED = 256
-"""Files that are mapped at a time, each of which counts among the process's open files."""
+"""Files, of all stores, that this process has mapped at a time; each counts among its open files."""
 DENSE = 1 / 8
 """A chunk of which at least this share is wanted is read whole; of others the wanted rows are read."""
 WIDE_ROW_BYTES = 512
@@ -35,6 +36,8 @@ _UNSHARED = 2
 
 Arrays = dict[str, NDArray[Any]]
 
+_mapped: OrderedDict[weakref.ref[ShardFile], None] = OrderedDict()
+
 
 class ShardReader:
     """Committed shards, opened on demand by `open_shard(layout, view, shard)`."""
@@ -42,7 +45,6 @@ class ShardReader:
     def __init__(self, open_shard: Callable[[ArrayLayout, int, int], ShardFile]) -> None:
         self._open_shard = open_shard
         self._open: OrderedDict[tuple[str, int, int], ShardFile] = OrderedDict()
-        self._mapped: OrderedDict[ShardFile, None] = OrderedDict()
         self._lock = threading.Lock()  # a store is read by the threads of its streams, and by its owner's
 
     def shard(self, layout: ArrayLayout, view: int, shard: int) -> ShardFile:
@@ -56,33 +58,14 @@ class ShardReader:
         with self._lock:
             self._open[key] = file
             if len(self._open) > MAX_OPEN_SHARDS:
-                _, oldest = self._open.popitem(last=False)
-                self._mapped.pop(oldest, None)
+                self._open.popitem(last=False)
         return file
-
-    def read_rows(self, file: ShardFile, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows by their position in an open shard, `[N, …]`; files that were mapped for long make room."""
-        taken = file.read(rows)
-        with self._lock:
-            self._mapped[file] = None
-            self._mapped.move_to_end(file)
-            if len(self._mapped) > MAX_MAPPED:
-                oldest, _ = self._mapped.popitem(last=False)
-                oldest.unmap()
-        return taken
-
-    def release(self) -> None:
-        """Let go of mapped pages, which count as this process's memory."""
-        with self._lock:
-            mapped = list(self._mapped)
-        for file in mapped:
-            file.release()
 
     def forget(self, view: int, shard: int) -> None:
         """Close a shard whose files are replaced."""
         with self._lock:
             for key in [key for key in self._open if key[1:] == (view, shard)]:
-                self._mapped.pop(self._open.pop(key), None)
+                del self._open[key]
 
     def read(self, layouts: Iterable[ArrayLayout], view: int, rows: NDArray[np.int64]) -> Arrays:
         """Rows `[B, …]` of arrays of one store, in the given order."""
@@ -91,8 +74,20 @@ class ShardReader:
         shard_of, position = np.divmod(rows, layouts[0].shard_rows)
         for shard, here in grouped(shard_of):
             for layout in layouts:
-                result[layout.name][here] = self.read_rows(self.shard(layout, view, shard), position[here])
+                result[layout.name][here] = _rows_of(self.shard(layout, view, shard), position[here])
         return result
+
+
+def _rows_of(file: ShardFile, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """Rows by their position in an open shard, `[N, …]`; files that were mapped for long make room."""
+    this = weakref.ref(file, lambda gone: _mapped.pop(gone, None))
+    _mapped.pop(this, None)
+    _mapped[this] = None
+    while len(_mapped) > MAX_MAPPED:
+        oldest = _mapped.popitem(last=False)[0]()
+        if oldest is not None:
+            oldest.unmap()
+    return file.read(rows)
 
 
 class RowPool:
@@ -118,7 +113,6 @@ class RowPool:
                 buffer[:first] = carried[layout.name]
             for start in range(first, len(rows), PLACED_AT_ONCE):
                 self._fill(buffer, layout, view, rows[start : start + PLACED_AT_ONCE], start)
-        self._reader.release()
 
     def view(self, positions: slice) -> Arrays:
         """The loaded rows at these positions of `rows`, `[B, …]`, not copied."""
@@ -142,7 +136,8 @@ class RowPool:
             shard, inner = divmod(chunk, layout.num_chunks)
             file = self._reader.shard(layout, view, shard)
             if len(here) < DENSE * file.rows_of(inner) and not self._verify:
-                buffer[here + first] = self._reader.read_rows(file, inner * layout.chunk_rows + position[here])
+                buffer[here + first] = _rows_of(file, inner * layout.chunk_rows + position[here])
+                file.release()  # pages of a chunk count as this process's memory
             elif layout.row_bytes < WIDE_ROW_BYTES:
                 content = file.read_chunk(inner, self._scratch_for(layout), self._verify)
                 buffer[here + first] = content[position[here]]

@@ -196,7 +196,7 @@ class ShardFile:
         return taken
 
     def release(self) -> None:
-        """Let go of pages that single rows were read from; they are still in the system's cache."""
+        """Let go of pages that single rows were read from, or compared; they are still in the system's cache."""
         mapped = self.__dict__.get("_mapped")
         if mapped is not None:
             mapped.madvise(mmap.MADV_DONTNEED)

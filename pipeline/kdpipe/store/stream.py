@@ -216,7 +216,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
         if (
             not isinstance(state, dict)
             or state.keys() != {"step", *self._settings}
-            or not isinstance(state["step"], int)
+            or type(state["step"]) is not int
             or state["step"] < 0
         ):
             raise ConfigError(f"found {state}; expected what a stream's state_dict() gave")

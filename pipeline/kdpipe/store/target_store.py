@@ -382,7 +382,7 @@ class TargetStore:
 
     def check_rows(self, rows: NDArray[np.int64], view: int) -> None:
         """Raise `IncompleteStoreError` for a view or row that the store does not have, `ConfigError` for no number."""
-        if not isinstance(view, int | np.integer):
+        if isinstance(view, bool) or not isinstance(view, int | np.integer):
             raise ConfigError(f"view is {view!r}; expected the number of a view, 0 is the clean rows")
         if not 0 <= view < self.num_views:
             raise IncompleteStoreError(

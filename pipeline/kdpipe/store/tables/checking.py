@@ -176,11 +176,16 @@ class CheckedRows:
                 far = abs(mass - 1) > MASS_SLACK
                 self._refuse(far, "have class_ids and tail_log_mass whose probabilities do not sum to 1")
         others = self._num_classes - (log_probs > -np.inf).sum(axis=-1, keepdims=True)
+        at_1 = tails[..., temperatures.index(1.0)]
+        least, most = at_1, at_1
+        if 1.0 not in given:  # what is left of 1 is as exact as the log_probs' rounding allows
+            rest = np.exp(at_1)
+            with np.errstate(divide="ignore"):
+                least, most = np.log(np.maximum(rest - MASS_SLACK, 0.0)), np.log(rest + MASS_SLACK)
         for number, temperature in enumerate(temperatures):
-            if temperature != 1 and 1.0 in given:
+            if temperature != 1:
                 what = f"have a tail_log_mass at temperature {temperature:g} that does not go with the one at 1"
-                at_1 = tails[..., temperatures.index(1.0)]
-                wrong = _impossible(tails[..., number], temperature, at_1, others[..., 0])
+                wrong = _impossible(tails[..., number], temperature, (least, most), others[..., 0])
                 self._refuse(wrong, f"{what}; are its values in the order of the temperatures?")
         with np.errstate(divide="ignore"):
             blank = np.log(others) - np.log(self._num_classes) / np.array(temperatures)
@@ -242,19 +247,21 @@ def _in_float32(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _impossible(
-    tails: NDArray[np.float64], temperature: float, at_1: NDArray[np.float64], others: NDArray[np.int64]
+    tails: NDArray[np.float64],
+    temperature: float,
+    at_1: tuple[NDArray[np.float64], NDArray[np.float64]],
+    others: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """Where `log R_T [B, ...]` cannot be that of `others [B, ...]` classes whose mass at T = 1 is `exp(at_1)`.
+    """Where `log R_T [B, ...]` cannot be that of `others [B, ...]` classes, their `log R_1` within two bounds `at_1`.
 
     Sums of powers (Jensen): with b = 1 / T, log R_T lies between b log R_1 and b log R_1 + (1 - b) log others.
     """
-    beta = 1 / temperature
+    low, high = (each / temperature for each in at_1)
+    spread = (1 - 1 / temperature) * np.log(np.maximum(others, 1))  # below 0 where T is below 1
     with np.errstate(invalid="ignore"):
-        one_class = beta * at_1
-        alike = one_class + (1 - beta) * np.log(np.maximum(others, 1))
-        slack = MASS_SLACK * (1 + np.abs(one_class))
-        outside = (tails < np.minimum(one_class, alike) - slack) | (tails > np.maximum(one_class, alike) + slack)
-    return np.where(np.isneginf(at_1), ~np.isneginf(tails), outside)
+        below = tails < low + np.minimum(spread, 0) - MASS_SLACK * (1 + np.abs(low))
+        above = tails > high + np.maximum(spread, 0) + MASS_SLACK * (1 + np.abs(high))
+    return np.where(np.isneginf(high) | (others == 0), ~np.isneginf(tails), below | above)
 
 
 def _in_order(ids: NDArray[np.int64], log_probs: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

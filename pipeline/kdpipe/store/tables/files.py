@@ -347,7 +347,7 @@ def _arrow_of(values: NDArray[Any], used: NDArray[np.bool_] | None = None) -> An
         column = pa.ListArray.from_arrays(offsets, pa.array(values[used]))
         shape = shape[:-1]
     else:
-        flat = values.reshape(-1)
+        flat = values.reshape(-1).astype(values.dtype.newbyteorder("="), copy=False)
         column = pa.array(flat.tolist(), pa.string()) if values.dtype.kind == "U" else pa.array(flat)
     for size in reversed(shape):
         column = pa.FixedSizeListArray.from_arrays(column, size)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.errors import DataError
+from kdpipe.errors import DataError, some
 from kdpipe.store.rows import SampleIndex
 from kdpipe.store.tables.importing import TableTargets
 
@@ -73,14 +73,25 @@ def prepared_rows(said: TableTargets, sample_ids: NDArray[np.str_]) -> NDArray[n
     for wrong, what in ((_UNKNOWN, "are none of"), (_AMBIGUOUS, "are keys of several of")):
         lines = np.flatnonzero(rows == wrong)
         if len(lines):
+            several = wrong == _AMBIGUOUS
             raise DataError(
                 f"{said.table.path}: {len(lines)} of {len(ids)} sample ids {what} the {len(sample_ids)} prepared rows, "
                 f"such as {', '.join(map(repr, ids[lines[:3]].tolist()))}; expected ids such as "
-                f"{str(sample_ids[0])!r}, or their keys where only one row has it (a row that was edited is two: "
-                "what it was before stays prepared)"
+                f"{str(sample_ids[0])!r}, or their keys where only one row has it"
+                + (_several(str(ids[lines[0]]), sample_ids) if several else "")
             )
     _check_once(said, rows, views)
     return rows
+
+
+def _several(key: str, sample_ids: NDArray[np.str_]) -> str:
+    """What to do about a key of several rows, for the end of a message."""
+    rows = [each for each in sample_ids.tolist() if (keyed := _KEYED.fullmatch(each)) and keyed[1] == key]
+    return (
+        f". {key!r} is the key of {some(rows)}: a row that was edited is two, as what it was before stays prepared. "
+        "Name the one that is meant, or have today's rows prepared only: remove data/prepared and run `kdpipe "
+        "prepare-data`"
+    )
 
 
 def _check_once(said: TableTargets, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
