@@ -128,6 +128,11 @@ class Net:
         import fp_lazy
         from fp_lazy_pack.member import value
         return fp_lazy, value, importlib.import_module("fp_named"), import_module("." + "x"), __import__("fp_dunder")
+
+    def backward(self):
+        from importlib import import_module as load
+
+        return load("fp_alias"), importlib.import_module(name="fp_keyword"), json.dumps("fp_text")
 """,
     "fp_plain.py": "fp_other = 1\ntry:\n    import fp_not_there\nexcept ImportError:\n    pass\n",
     "fp_pack/__init__.py": "from .from_init import something\n",
@@ -146,8 +151,10 @@ class Net:
     "fp_behind_lazy.py": "",
     "fp_named.py": "lambda: import_module('.relative_to_nothing')\n",
     "fp_dunder.py": "",
+    "fp_alias.py": "",
+    "fp_keyword.py": "",
 }
-BESIDE = {"fp_other.py": "", "fp_pack/other.py": "", "fp_net.txt": ""}
+BESIDE = {"fp_text.py": "", "fp_other.py": "", "fp_pack/other.py": "", "fp_net.txt": ""}
 
 
 def test_every_reached_module_has_its_own_digest(project):
@@ -177,6 +184,13 @@ def test_lazy_modules_are_followed_without_being_imported(project):
     write(project, FILES)
     source_digests(importlib.import_module("fp_net").Net)
     assert not {"fp_lazy", "fp_lazy_pack", "fp_lazy_pack.member", "fp_behind_lazy"} & set(sys.modules)
+
+
+def test_a_module_of_the_project_may_take_the_name_of_one_of_the_standard_library(project):
+    """`this` is not imported by anybody, so that the project's is found first."""
+    write(project, {"fp_shadow.py": "import json\nimport sys\ndef f():\n    import this\n", "this.py": "a = 1\n"})
+    shadow = importlib.import_module("fp_shadow")
+    assert set(source_digests(shadow.f)) == {"fp_shadow", "this"}
 
 
 def test_a_module_of_the_project_may_be_called_as_one_of_the_standard_library(project):

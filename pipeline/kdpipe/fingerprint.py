@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -24,6 +25,7 @@ RECORDED_ELSEWHERE = frozenset({"numpy", "torch"})
 
 _LONG = 4096
 _IMPORTERS = ("import_module", "__import__")
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 
 
 def canonical_json(value: Any) -> str:
@@ -91,7 +93,7 @@ def source_digests(factory: Any, named_in: str | None = None) -> dict[str, str]:
         name = waiting.pop()
         top = name.partition(".")[0]
         label = "".join(name.partition("@")[:2])  # a factory's file is loaded as stem@digest
-        known = label in local or top in installed or top in sys.stdlib_module_names or top in RECORDED_ELSEWHERE
+        known = label in local or top in installed or top in RECORDED_ELSEWHERE or _is_standard(top)
         path = None if known else _locate(name)
         if path is None:
             continue
@@ -103,6 +105,12 @@ def source_digests(factory: Any, named_in: str | None = None) -> dict[str, str]:
             local[label] = digest_file(path)
             waiting += [*_packages_above(name), *_imports(path, name)]
     return local | installed
+
+
+def _is_standard(top: str) -> bool:
+    """Whether a name is the standard library's; a file of the project may take it."""
+    path = _locate(top) if top in sys.stdlib_module_names else Path()
+    return path is None or path.resolve().is_relative_to(_STANDARD_LIBRARY)
 
 
 def _locate(name: str) -> Path | None:
@@ -150,7 +158,10 @@ def _imports(path: Path, name: str) -> Iterator[str]:
     if path.suffix != ".py":
         return
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    froms = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+    importers = {*_IMPORTERS, *(each.asname for each in froms if each.name in _IMPORTERS)}
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -158,7 +169,7 @@ def _imports(path: Path, name: str) -> Iterator[str]:
             base = importlib.util.resolve_name(relative, package) if node.level else relative
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in _IMPORTERS:
-            match node.args:
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in importers:
+            match [*node.args, *(each.value for each in node.keywords if each.arg == "name")]:
                 case [ast.Constant(value=str(named)), *_] if package or not named.startswith("."):
                     yield importlib.util.resolve_name(named, package)

@@ -60,9 +60,13 @@ class ModelSpec:
         return Head(self.logits, task.num_classes)
 
     def sources(self, project: Project) -> dict[str, str]:
-        """Digests of the code that model and preprocess reach; a default preprocess is kdpipe's own."""
-        model = project.sources(self.model, f"{self.where}.model")
-        return model | (project.sources(self.preprocess, f"{self.where}.preprocess") if self.preprocess else {})
+        """Digests of the code that model and preprocess reach, and of files that they are given by name.
+
+        A default preprocess is kdpipe's own.
+        """
+        own = {"model": self.model} | ({"preprocess": self.preprocess} if self.preprocess else {})
+        found = [project.sources_and_files(factory, f"{self.where}.{key}") for key, factory in own.items()]
+        return {name: digest for each in found for name, digest in each.items()}
 
     def build(
         self, project: Project, task: Task, preprocess: Preprocess, inputs: PreparedInputs, seed: int

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from kdpipe import durable
-from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve, save_yaml
+from kdpipe.config import Bound, Factory, bind, files_named, load_module, load_yaml, parse, resolve, save_yaml
 from kdpipe.data.prepared import PreparedData, PreparedInputs
 from kdpipe.errors import ConfigError, DataError, at
-from kdpipe.fingerprint import canonical_json, source_digests
+from kdpipe.fingerprint import canonical_json, digest_path, source_digests
 from kdpipe.preprocess import Preprocess
 from kdpipe.preprocess.named import NamedPreprocess
 from kdpipe.random_numbers import derived_seed
@@ -143,6 +143,16 @@ class Project:
         reads = getattr(target, "reads", None)
         named_in_arguments = reads(factory.arguments, self.root) if reads else {}
         return source_digests(target, module.__name__) | named_in_arguments
+
+    def sources_and_files(self, factory: Factory, where: str) -> dict[str, str]:
+        """`sources`, and digests of what the arguments name; kdpipe's own code tells of its files itself."""
+        sources, data = self.sources(factory, where), (self.root / "data").resolve()
+        if (resolve(factory.path, self.root, where).__module__ or "").partition(".")[0] == "kdpipe":
+            return sources
+        named = {each: self.root / each for each in files_named(factory, self.root, where)}
+        return sources | {
+            name: digest_path(path) for name, path in named.items() if path.resolve() not in (data, *data.parents)
+        }
 
     def task(self) -> Task:
         """The task."""

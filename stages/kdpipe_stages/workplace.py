@@ -59,7 +59,7 @@ class Workplace:
         if repair:
             self._mend_description()
         manifest = self._manifest
-        if not (self._work / "manifest.json").is_file():
+        if not (self._work / "manifest.json").is_file() or not CommitLog(self._work):
             self._adopt(repair)
         if (self._work / "manifest.json").is_file():
             # A store that grows keeps the shard size that it was started with.

@@ -22,7 +22,8 @@ from kdpipe.terms import DistillTerm
 from kdpipe.training import TrainPlan, fit
 
 NUM_FEATURES = 256
-EPOCHS = (1, 3)
+RUNS = ((1, 1), (1, 3), (4, 1))
+"""Times `num_rows`, and epochs: what a training pays once (two pools' memory) is divided by its steps."""
 IN_MEMORY = "RAM tensor"
 
 
@@ -123,10 +124,11 @@ def table(found: dict[str, list[float]]) -> str:
 def main(
     num_rows: int = 50_000, num_classes: int = 1000, hidden: int = 544, rounds: int = 20, folder: Path | None = None
 ) -> None:
-    """Print the table."""
-    print(f"MLP {NUM_FEATURES}-{hidden}-{num_classes}, {num_rows:,} rows, batches of {BATCH_ROWS}, {rounds} pairs")
+    """Print a table for each of `RUNS`."""
+    print(f"MLP {NUM_FEATURES}-{hidden}-{num_classes}, batches of {BATCH_ROWS}, {rounds} pairs")
     print(machine("numpy", "torch"))
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        store = build(Path(scratch), num_rows, num_classes).store
-        for epochs in EPOCHS:
-            print(f"\nEpochs: {epochs}\n\n{table(measure(store, hidden, rounds, epochs))}")
+    for times, epochs in RUNS:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            store = build(Path(scratch), times * num_rows, num_classes).store
+            found = table(measure(store, hidden, rounds, epochs))
+        print(f"\nRows: {times * num_rows:,}, epochs: {epochs}\n\n{found}", flush=True)

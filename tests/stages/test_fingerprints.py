@@ -61,6 +61,11 @@ class Teacher(torch.nn.Module):
 
 class SameTeacher(Teacher):
     pass
+
+
+class Noted(Teacher):
+    def __init__(self, num_classes, note: Path):
+        super().__init__(num_classes, temper=float((note / "note.txt" if note.is_dir() else note).read_text()))
 """,
     "shade.py": "def darker(pixels):\n    return pixels / 2\n",
     "reached_lazily.py": "",
@@ -78,6 +83,11 @@ class Pixels(ImageTensor):
 
 class SamePixels(Pixels):
     pass
+
+
+class Noted(Pixels):
+    def __init__(self, root, note, scale=16):
+        super().__init__(scale=int((root / note).read_text()) * scale)
 """,
     "jitter.py": """
 class Jitter:
@@ -129,6 +139,10 @@ def of_classes(num_classes):
 
 def of_nothing():
     return Told(10)
+
+
+def of_note(note: Path):
+    return Told(10, float(note.read_text()))
 
 
 def of_its_own(precision):
@@ -420,6 +434,33 @@ def test_what_a_factory_is_told_of_other_sections_makes_other_targets(folder, mo
     assert differing(before, after) == expected
     assert (after.fingerprint != before.fingerprint) == bool(expected)
     assert done.rows_computed == (NUM_ROWS if expected else 0)
+    assert student_accepts(folder)
+
+
+@pytest.mark.parametrize(
+    ("named", "section"),
+    [
+        ("note.txt", {**settings()["teachers"]["big"], "model": {"factory": "teacher.py:Noted", "note": "note.txt"}}),
+        ("notes", {**settings()["teachers"]["big"], "model": {"factory": "teacher.py:Noted", "note": "notes"}}),
+        (
+            "note.txt",
+            {**settings()["teachers"]["big"], "preprocess": {"factory": "pixels.py:Noted", "note": "note.txt"}},
+        ),
+        ("note.txt", {"teacher": {"factory": "told.py:of_note", "note": "note.txt"}}),
+    ],
+)
+def test_a_file_that_an_argument_names_makes_other_targets(folder, monkeypatch, named, section):
+    """A student refuses the store for it, so `cache-teacher` may not put up with it."""
+    file = folder / named / "note.txt" if named == "notes" else folder / named
+    write(folder, file, "1")
+    change("teachers", "big", value=section)(folder, monkeypatch)
+    _, before = cache(folder)
+    assert student_accepts(folder)
+    write(folder, file, "2")
+    assert not student_accepts(folder)
+    done, after = cache(folder)
+    assert differing(before, after) >= {f"teacher.sources.{named}"}
+    assert done.rows_computed == rows_shown(folder) == NUM_ROWS
     assert student_accepts(folder)
 
 

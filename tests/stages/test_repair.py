@@ -185,6 +185,16 @@ def test_where_the_work_areas_log_is_damaged_an_intact_copy_is_gone_on_from(copi
     assert open_store(work(copied)).verify() == []
 
 
+@pytest.mark.parametrize("repair", [False, True])
+def test_where_the_work_areas_log_is_gone_the_published_store_is_gone_on_from(copied, repair):
+    before = tree(published(copied))
+    (work(copied) / "commits.parquet").unlink()
+    (work(copied) / "commits.parquet.sha256").unlink()
+    assert run(copied, repair=repair).rows_computed == 0
+    assert tree(published(copied)) == before
+    assert open_store(work(copied)).verify() == []
+
+
 def test_a_damaged_record_costs_its_shard(folder):
     shutil.rmtree(published(folder))
     (work(folder) / "logits" / "c.0.5.0").unlink()
