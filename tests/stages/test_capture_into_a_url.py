@@ -476,6 +476,25 @@ def test_damage_there_is_told_and_repaired(trained, clones, url, capsys):
     assert is_whole(url, trained)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "commits.parquet", "commits.parquet.sha256"])
+def test_a_description_that_is_lost_there_is_told_and_repaired(trained, clones, url, capsys, name):
+    folder = clones()
+    cache_in(folder)
+    Objects(url).withdraw(name)
+    message = fails(capsys, "cache-teacher", "big", "--params", str(folder / "params.yaml"))
+    assert f"{url}/{name} is absent" in message
+    assert "--repair" in message
+    forget_rows_shown(folder)
+    cache_teacher.run(project_in(folder), "big", repair=True)
+    assert rows_shown(folder) == 0
+    assert is_whole(url, trained)
+    Objects(url).withdraw(name)
+    other = clones()
+    cache_teacher.run(project_in(other), "big", repair=True)
+    assert rows_shown(other) == NUM_ROWS, "nothing here describes it"
+    assert is_whole(url, trained)
+
+
 def test_verify_reads_what_lies_there_now_whatever_was_fetched_before(clones, url):
     folder = clones()
     cache_in(folder)

@@ -186,7 +186,14 @@ class Uploading:
         """What the log of the published store says, if that is of this fingerprint."""
         names = (_MANIFEST, LOG, LOG_DIGEST)
         found = self._objects.read_all(names)
-        if set(found) != set(names) or _fingerprint_of(found[_MANIFEST]) != self._fingerprint:
+        is_ours = _fingerprint_of(found.get(_MANIFEST)) == self._fingerprint
+        lost = [name for name in names if name not in found]
+        if lost and found and (is_ours or _MANIFEST in lost) and not self._objects.sizes(".work"):
+            raise CorruptStoreError(
+                f"{self.url}/{lost[0]} is absent, though {next(iter(found))} is there, so that nothing vouches for its "
+                "shards. Run `kdpipe cache-teacher NAME --repair` where data/targets/NAME describes the store"
+            )
+        if lost or not is_ours:
             return []
         with tempfile.TemporaryDirectory() as folder:
             for name, content in found.items():
