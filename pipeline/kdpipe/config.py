@@ -310,26 +310,6 @@ def bind(
     return Bound(f"{where}: {factory.path}", target, arguments | checked)
 
 
-def files_named(factory: Factory, root: Path, where: str) -> list[str]:
-    """What a factory's arguments name below `root`: files, and folders (annotated `Path`, or texts with a slash)."""
-    target = resolve(factory.path, root, where)
-    waiting: list[Any] = [_checked(target, key, value, where) for key, value in factory.arguments.items()]
-    found = set()
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Mapping):
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            waiting += value
-        elif isinstance(value, Path | str):
-            try:
-                is_folder = (isinstance(value, Path) or "/" in value) and (root / value).is_dir()
-                found |= {str(value)} if is_folder or (root / value).is_file() else set()
-            except (OSError, ValueError):  # a text that is too long for a path, or may not be looked at
-                continue
-    return sorted(found)
-
-
 def _below(root: Path, value: Any) -> Any:
     return root / value if isinstance(value, Path) else value
 

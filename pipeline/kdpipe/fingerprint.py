@@ -12,6 +12,7 @@ import json
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -158,18 +159,25 @@ def _imports(path: Path, name: str) -> Iterator[str]:
     if path.suffix != ".py":
         return
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except SyntaxError:  # nobody can import it either
+        return
     froms = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
     importers = {*_IMPORTERS, *(each.asname for each in froms if each.name in _IMPORTERS)}
     for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            relative = "." * node.level + (node.module or "")
-            base = importlib.util.resolve_name(relative, package) if node.level else relative
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in importers:
-            match [*node.args, *(each.value for each in node.keywords if each.arg == "name")]:
-                case [ast.Constant(value=str(named)), *_] if package or not named.startswith("."):
-                    yield importlib.util.resolve_name(named, package)
+        with suppress(ImportError):  # beyond the top: nobody can import that either
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                relative = "." * node.level + (node.module or "")
+                base = importlib.util.resolve_name(relative, package) if node.level else relative
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in importers:
+                by_keyword = {each.arg: each.value for each in node.keywords}
+                match [*node.args, *(by_keyword[key] for key in ("name", "package") if key in by_keyword)]:
+                    case [ast.Constant(value=str(named)), ast.Constant(value=str(within)), *_]:
+                        yield importlib.util.resolve_name(named, within)
+                    case [ast.Constant(value=str(named)), *_]:
+                        yield importlib.util.resolve_name(named, package)

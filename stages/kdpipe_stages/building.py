@@ -60,13 +60,13 @@ class ModelSpec:
         return Head(self.logits, task.num_classes)
 
     def sources(self, project: Project) -> dict[str, str]:
-        """Digests of the code that model and preprocess reach, and of files that they are given by name.
+        """Digests of the code that model and preprocess reach, of a teacher's of the files that their arguments name.
 
-        A default preprocess is kdpipe's own.
+        A default preprocess is kdpipe's own. A student's files may be gone once it is trained.
         """
-        own = {"model": self.model} | ({"preprocess": self.preprocess} if self.preprocess else {})
-        found = [project.sources_and_files(factory, f"{self.where}.{key}") for key, factory in own.items()]
-        return {name: digest for each in found for name, digest in each.items()}
+        digests_of = project.sources if self.where == "student" else project.sources_and_files
+        model = digests_of(self.model, f"{self.where}.model")
+        return model | (digests_of(self.preprocess, f"{self.where}.preprocess") if self.preprocess else {})
 
     def build(
         self, project: Project, task: Task, preprocess: Preprocess, inputs: PreparedInputs, seed: int

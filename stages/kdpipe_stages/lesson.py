@@ -260,7 +260,7 @@ def _check_transform(store: TargetStore, project: Project, command: str) -> None
     if not views.count or views.transform is None:
         return
     then = store.manifest.ingredients["views"]["sources"]
-    now = project.sources(views.transform, "views.transform")
+    now = project.sources_and_files(views.transform, "views.transform")
     changed = differing(then, now)
     if changed:
         raise StaleStoreError(

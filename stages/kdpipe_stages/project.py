@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kdpipe import durable
-from kdpipe.config import Bound, Factory, bind, files_named, load_module, load_yaml, parse, resolve, save_yaml
+from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve, save_yaml
 from kdpipe.data.prepared import PreparedData, PreparedInputs
 from kdpipe.errors import ConfigError, DataError, at
 from kdpipe.fingerprint import canonical_json, digest_path, source_digests
@@ -145,12 +145,10 @@ class Project:
         return source_digests(target, module.__name__) | named_in_arguments
 
     def sources_and_files(self, factory: Factory, where: str) -> dict[str, str]:
-        """`sources`, and digests of what the arguments name; kdpipe's own code tells of its files itself."""
-        sources, data = self.sources(factory, where), (self.root / "data").resolve()
-        if (resolve(factory.path, self.root, where).__module__ or "").partition(".")[0] == "kdpipe":
-            return sources
-        named = {each: self.root / each for each in files_named(factory, self.root, where)}
-        return sources | {
+        """`sources`, and digests of the files that arguments of code of one's own name."""
+        data = (self.root / "data").resolve()
+        named = {each: self.root / each for each in _files_named(factory.path, factory.arguments, self.root)}
+        return self.sources(factory, where) | {
             name: digest_path(path) for name, path in named.items() if path.resolve() not in (data, *data.parents)
         }
 
@@ -181,7 +179,7 @@ class Project:
         transform, views = self.params.views.transform, views_identity(self.params.views)
         if transform is None or views is None:
             return None
-        return {**views, "sources": self.sources(transform, "views.transform")}
+        return {**views, "sources": self.sources_and_files(transform, "views.transform")}
 
     def views_of_training(self, name: str) -> ViewSpec:
         """What a teacher that is trained here is shown: one view for each epoch, of a seed that no store has."""
@@ -248,6 +246,26 @@ class Project:
         code = self.sources(self.params.task, "task")
         own = {name: each for name, each in code.items() if name != "kdpipe"}  # a newer one keeps its word
         return {**prepared_sections(self.params), "sources": own}
+
+
+def _files_named(path: str, arguments: Any, root: Path) -> Iterator[str]:
+    """What arguments of the factory `path` name: files, and folders by a name that shows it.
+
+    kdpipe's own factories tell of their files themselves; arguments of others may stand among theirs.
+    """
+    items = arguments.items() if isinstance(arguments, Mapping) else enumerate(arguments)
+    for key, value in items:
+        if isinstance(value, Mapping | list | tuple):
+            inner = value.get("factory") if isinstance(value, Mapping) else None
+            yield from _files_named(inner if isinstance(inner, str) else path, value, root)
+        for each in (key, value):
+            if isinstance(each, str) and not path.startswith("kdpipe") and key != "factory":
+                try:
+                    is_folder = (key == "path" or "/" in each) and (root / each).is_dir()
+                    if is_folder or (root / each).is_file():
+                        yield each
+                except (OSError, ValueError):  # a text that is too long for a path, or may not be looked at
+                    continue
 
 
 def write_project(params: Mapping[str, Any], folder: Path, files: Iterable[Path] = ()) -> Project:

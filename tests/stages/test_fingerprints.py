@@ -96,6 +96,10 @@ class Jitter:
 
     def __call__(self, columns, keys, seed):
         return {**columns, "image": columns["image"] // (1 + self.amount)}
+
+
+def noted(notes, root):
+    return Jitter(int((root / notes["amount"]).read_text()))
 """,
     "told.py": """
 from pathlib import Path
@@ -441,7 +445,7 @@ def test_what_a_factory_is_told_of_other_sections_makes_other_targets(folder, mo
     ("named", "section"),
     [
         ("note.txt", {**settings()["teachers"]["big"], "model": {"factory": "teacher.py:Noted", "note": "note.txt"}}),
-        ("notes", {**settings()["teachers"]["big"], "model": {"factory": "teacher.py:Noted", "note": "notes"}}),
+        ("a/b", {**settings()["teachers"]["big"], "model": {"factory": "teacher.py:Noted", "note": "a/b"}}),
         (
             "note.txt",
             {**settings()["teachers"]["big"], "preprocess": {"factory": "pixels.py:Noted", "note": "note.txt"}},
@@ -451,7 +455,7 @@ def test_what_a_factory_is_told_of_other_sections_makes_other_targets(folder, mo
 )
 def test_a_file_that_an_argument_names_makes_other_targets(folder, monkeypatch, named, section):
     """A student refuses the store for it, so `cache-teacher` may not put up with it."""
-    file = folder / named / "note.txt" if named == "notes" else folder / named
+    file = folder / named / "note.txt" if named == "a/b" else folder / named
     write(folder, file, "1")
     change("teachers", "big", value=section)(folder, monkeypatch)
     _, before = cache(folder)
@@ -462,6 +466,29 @@ def test_a_file_that_an_argument_names_makes_other_targets(folder, monkeypatch, 
     assert differing(before, after) >= {f"teacher.sources.{named}"}
     assert done.rows_computed == rows_shown(folder) == NUM_ROWS
     assert student_accepts(folder)
+
+
+def test_a_file_that_an_argument_of_the_transform_names_makes_other_views(folder, monkeypatch):
+    write(folder, "note.txt", "1")
+    transform = {"factory": "jitter.py:noted", "notes": {"amount": "note.txt"}}
+    change("views", value={"count": 1, "transform": transform})(folder, monkeypatch)
+    _, before = cache(folder)
+    assert student_accepts(folder)
+    write(folder, "note.txt", "2")
+    assert not student_accepts(folder)
+    done, after = cache(folder)
+    assert differing(before, after) == {"views.sources.note.txt"}
+    assert done.rows_computed == rows_shown(folder) > NUM_ROWS
+
+
+def test_a_students_own_files_may_be_gone(folder, monkeypatch):
+    write(folder, "note.txt", "1")
+    model = {"factory": "teacher.py:Noted", "note": "note.txt"}
+    change("student", "model", value=model)(folder, monkeypatch)
+    cache(folder)
+    before = Lesson(visit(folder)).fingerprint
+    (folder / "note.txt").unlink()
+    assert Lesson(visit(folder)).fingerprint == before
 
 
 VIEWS = {"count": 1, "seed": 5, "transform": {"factory": "jitter.py:Jitter"}}
