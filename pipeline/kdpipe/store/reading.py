@@ -87,7 +87,10 @@ def _rows_of(file: ShardFile, rows: NDArray[np.int64]) -> NDArray[Any]:
         oldest = _mapped.popitem(last=False)[0]()
         if oldest is not None:
             oldest.unmap()
-    return file.read(rows)
+    taken = file.read(rows)
+    if this not in _mapped:  # another thread made room before this one mapped it
+        file.unmap()
+    return taken
 
 
 class RowPool:
