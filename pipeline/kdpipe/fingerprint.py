@@ -110,7 +110,9 @@ def source_digests(factory: Any, named_in: str | None = None) -> dict[str, str]:
 
 def _is_standard(top: str) -> bool:
     """Whether a name is the standard library's; a file of the project may take it."""
-    path = _locate(top) if top in sys.stdlib_module_names else Path()
+    if top not in sys.stdlib_module_names:
+        return False
+    path = _locate(top)
     return path is None or path.resolve().is_relative_to(_STANDARD_LIBRARY)
 
 

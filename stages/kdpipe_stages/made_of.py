@@ -15,7 +15,7 @@ from typing import Any
 from kdpipe.fingerprint import digest_file, files_in
 from kdpipe_stages.building import WEIGHTS
 from kdpipe_stages.params import teacher_and_members
-from kdpipe_stages.project import Project
+from kdpipe_stages.project import Project, exists, holds_data
 
 _CODE = re.compile(r"(?P<file>[^:\n]+\.py):\w+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -46,7 +46,7 @@ def _named(project: Project, name: str, fingerprint: Mapping[str, Any]) -> set[s
     root = project.root
     named = {each for every in _all_of(project, name) for each in _of_section(project, every)}
     named |= set(_of_values(fingerprint, root))
-    return {each for each in named if _exists(root / each) and not _holds_data(root, each)}
+    return {each for each in named if exists(root / each) and not holds_data(root, each)}
 
 
 def _all_of(project: Project, name: str) -> list[str]:
@@ -84,7 +84,7 @@ def _of_values(value: Any, root: Path) -> Iterator[str]:
         if key == "sources" and isinstance(each, Mapping):
             for module, digest in each.items():
                 if _DIGEST.fullmatch(str(digest)):  # others are versions of packages
-                    is_package = _exists(root / module / "__init__.py")
+                    is_package = exists(root / module / "__init__.py")
                     yield from (*([] if is_package else [module]), *_modules_files(module, root))
         elif isinstance(each, str):
             code = _CODE.fullmatch(each)
@@ -100,14 +100,3 @@ def _modules_files(module: str, root: Path) -> Iterator[str]:
     loaded = getattr(sys.modules.get(module), "__file__", None)
     if loaded is not None and Path(loaded).is_relative_to(root):
         yield Path(loaded).relative_to(root).as_posix()
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a text that is too long for a path, or may not be looked at
-        return False
-
-
-def _holds_data(root: Path, name: str) -> bool:
-    return (root / "data").resolve().is_relative_to((root / name).resolve())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -146,10 +147,9 @@ class Project:
 
     def sources_and_files(self, factory: Factory, where: str) -> dict[str, str]:
         """`sources`, and digests of the files that arguments of code of one's own name."""
-        data = (self.root / "data").resolve()
-        named = {each: self.root / each for each in _files_named(factory.path, factory.arguments, self.root)}
+        named = _files_named(factory.path, factory.arguments, self.root)
         return self.sources(factory, where) | {
-            name: digest_path(path) for name, path in named.items() if path.resolve() not in (data, *data.parents)
+            each: digest_path(self.root / each) for each in named if not holds_data(self.root, each)
         }
 
     def task(self) -> Task:
@@ -253,19 +253,30 @@ def _files_named(path: str, arguments: Any, root: Path) -> Iterator[str]:
 
     kdpipe's own factories tell of their files themselves; arguments of others may stand among theirs.
     """
+    is_own = re.split(r"[.:]", path)[0] != "kdpipe"
     items = arguments.items() if isinstance(arguments, Mapping) else enumerate(arguments)
     for key, value in items:
         if isinstance(value, Mapping | list | tuple):
             inner = value.get("factory") if isinstance(value, Mapping) else None
             yield from _files_named(inner if isinstance(inner, str) else path, value, root)
         for each in (key, value):
-            if isinstance(each, str) and not path.startswith("kdpipe") and key != "factory":
-                try:
-                    is_folder = (key == "path" or "/" in each) and (root / each).is_dir()
-                    if is_folder or (root / each).is_file():
-                        yield each
-                except (OSError, ValueError):  # a text that is too long for a path, or may not be looked at
-                    continue
+            if not is_own or key == "factory" or not isinstance(each, str) or not exists(root / each):
+                continue
+            if (root / each).is_file() or key == "path" or "/" in each:
+                yield each
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder; not where a text is too long for a path, or it may not be looked at."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def holds_data(root: Path, name: str) -> bool:
+    """Whether a folder below `root` holds what the stages make, or is it."""
+    return (root / "data").resolve().is_relative_to((root / name).resolve())
 
 
 def write_project(params: Mapping[str, Any], folder: Path, files: Iterable[Path] = ()) -> Project:

@@ -444,6 +444,7 @@ def test_what_a_factory_is_told_of_other_sections_makes_other_targets(folder, mo
 @pytest.mark.parametrize(
     ("named", "section"),
     [
+        ("note.txt", {"teacher": {"factory": "kdpipe_like:of_note", "note": "note.txt"}}),
         ("note.txt", {**settings()["teachers"]["big"], "model": {"factory": "teacher.py:Noted", "note": "note.txt"}}),
         ("a/b", {**settings()["teachers"]["big"], "model": {"factory": "teacher.py:Noted", "note": "a/b"}}),
         (
@@ -457,6 +458,8 @@ def test_a_file_that_an_argument_names_makes_other_targets(folder, monkeypatch, 
     """A student refuses the store for it, so `cache-teacher` may not put up with it."""
     file = folder / named / "note.txt" if named == "a/b" else folder / named
     write(folder, file, "1")
+    shutil.copy(folder / "told.py", folder / "kdpipe_like.py")
+    sys.modules.pop("kdpipe_like", None)
     change("teachers", "big", value=section)(folder, monkeypatch)
     _, before = cache(folder)
     assert student_accepts(folder)
