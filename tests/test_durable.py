@@ -383,6 +383,14 @@ def test_published_files_are_the_same_files_under_a_second_name(tmp_path):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_a_link_to_nothing_is_no_file(tmp_path):
+    """As where DVC's cache was emptied behind a folder that it checked out."""
+    pulled = tree(tmp_path / "pulled", manifest="m")
+    (pulled / "log").symlink_to(tmp_path / "cache" / "log")
+    publish({"": pulled}, tmp_path / "work")
+    assert contents(tmp_path / "work") == {"manifest": "m"}
+
+
 def test_a_file_behind_a_link_outlives_the_link(tmp_path):
     """As in a folder that DVC checked out with cache.type symlink."""
     cache, pulled = tree(tmp_path / "cache", manifest="m"), tmp_path / "pulled"

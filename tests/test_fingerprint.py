@@ -20,6 +20,7 @@ from kdpipe.fingerprint import (
     digest,
     digest_file,
     digest_path,
+    files_in,
     source_digests,
     uniform_by_id,
 )
@@ -145,7 +146,7 @@ class Net:
     "fp_pack/deep/beside.py": "thing = 1\n",
     "fp_pack/uncle.py": "uncle = 1\n",
     "fp_loose/spaced.py": "import fp_net\n",
-    "fp_lazy.py": "raise RuntimeError('imported while its digest was taken')\n",
+    "fp_lazy.py": "from fp_star import *\nraise RuntimeError('imported while its digest was taken')\n",
     "fp_lazy_pack/__init__.py": "raise RuntimeError('imported while its digest was taken')\n",
     "fp_lazy_pack/member.py": "import fp_behind_lazy\nvalue = 1\n",
     "fp_behind_lazy.py": "",
@@ -155,8 +156,12 @@ class Net:
     "fp_dunder.py": "",
     "fp_alias.py": "",
     "fp_keyword.py": "",
+    "fp_star/__init__.py": "__all__ = ['fp_first', 'not_there'] + ['later']\n__all__ += ['added']\n",
+    "fp_star/fp_first.py": "",
+    "fp_star/later.py": "",
+    "fp_star/added.py": "",
 }
-BESIDE = {"fp_text.py": "", "fp_other.py": "", "fp_pack/other.py": "", "fp_net.txt": ""}
+BESIDE = {"fp_star/other.py": "", "fp_text.py": "", "fp_other.py": "", "fp_pack/other.py": "", "fp_net.txt": ""}
 
 
 def test_every_reached_module_has_its_own_digest(project):
@@ -275,6 +280,20 @@ def test_a_folders_digest_is_of_names_and_bytes(tmp_path):
     renamed = digest_path(tmp_path)
     (tmp_path / "sub" / "c").write_text("3")
     assert len({before, renamed, digest_path(tmp_path)}) == 3
+
+
+def test_a_folders_files_are_those_of_folders_that_are_links_too(tmp_path):
+    model, hub = tmp_path / "model", tmp_path / "hub"
+    (hub / "deep").mkdir(parents=True)
+    (hub / "deep" / "a").write_text("1")
+    model.mkdir()
+    (model / "inner").symlink_to(hub)
+    (hub / "deep" / "around").symlink_to(hub)
+    (model / "around").symlink_to(tmp_path)
+    assert files_in(model) == ["inner/deep/a"]
+    before = digest_path(model)
+    (hub / "deep" / "a").write_text("2")
+    assert digest_path(model) != before
 
 
 def test_a_long_state_is_told_by_its_digest():

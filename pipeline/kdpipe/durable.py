@@ -193,9 +193,10 @@ class Workers:
 def link_tree(source: Path, destination: Path) -> None:
     """Give every file below `source` a second name below `destination` (a copy where hard links are impossible).
 
-    What a link leads to gets the name, not the link (into DVC's cache, say, where it may be removed).
+    What a link leads to gets the name, not the link (into DVC's cache, say, where it may be removed); a link to nothing
+    is no file.
     """
-    for path in sorted(source.rglob("*")):
+    for path in sorted(each for each in source.rglob("*") if each.exists()):
         target = destination / path.relative_to(source)
         if path.is_dir():
             target.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,13 +53,21 @@ def digest_path(path: Path) -> str:
 
 def files_in(folder: Path) -> list[str]:
     """A model's folder: its files, sorted, without hidden ones and what says or logs how the model came to be."""
-    names = (each.relative_to(folder) for each in folder.rglob("*") if each.is_file())
+    names = (each.relative_to(folder) for each in _below(folder) if each.is_file())
     counted = (
         name
         for name in names
         if not any(part.startswith(".") or fnmatch.filter([part], pattern) for part in name.parts for pattern in _NOTES)
     )
     return sorted(name.as_posix() for name in counted)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What lies in a folder, in folders that are links too; not in a link to a folder around it, which has no end."""
+    for here, folders, files in os.walk(folder, followlinks=True):
+        around = Path(here).resolve()
+        folders[:] = [each for each in folders if not around.is_relative_to(Path(here, each).resolve())]
+        yield from (Path(here, each) for each in files)
 
 
 _NOTES = (
@@ -106,6 +115,15 @@ def source_digests(factory: Any, named_in: str | None = None) -> dict[str, str]:
             local[label] = digest_file(path)
             waiting += [*_packages_above(name), *_imports(path, name)]
     return local | installed
+
+
+def joined(*several: Mapping[str, str]) -> dict[str, str]:
+    """Digests by name; of different files that have one name (`a/net.py`, `b/net.py`) a digest of their digests."""
+    all_of: dict[str, str] = {}
+    for digests in several:
+        for name, each in digests.items():
+            all_of[name] = each if all_of.get(name, each) == each else digest([all_of[name], each])
+    return all_of
 
 
 def _is_standard(top: str) -> bool:
@@ -156,15 +174,29 @@ def _distributions() -> Mapping[str, list[str]]:
     return importlib.metadata.packages_distributions()
 
 
+def _nodes(path: Path) -> list[ast.AST]:
+    """Of a source file; none of a file that nobody can import."""
+    try:
+        return list(ast.walk(ast.parse(path.read_bytes()))) if path.suffix == ".py" else []
+    except SyntaxError:
+        return []
+
+
+def _in_all_of(package: str) -> Iterator[str]:
+    """What `from package import *` imports beside the package's own names: what its `__all__` names literally."""
+    path = _locate(package)
+    for node in _nodes(path) if path else ():
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            of = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if "__all__" in map(ast.unparse, of) and node.value is not None:
+                literals = (each.value for each in ast.walk(node.value) if isinstance(each, ast.Constant))
+                yield from (each for each in literals if isinstance(each, str))
+
+
 def _imports(path: Path, name: str) -> Iterator[str]:
     """Names that may be modules, from the import statements of a source file, and `import_module("name")`."""
-    if path.suffix != ".py":
-        return
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    try:
-        nodes = list(ast.walk(ast.parse(path.read_bytes())))
-    except SyntaxError:  # nobody can import it either
-        return
+    nodes = _nodes(path)
     froms = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
     importers = {*_IMPORTERS, *(each.asname for each in froms if each.name in _IMPORTERS)}
     for node in nodes:
@@ -175,7 +207,8 @@ def _imports(path: Path, name: str) -> Iterator[str]:
                 relative = "." * node.level + (node.module or "")
                 base = importlib.util.resolve_name(relative, package) if node.level else relative
                 yield base
-                yield from (f"{base}.{alias.name}" for alias in node.names)
+                names = [alias.name for alias in node.names]
+                yield from (f"{base}.{each}" for each in (names if names != ["*"] else _in_all_of(base)))
             elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in importers:
                 by_keyword = {each.arg: each.value for each in node.keywords}
                 match [*node.args, *(by_keyword[key] for key in ("name", "package") if key in by_keyword)]:

@@ -22,7 +22,7 @@ from kdpipe.data.prepared import MISSING_LABEL, PreparedInputs
 from kdpipe.distributed import join_peers
 from kdpipe.encodings import Features, FeaturesInt8, TargetEncoding
 from kdpipe.errors import ConfigError
-from kdpipe.fingerprint import canonical_json, digest, digest_file
+from kdpipe.fingerprint import canonical_json, digest, digest_file, joined
 from kdpipe.inputs import Head, Inputs
 from kdpipe.losses import LabelLoss, class_weighted, logit_adjusted
 from kdpipe.order import BatchOrder
@@ -66,7 +66,7 @@ class ModelSpec:
         """
         digests_of = project.sources if self.where == "student" else project.sources_and_files
         model = digests_of(self.model, f"{self.where}.model")
-        return model | (digests_of(self.preprocess, f"{self.where}.preprocess") if self.preprocess else {})
+        return joined(model, digests_of(self.preprocess, f"{self.where}.preprocess") if self.preprocess else {})
 
     def build(
         self, project: Project, task: Task, preprocess: Preprocess, inputs: PreparedInputs, seed: int
@@ -247,9 +247,10 @@ def teacher_fingerprint(project: Project, name: str) -> str:
     factory = section.model or section.teacher
     assert factory is not None
     spec = ModelSpec(where=where, model=factory, preprocess=section.preprocess, logits=section.logits)
-    sources = spec.sources(project) | project.sources(project.params.task, "task")
+    sources = joined(spec.sources(project), project.sources(project.params.task, "task"))
     if section.train is not None and section.train.transform is not None:
-        sources |= project.sources(section.train.transform, f"{where}.train.transform")
+        transform = section.train.transform
+        sources = joined(sources, project.sources_and_files(transform, f"{where}.train.transform"))
     split_file = project.split_file(split)
     if not split_file.is_file():
         names = ", ".join(sorted(path.stem for path in split_file.parent.glob("*.json"))) or "none"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -299,6 +300,10 @@ def run(arguments: Sequence[str]) -> int:
         status = _INTERRUPTED
     except UsageError as error:
         return _fail(str(error), status=2)
+    except SystemExit as error:
+        if verbose:
+            traceback.print_exception(error)
+        return _fail(_who_ended(error))
     except Exception as error:
         if isinstance(error, _usage_errors()):
             error.show()  # type: ignore[attr-defined]
@@ -333,6 +338,16 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, OSError) and not (error.filename is None and error.errno is None):
         return _explain_os_error(error)
     return None
+
+
+def _who_ended(error: SystemExit) -> str:
+    """No code of kdpipe's does; a factory's may."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = next(each for each in reversed(frames) if Path(each.filename).is_file())  # `exit` itself has none
+    return (
+        f"{at.filename}, line {at.lineno}, ended the program (SystemExit: {error.code}) before the command was done. "
+        "Raise another error there. What was finished is kept."
+    )
 
 
 def _usage_errors() -> type:

@@ -75,8 +75,10 @@ class InUse:
             store = TargetStore.open(path)
             missing = len(store.missing())
         except StoreError as error:
-            state: State = "current" if published else "unreadable"
-            return Finding(kind=kind, what=described(path), state=state, why=str(error), cost="what is intact of it")
+            is_begun = any((path / each).exists() for each in ("extent.json", "commits.parquet", "commits"))
+            state: State = "current" if published else "unreadable" if is_begun else "unfinished"
+            why, cost = (str(error), "what is intact of it") if is_begun else ("no row was written yet", "nothing")
+            return Finding(kind=kind, what=described(path), state=state, why=why, cost=cost)
         done = len(store.shards) * store.num_views - missing
         cost = _cost_of(store)
         if published or (not missing and self._is_todays(path)):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kdpipe.config import Factory
 from kdpipe.data.prepared import MISSING_LABEL, PreparedData
 from kdpipe.errors import ConfigError, StaleStoreError, StoreNotFoundError
-from kdpipe.fingerprint import digest, digest_file, uniform_by_id
+from kdpipe.fingerprint import digest, digest_file, joined, uniform_by_id
 from kdpipe.losses import (
     reuses_classifier,
 )
@@ -117,22 +117,22 @@ class Lesson:
         section = to_json(self.section)
         for free in ("seeds", "baselines"):
             section.pop(free)
-        sources = self.spec.sources(self._project) | self._project.sources(self._project.params.task, "task")
+        sources = [self.spec.sources(self._project), self._project.sources(self._project.params.task, "task")]
         views = self._project.params.views
         if views.count and views.transform:
-            sources |= self._project.sources(views.transform, "views.transform")
+            sources.append(self._project.sources(views.transform, "views.transform"))
         section["losses"] = [_as_asked(each) for each in section["losses"]]
         if self.section.label_schedule is None:  # as an earlier kdpipe took it
             section.pop("label_schedule")
         for each in self.section.losses:
-            sources |= self._project.sources(Factory(path=each.factory), "student.losses")
+            sources.append(self._project.sources(Factory(path=each.factory), "student.losses"))
         ids = self.data.inputs.sample_ids[self.rows].tolist()
         content = self.data.inputs.digests[self.rows].tobytes().hex()
         return digest(
             {
                 "kind": "student",
                 "section": {**section, "train": plan_json(self.section.train)},
-                "sources": sources,
+                "sources": joined(*sources),
                 "task": self._project.params.task.to_json(),
                 "views": to_json(views) if views.count else None,
                 "stores": {name: self._state_of(name) for name in self.stores},

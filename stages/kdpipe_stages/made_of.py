@@ -58,7 +58,7 @@ def _transforms_code(project: Project, name: str) -> dict[str, Any]:
     train = project.teacher(name).train
     if train is None or train.transform is None:
         return {}
-    sources = project.sources(train.transform, f"teachers.{name}.train.transform")
+    sources = project.sources_and_files(train.transform, f"teachers.{name}.train.transform")
     return {"sources": sources, "transform": train.transform.to_json()}
 
 

@@ -18,7 +18,7 @@ from kdpipe import durable
 from kdpipe.config import Bound, Factory, bind, load_module, load_yaml, parse, resolve, save_yaml
 from kdpipe.data.prepared import PreparedData, PreparedInputs
 from kdpipe.errors import ConfigError, DataError, at
-from kdpipe.fingerprint import canonical_json, digest_path, source_digests
+from kdpipe.fingerprint import canonical_json, digest_path, joined, source_digests
 from kdpipe.preprocess import Preprocess
 from kdpipe.preprocess.named import NamedPreprocess
 from kdpipe.random_numbers import derived_seed
@@ -143,14 +143,13 @@ class Project:
         module, target = load_module(factory.path, self.root, where), resolve(factory.path, self.root, where)
         reads = getattr(target, "reads", None)
         named_in_arguments = reads(factory.arguments, self.root) if reads else {}
-        return source_digests(target, module.__name__) | named_in_arguments
+        return joined(source_digests(target, module.__name__), named_in_arguments)
 
     def sources_and_files(self, factory: Factory, where: str) -> dict[str, str]:
         """`sources`, and digests of the files that arguments of code of one's own name."""
         named = _files_named(factory.path, factory.arguments, self.root)
-        return self.sources(factory, where) | {
-            each: digest_path(self.root / each) for each in named if not holds_data(self.root, each)
-        }
+        files = {each: digest_path(self.root / each) for each in named if not holds_data(self.root, each)}
+        return joined(self.sources(factory, where), files)
 
     def task(self) -> Task:
         """The task."""

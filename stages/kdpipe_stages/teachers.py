@@ -20,7 +20,7 @@ from kdpipe.config import Bound, Factory
 from kdpipe.data.columns import Columns
 from kdpipe.data.prepared import PreparedInputs
 from kdpipe.errors import ConfigError, StaleStoreError, StoreError, TeacherError, naming
-from kdpipe.fingerprint import digest, digest_file
+from kdpipe.fingerprint import digest, digest_file, joined
 from kdpipe.inputs import LOGITS, kind
 from kdpipe.preprocess import Preprocess
 from kdpipe.store import TargetStore
@@ -186,7 +186,7 @@ def _by_factory(
         own = dict(teacher.fingerprint)
     spec = ModelSpec(where=where, model=section.teacher, preprocess=section.preprocess)
     told, sources = _told(project, name, bound)
-    identity = {**spec.to_json(), "sources": spec.sources(project) | sources, "learnt": learnt, "told": told}
+    identity = {**spec.to_json(), "sources": joined(spec.sources(project), sources), "learnt": learnt, "told": told}
     about = {"name": name, **getattr(teacher, "description", {})}
     return Asked(where, teacher, project.targets(name).outputs, {**identity, "own": own}), about
 

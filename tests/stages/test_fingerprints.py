@@ -484,6 +484,43 @@ def test_a_file_that_an_argument_of_the_transform_names_makes_other_views(folder
     assert done.rows_computed == rows_shown(folder) > NUM_ROWS
 
 
+def test_two_files_of_one_name_count_both(folder, monkeypatch):
+    for name in ("teacher", "pixels"):
+        write(folder, f"{name}s/same.py", FILES[f"{name}.py"])
+    shutil.copy(folder / "dtype.txt", folder / "teachers")
+    shutil.copy(folder / "state.json", folder / "pixelss")
+    section = {
+        "model": {"factory": "teachers/same.py:Teacher"},
+        "preprocess": {"factory": "pixelss/same.py:Pixels", "scale": 16},
+        "weights": "ready.safetensors",
+    }
+    change("teachers", "big", value=section)(folder, monkeypatch)
+    _, before = cache(folder)
+    for name in ("teacher", "pixels"):
+        write(folder, f"{name}s/same.py", FILES[f"{name}.py"] + "# edited\n")
+        assert not student_accepts(folder)
+        done, after = cache(folder)
+        assert differing(before, after) == {"teacher.sources.same@"}
+        assert done.rows_computed == NUM_ROWS
+        assert student_accepts(folder)
+        before = after
+
+
+def test_two_transforms_of_one_name_count_both(folder, monkeypatch):
+    for name in ("one", "two"):
+        write(folder, f"{name}/jitter.py", FILES["jitter.py"])
+    both = [{"factory": f"{name}/jitter.py:Jitter"} for name in ("one", "two")]
+    transform = {"factory": "kdpipe.transforms:Compose", "transforms": both}
+    change("views", value={"count": 1, "transform": transform})(folder, monkeypatch)
+    _, before = cache(folder)
+    for name in ("one", "two"):
+        write(folder, f"{name}/jitter.py", FILES["jitter.py"] + "# edited\n")
+        assert not student_accepts(folder)
+        _, after = cache(folder)
+        assert differing(before, after) == {"views.sources.jitter@"}
+        before = after
+
+
 def test_a_students_own_files_may_be_gone(folder, monkeypatch):
     write(folder, "note.txt", "1")
     model = {"factory": "teacher.py:Noted", "note": "note.txt"}

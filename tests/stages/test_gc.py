@@ -228,6 +228,17 @@ def test_unfinished_targets_of_today_stay_and_the_stage_goes_on_with_them(folder
     assert only(folder, "targets", "current").fingerprint == store.fingerprint
 
 
+def test_targets_of_which_nothing_was_written_are_unfinished_not_damaged(folder):
+    store = work(folder, "targets", "current")
+    shutil.rmtree(folder / "data" / "targets" / "big")
+    for each in store.iterdir():
+        if each.name != "manifest.json":
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+    found = only(folder, "targets", "unfinished")
+    assert (found.why, found.cost) == ("no row was written yet", "nothing")
+    assert cache(folder).rows_computed == NUM_ROWS
+
+
 def test_unfinished_targets_of_today_go_by_name_and_the_list_says_what_that_costs(folder):
     interrupt_capture(folder)
     store = only(folder, "targets", "unfinished")

@@ -195,6 +195,15 @@ def test_where_the_work_areas_log_is_gone_the_published_store_is_gone_on_from(co
     assert open_store(work(copied)).verify() == []
 
 
+def test_a_log_that_is_a_link_to_nothing_is_as_good_as_none(copied):
+    before = tree(published(copied))
+    for store in (work(copied), published(copied)):
+        (store / "commits.parquet").unlink()
+        (store / "commits.parquet").symlink_to(copied / "cache" / "commits.parquet")
+    assert run(copied, repair=True).rows_computed == NUM_ROWS
+    assert tree(published(copied)) == before
+
+
 def test_a_damaged_record_costs_its_shard(folder):
     shutil.rmtree(published(folder))
     (work(folder) / "logits" / "c.0.5.0").unlink()

@@ -115,13 +115,19 @@ class Mirror:
         return {**columns, "image": columns["image"][:, :, ::-1].copy()}
 """
 
+SHADED = """
+def shaded(table, root):
+    divisor = int((root / table).read_text())
+    return lambda columns, keys, seed: {**columns, "image": columns["image"] // divisor}
+"""
+
 
 def taught(folder, transform, **options):
     """A project whose teacher is trained on what `transform` shows."""
     train = {"epochs": 3, "batch_size": 128, "learning_rate": 0.01, **({"transform": transform} if transform else {})}
     teacher = {**params()["teachers"]["big"], "train": train}
     make_project(folder, teachers={"big": teacher}, **options)
-    (folder / "own.py").write_text(OWN + MIRROR)
+    (folder / "own.py").write_text(OWN + MIRROR + SHADED)
     return project_in(folder)
 
 
@@ -146,6 +152,15 @@ def test_a_teacher_is_trained_on_what_its_transform_shows(tmp_path):
     train_teacher.run(project, "big")
     assert (project.teacher_model("big") / "model.safetensors").read_bytes() == weights
     assert trained(tmp_path / "plain", None, data=data) != weights
+
+
+def test_a_teacher_whose_transform_reads_another_file_is_trained_again(tmp_path):
+    project = taught(tmp_path, {"factory": "own.py:shaded", "table": "table.txt"})
+    for number, (content, is_new) in enumerate([("1", True), ("1", False), ("3", True)]):
+        (tmp_path / "table.txt").write_text(content)
+        if number == 0:
+            prepare_data.run(project)
+        assert bool(train_teacher.run(project, "big").skipped) is not is_new, content
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,17 @@ def test_nan_logits_name_the_samples(cached, capsys):
     assert tree(cached / "data" / "targets") == before
 
 
+def test_a_teacher_that_ends_the_program_is_no_success(cached, capsys):
+    before = tree(cached / "data" / "targets")
+    source = (cached / "teacher.py").read_text()
+    ends = "return self.head(inputs.flatten(1)) if self.training else exit(0)"
+    (cached / "teacher.py").write_text(source.replace("return self.head(inputs.flatten(1))", ends))
+    assert run(["train-teacher"]) == 0
+    said = fails(capsys, "cache-teacher")
+    assert _matches(r"^error: .*teacher\.py, line \d+, ended the program \(SystemExit: 0\)", said)
+    assert tree(cached / "data" / "targets") == before
+
+
 def test_duplicate_ids(folder, capsys):
     before = tree(folder / "data" / "prepared")
     replace_rows(folder, id=pa.array([0, *range(1796)], pa.int32()))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kdpipe.config import FactoryField, bind, load_module, parse, resolve, takes
 from kdpipe.data.columns import Array, Column, Columns, Ragged
 from kdpipe.errors import ConfigError, at
-from kdpipe.fingerprint import source_digests
+from kdpipe.fingerprint import joined, source_digests
 from kdpipe.random_numbers import derived_seed
 from kdpipe.views import MixingTransform, Pairs, Transform, is_transform
 
@@ -55,13 +55,13 @@ class Compose:
     @staticmethod
     def reads(arguments: Mapping[str, Any], root: Path) -> dict[str, str]:
         """Digests of the code that the transforms reach."""
-        digests: dict[str, str] = {}
+        digests: list[Mapping[str, str]] = []
         for value in arguments["transforms"]:
             factory = parse(FactoryField, value, _WHERE)
             target = resolve(factory.path, root, _WHERE)
-            digests |= source_digests(target, load_module(factory.path, root, _WHERE).__name__)
-            digests |= target.reads(factory.arguments, root) if hasattr(target, "reads") else {}
-        return digests
+            digests.append(source_digests(target, load_module(factory.path, root, _WHERE).__name__))
+            digests.append(target.reads(factory.arguments, root) if hasattr(target, "reads") else {})
+        return joined(*digests)
 
     def __call__(self, columns: Columns, keys: NDArray[np.uint64], seed: int) -> Columns:
         """Columns of the same layout, if every transform keeps it."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdpipe.config import did_you_mean, load_module, load_yaml, resolve
 from kdpipe.data.columns import Columns
 from kdpipe.errors import ConfigError, TeacherError, is_out_of_memory
-from kdpipe.fingerprint import digest_file, source_digests
+from kdpipe.fingerprint import digest_file, joined, source_digests
 from kdpipe.teachers.rules.conditions import Values, parse_condition
 
 ABSTAIN = -1
@@ -104,7 +104,8 @@ def digests_of(rules: Any, root: Path) -> dict[str, str]:
     for spec in specs:
         if isinstance(spec, Mapping) and isinstance(spec.get("function"), str):
             function = resolve(spec["function"], root, where)
-            digests |= source_digests(function, load_module(spec["function"], root, where).__name__)
+            code = source_digests(function, load_module(spec["function"], root, where).__name__)
+            digests = joined(digests, code)
     return digests
 
 
