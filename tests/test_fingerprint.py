@@ -290,7 +290,13 @@ def test_a_folders_files_are_those_of_folders_that_are_links_too(tmp_path):
     (model / "inner").symlink_to(hub)
     (hub / "deep" / "around").symlink_to(hub)
     (model / "around").symlink_to(tmp_path)
-    assert files_in(model) == ["inner/deep/a"]
+    for name in ("this", "that"):
+        (model / name).mkdir()
+        (model / name / "other").symlink_to(model / {"this": "that", "that": "this"}[name])
+        (model / name / name).write_text(name)
+    own = ["that/other/this", "that/that", "this/other/that", "this/this"]
+    assert files_in(model) == ["inner/deep/a", *own]
+    assert files_in(tmp_path / "absent") == []
     before = digest_path(model)
     (hub / "deep" / "a").write_text("2")
     assert digest_path(model) != before

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,22 +51,24 @@ def digest_path(path: Path) -> str:
 
 
 def files_in(folder: Path) -> list[str]:
-    """A model's folder: its files, sorted, without hidden ones and what says or logs how the model came to be."""
-    names = (each.relative_to(folder) for each in _below(folder) if each.is_file())
-    counted = (
-        name
-        for name in names
-        if not any(part.startswith(".") or fnmatch.filter([part], pattern) for part in name.parts for pattern in _NOTES)
-    )
-    return sorted(name.as_posix() for name in counted)
+    """A model's folder: its files, sorted, without hidden ones and what says or logs how the model came to be.
+
+    None where there is no folder.
+    """
+    counted = _counted(folder, ()) if folder.is_dir() else ()
+    return sorted(each.relative_to(folder).as_posix() for each in counted)
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """What lies in a folder, in folders that are links too; not in a link to a folder around it, which has no end."""
-    for here, folders, files in os.walk(folder, followlinks=True):
-        around = Path(here).resolve()
-        folders[:] = [each for each in folders if not around.is_relative_to(Path(here, each).resolve())]
-        yield from (Path(here, each) for each in files)
+def _counted(folder: Path, around: tuple[Path, ...]) -> Iterator[Path]:
+    """Files in links to folders too, but in none that leads to a folder `around`: that has no end."""
+    around = (*around, folder.resolve())
+    for each in folder.iterdir():
+        if each.name.startswith(".") or any(fnmatch.fnmatch(each.name, pattern) for pattern in _NOTES):
+            continue
+        if each.is_file():
+            yield each
+        elif each.is_dir() and not any(outer.is_relative_to(each.resolve()) for outer in around):
+            yield from _counted(each, around)
 
 
 _NOTES = (
