@@ -179,12 +179,23 @@ def test_bytes_are_those_of_a_store(tmp_path, encoding, profile, num_rows):
         if shard.num_rows == shard_rows:
             files = store.records[view, shard.index].files
             written += sum(file.num_bytes for name, file in files.items() if name != "statistics")
-    assert stored_bytes(encoding, sample, shard_rows) == written / (num_rows // shard_rows * shard_rows)
+    expected = written / (num_rows // shard_rows * shard_rows)
+    assert stored_bytes(encoding, sample, shard_rows) == pytest.approx(expected, rel=1e-12)
 
 
-def test_few_rows_are_measured_as_one_shard():
-    assert stored_bytes(Dense(), sample_of(logits_of(1)), 4096) < 24 + 2 * 24 + 1
-    assert 24 < stored_bytes(Dense(), sample_of(logits_of(100)), 4096) < 25
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 100])
+def test_few_rows_stand_for_a_whole_shard(num_rows):
+    """Two bytes per class and four for the row's maximum; each of the two arrays has a frame of 24 bytes."""
+    assert stored_bytes(Dense(), sample_of(logits_of(num_rows)), 4096) == pytest.approx(24 + 2 * 24 / 4096, rel=1e-12)
+
+
+@pytest.mark.parametrize("encoding", [TopK(k=5, compact=True), Sampled(draws=10, compact=True)])
+def test_few_rows_tell_what_a_compact_shard_of_many_takes(encoding):
+    """And a little more: fewer rows compress less."""
+    sample = sample_of(logits_of(2048, 1000))
+    few = sample_of(sample.logits[:26])
+    taken = stored_bytes(encoding, sample, 2048)
+    assert taken <= stored_bytes(encoding, few, 2048) < 1.25 * taken
 
 
 def test_a_class_that_targets_rule_out_and_the_teacher_does_not_costs_infinitely_much():

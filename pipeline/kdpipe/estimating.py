@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdpipe.encodings import ArraySpec, Dense, Int8, Sampled, TargetEncoding, TopK, encoding_from_json
 from kdpipe.losses import ForwardKL, bucket_log_probs
-from kdpipe.store.layout import ArrayLayout, choose_shard_rows
+from kdpipe.store.layout import CRC_BYTES, ArrayLayout, choose_shard_rows
 from kdpipe.store.manifest import STATISTICS
 from kdpipe.store.shard_file import encode_shard
 from kdpipe.targets import MixedTargets, OutputSpec, SampledTargets, SparseTargets, Targets
@@ -149,17 +149,32 @@ def shard_rows_of(encoding: TargetEncoding, output: OutputSpec, num_rows: int) -
 def stored_bytes(encoding: TargetEncoding, sample: Sample, shard_rows: int) -> float:
     """Bytes per position in shards of `shard_rows`, of one chunk each, checksums and index included.
 
-    Whole shards where the sample has as many positions, else one shard of a power of two of them.
+    Whole shards where the sample has as many positions, else one of a power of two of them, and for each position that
+    it lacks what its second half adds to its first: what a chunk takes however few rows it holds counts once.
     """
     rows = min(shard_rows, 1 << (len(sample.logits).bit_length() - 1))
     counted = len(sample.logits) // rows * rows
     arrays = encoding.encode(sample.logits[:counted], sample.keys[:counted])
     total = 0.0
     for suffix, spec in encoding.arrays(sample.output).items():
-        layout = ArrayLayout(name=suffix, **vars(spec), shard_rows=rows, chunk_rows=rows)
-        shards = (arrays[suffix][start : start + rows] for start in range(0, counted, rows))
-        total += sum(len(piece) for shard in shards for part in encode_shard(shard, layout) for piece in part)
-    return total / counted
+        array = arrays[suffix]
+        shards = [_shard_bytes(array[start : start + rows], spec) for start in range(0, counted, rows)]
+        more = (shards[0] - _shard_bytes(array[: rows // 2], spec)) / (rows - rows // 2)
+        total += sum(shards) / len(shards) + max(more, 0.0) * (shard_rows - rows)
+    return total / shard_rows
+
+
+def _shard_bytes(array: NDArray[Any], spec: ArraySpec) -> int:
+    """Of a shard of these rows, in one chunk."""
+    rows = len(array)
+    if not rows:
+        return _FRAME_BYTES
+    layout = ArrayLayout(name="", **vars(spec), shard_rows=rows, chunk_rows=rows)
+    return sum(len(piece) for part in encode_shard(array, layout) for piece in part)
+
+
+_FRAME_BYTES = CRC_BYTES + 16 + CRC_BYTES
+"""A chunk's checksum, its place in the index, and the index's checksum."""
 
 
 def kl_to_targets(logits: Tensor, targets: Targets, temperature: float = 1.0) -> Tensor:

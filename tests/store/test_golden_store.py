@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kdpipe.encodings import ENCODINGS
+from kdpipe.encodings import ENCODINGS, FeaturesInt8
 from kdpipe.store import TargetStream, open_store
+from kdpipe.targets import OutputSpec
 from projects import REPOSITORY, tree
 from store.make_golden_store import GOLDEN, NUM_ROWS, NUM_VIEWS, SAID, covered, decoded, in_views, make, sample_ids
 
@@ -117,6 +118,16 @@ def test_the_document_is_enough_to_decode_it(documented, expected, view):
     close(documented.stored["covered"][view], covered(view))
     for column, name in enumerate(documented.manifest["statistics"]):
         close(documented.stored["statistics"][view][rows][..., column], read[name])
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (NUM_ROWS, 3), (NUM_ROWS, 4, 5)])
+@pytest.mark.parametrize("whole_row", [False, True])
+def test_the_document_is_enough_to_decode_maps(tmp_path, monkeypatch, shape, whole_row):
+    """As a store of this version may hold them; `whole_row` is younger than the golden one."""
+    maps = OutputSpec(name="maps", shape=shape, kind="features")
+    monkeypatch.setitem(SAID, "maps", (FeaturesInt8(whole_row=whole_row), maps))
+    read = decoded(make(tmp_path / "store"), view=0)
+    close(read_as_documented(tmp_path / "store").features("maps"), read["maps.values"])
 
 
 def test_the_documents_temperatures_are_kdpipes(documented):

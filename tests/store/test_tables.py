@@ -573,6 +573,10 @@ WRONG = {
     "tail NaN": ({**HEAD, "tail_log_mass": [[float("nan")]] * 3}, "tail_log_mass that is NaN"),
     "below float32": ({**LOGITS, "logits": [[-1e300, 1.0, 0.0]] * 3}, "beyond float32, such as a, b, c$"),
     "tail of other mass": ({**HEAD, "tail_log_mass": [[-0.5]] * 3}, "do not sum to 1, such as a, b, c$"),
+    "all classes of other mass": (
+        {**HEAD, "class_ids": [[0, 1, 2, 3, 4]] * 3, "log_probs": [[-2.0] * 5] * 3},
+        "have log_probs of all classes whose probabilities do not sum to 1, such as a, b, c$",
+    ),
     "sample twice": ({**LOGITS, "sample_id": ["a", "b", "a"]}, "1 lines are about a sample and view .*such as 'a'$"),
     "ids null in column": ({**LOGITS, "sample_id": ["a", None, "b"]}, "sample_id holds string or null"),
     "ids are floats": ({**LOGITS, "sample_id": [1.0, 2.0, 3.0]}, "sample_id holds double or null"),

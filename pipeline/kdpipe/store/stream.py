@@ -217,7 +217,7 @@ class TargetStream(IterableDataset[StreamedBatch]):
             not isinstance(state, dict)
             or state.keys() != {"step", *self._settings}
             or type(state["step"]) is not int
-            or state["step"] < 0
+            or not 0 <= state["step"] < 2**63
         ):
             raise ConfigError(f"found {state}; expected what a stream's state_dict() gave")
         others = [f"{key} {state[key]!r}, here {here!r}" for key, here in self._settings.items() if state[key] != here]

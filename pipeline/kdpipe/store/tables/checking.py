@@ -174,7 +174,8 @@ class CheckedRows:
             if temperature == 1:
                 mass = np.exp(log_probs).sum(axis=-1) + np.exp(np.minimum(tails[..., number], 1.0))
                 far = abs(mass - 1) > MASS_SLACK
-                self._refuse(far, "have class_ids and tail_log_mass whose probabilities do not sum to 1")
+                named = "class_ids and tail_log_mass" if 1.0 in given else "log_probs of all classes"
+                self._refuse(far, f"have {named} whose probabilities do not sum to 1")
         others = self._num_classes - (log_probs > -np.inf).sum(axis=-1, keepdims=True)
         at_1 = tails[..., temperatures.index(1.0)]
         least, most = at_1, at_1
