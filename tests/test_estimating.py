@@ -179,8 +179,12 @@ def test_bytes_are_those_of_a_store(tmp_path, encoding, profile, num_rows):
         if shard.num_rows == shard_rows:
             files = store.records[view, shard.index].files
             written += sum(file.num_bytes for name, file in files.items() if name != "statistics")
-    expected = written / (num_rows // shard_rows * shard_rows)
-    assert stored_bytes(encoding, sample, shard_rows) == pytest.approx(expected, rel=1e-12)
+    assert stored_bytes(encoding, sample, shard_rows) == written / (num_rows // shard_rows * shard_rows)
+
+
+def test_few_rows_are_measured_as_one_shard():
+    assert stored_bytes(Dense(), sample_of(logits_of(1)), 4096) < 24 + 2 * 24 + 1
+    assert 24 < stored_bytes(Dense(), sample_of(logits_of(100)), 4096) < 25
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 100])

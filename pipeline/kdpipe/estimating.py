@@ -20,7 +20,7 @@ from kdpipe.encodings import ArraySpec, Dense, Int8, Sampled, TargetEncoding, To
 from kdpipe.losses import ForwardKL, bucket_log_probs
 from kdpipe.store.layout import CRC_BYTES, ArrayLayout, choose_shard_rows
 from kdpipe.store.manifest import STATISTICS
-from kdpipe.store.shard_file import encode_shard
+from kdpipe.store.shard_file import encode_shard, index_bytes
 from kdpipe.targets import MixedTargets, OutputSpec, SampledTargets, SparseTargets, Targets
 
 GRADIENT_ERROR = 0.05
@@ -155,26 +155,24 @@ def stored_bytes(encoding: TargetEncoding, sample: Sample, shard_rows: int) -> f
     rows = min(shard_rows, 1 << (len(sample.logits).bit_length() - 1))
     counted = len(sample.logits) // rows * rows
     arrays = encoding.encode(sample.logits[:counted], sample.keys[:counted])
-    total = 0.0
+    measured, each_more = 0, 0.0
     for suffix, spec in encoding.arrays(sample.output).items():
         array = arrays[suffix]
         shards = [_shard_bytes(array[start : start + rows], spec) for start in range(0, counted, rows)]
-        more = (shards[0] - _shard_bytes(array[: rows // 2], spec)) / (rows - rows // 2)
-        total += sum(shards) / len(shards) + max(more, 0.0) * (shard_rows - rows)
-    return total / shard_rows
+        measured += sum(shards)
+        if rows < shard_rows:
+            each_more += max(0, shards[0] - _shard_bytes(array[: rows // 2], spec)) / (rows - rows // 2)
+    share = rows / shard_rows
+    return measured / counted * share + each_more * (1 - share)
 
 
 def _shard_bytes(array: NDArray[Any], spec: ArraySpec) -> int:
-    """Of a shard of these rows, in one chunk."""
-    rows = len(array)
-    if not rows:
-        return _FRAME_BYTES
+    """Of a shard of these rows, in one chunk; of none, what a chunk takes whatever it holds."""
+    rows = max(1, len(array))
     layout = ArrayLayout(name="", **vars(spec), shard_rows=rows, chunk_rows=rows)
+    if not len(array):
+        return CRC_BYTES + index_bytes(layout)
     return sum(len(piece) for part in encode_shard(array, layout) for piece in part)
-
-
-_FRAME_BYTES = CRC_BYTES + 16 + CRC_BYTES
-"""A chunk's checksum, its place in the index, and the index's checksum."""
 
 
 def kl_to_targets(logits: Tensor, targets: Targets, temperature: float = 1.0) -> Tensor:

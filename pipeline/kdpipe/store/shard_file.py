@@ -89,7 +89,8 @@ def _encode_index(sizes: NDArray[np.uint64], layout: ArrayLayout) -> list[NDArra
     return [encoded, crc32c(encoded)]
 
 
-def _index_bytes(layout: ArrayLayout) -> int:
+def index_bytes(layout: ArrayLayout) -> int:
+    """Of a shard's index, which has a place for every chunk, and its checksum."""
     return 16 * layout.num_chunks + CRC_BYTES
 
 
@@ -124,7 +125,7 @@ class ShardFile:
                     raise CorruptStoreError(
                         f"{path} has {self._bytes} bytes; {stored.num_bytes} were committed. {REPAIR}"
                     )
-                index = os.pread(file.fileno(), _index_bytes(layout), self._bytes - _index_bytes(layout))
+                index = os.pread(file.fileno(), index_bytes(layout), self._bytes - index_bytes(layout))
         except (FileNotFoundError, NotADirectoryError):
             raise IncompleteStoreError(f"{path} is committed but absent. {REPAIR}") from None
         self._offsets, self._sizes = self._read_index(np.frombuffer(index, np.uint8))
@@ -266,7 +267,7 @@ class ShardFile:
     def _read_index(self, content: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         sizes = content[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: self._num_used, 1]
         intact = (
-            len(content) == _index_bytes(self._layout)
+            len(content) == index_bytes(self._layout)
             and np.array_equal(np.concatenate(_encode_index(sizes, self._layout)), content)
             and int(sizes.sum()) + len(content) == self._bytes
             and (self._layout.compressed or bool((sizes == self._layout.chunk_bytes + CRC_BYTES).all()))
